@@ -1,0 +1,22 @@
+# Short names for what run.py does; where there is no make, type what stands behind them.
+PYTHON ?= python3
+
+.PHONY: setup run test test-slow quality style
+
+setup:
+	$(PYTHON) run.py setup
+
+run:
+	$(PYTHON) run.py generate "Once upon a time" --decoding arpc --block-size 16
+
+test:
+	$(PYTHON) run.py test
+
+test-slow:
+	$(PYTHON) run.py test -m slow
+
+quality:
+	$(PYTHON) run.py quality
+
+style:
+	$(PYTHON) run.py style
