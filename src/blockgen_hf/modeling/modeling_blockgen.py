@@ -1,0 +1,446 @@
+# Copyright 2026 The blockgen-hf authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""BlockGen model: one denoiser that is an autoregressive, a block-diffusion and a full-sequence diffusion model."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import ModelOutput, auto_docstring, logging
+
+from .configuration_blockgen import BlockGenConfig
+from .diffusion_blockgen import diffusion_from_config
+from .generation_blockgen import BlockGenGenerationMixin
+from .generation_configuration_blockgen import BlockGenGenerationConfig
+from .objective_blockgen import draw_training_noise, mixture_loss
+from .sampling_blockgen import CounterGenerator
+from .trunk_blockgen import BlockGenModel, BlockGenPreTrainedModel, last_columns
+
+
+logger = logging.get_logger(__name__)
+
+
+@auto_docstring
+@dataclass
+class BlockGenOutput(ModelOutput):
+    """
+    Output of [`BlockGenForDiffusionLM`].
+
+    Args:
+        loss (`torch.FloatTensor` of shape `[]`, *optional*, returned when `labels` is given):
+            The training loss of the mixture bound (Eq. 7), in nats a scored token.
+        logits (`torch.FloatTensor` of shape `[B, N, V]`):
+            Raw scores of the clean token at every noisy position.
+        past_key_values (`Cache`, *optional*):
+            The cache, with the clean tokens of the call if `use_cache=True`.
+        hidden_states (`tuple(torch.FloatTensor)`, *optional*, returned with `output_hidden_states=True`):
+            Input of the first layer and output of every layer, each `[B, C + N, hidden_size]`, clean tokens first.
+        attentions (`tuple(torch.FloatTensor)`, *optional*, returned with `output_attentions=True`):
+            Attention weights of every layer, each `[B, heads, C + N, keys]`.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+@auto_docstring
+class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
+    """
+    The BlockGen language model. What is passed to `forward` decides what it is: with `input_ids` alone a causal
+    language model, with `noisy_input_ids` the denoiser, with `labels` the training loss.
+    """
+
+    generation_config_class = BlockGenGenerationConfig
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    # The loss divides by the number of scored tokens that the Trainer counts over all micro-batches.
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: BlockGenConfig) -> None:
+        super().__init__(config)
+        self.model = BlockGenModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+        self.diffusion = diffusion_from_config(config)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """The output layer starts at zero, as in the paper's backbone."""
+        if module is self.lm_head and not self.config.tie_word_embeddings:
+            init.zeros_(module.weight)
+            init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
+
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        noisy_input_ids: torch.Tensor | None = None,
+        *,
+        block_size: int | None = None,
+        noisy_position_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        labels: torch.Tensor | None = None,
+        noise_level: torch.Tensor | float | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        query_input_ids: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> BlockGenOutput:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `[B, C]`, *optional*):
+                Clean tokens that are not in the cache yet. May be empty or None when noisy tokens are given.
+            noisy_input_ids (`torch.LongTensor` of shape `[B, N]`, *optional*):
+                Noisy tokens z_t: the denoiser's input. Each sees the clean tokens before its block, and its block.
+            block_size (`int`, *optional*):
+                Block size L' of the noisy tokens; blocks are counted from the first of them. Default: the largest that
+                the model was trained for, and drawn from the mixture when `labels` are given.
+            noisy_position_ids (`torch.LongTensor` of shape `[B or 1, N]`, *optional*):
+                Default: the positions of `input_ids` if there are as many (training, verification), the positions
+                behind the cache if there are no `input_ids` (generation).
+            attention_mask (`torch.Tensor` of shape `[B, past + C]`, *optional*):
+                Zero for padding among cached and clean tokens. It gives the default positions.
+            position_ids (`torch.LongTensor` of shape `[B or 1, C]`, *optional*):
+                Positions of `input_ids`.
+            past_key_values (`Cache`, *optional*):
+                Keys and values of earlier clean tokens, any class of transformers. Always read.
+            use_cache (`bool`, *optional*):
+                Whether to commit the clean tokens of this call to the cache. Noisy tokens never are. Default: the
+                configuration's for the causal language model, False for the denoiser and for training.
+            labels (`torch.LongTensor` of shape `[B, C]`, *optional*):
+                The clean tokens to learn (not shifted). Where they are -100 the noisy half is clean and costs nothing.
+            noise_level (`torch.Tensor` of shape `[]`, `[B]` or `[B, N]`, *optional*):
+                Time t of the noisy tokens, in [0, 1]. Needed by a time-conditional denoiser; drawn when `labels` are
+                given.
+            logits_to_keep (`int` or `torch.Tensor`, defaults to 0):
+                As in every causal language model: how many of the last logits to compute (0: all), or which.
+            num_items_in_batch (`torch.Tensor` or `int`, *optional*):
+                Number of scored tokens in all micro-batches of an optimizer step: the loss is then the sum divided by
+                it.
+            query_input_ids (`torch.LongTensor` of shape `[B, Q]`, *optional*):
+                Causal language model only: the fully noised tokens that stand at the last Q predicted positions.
+                Default: mask tokens, or for uniform noise tokens that are a fixed function of their position, so that
+                logits are reproducible.
+
+        Returns:
+            [`BlockGenOutput`]. With `input_ids` alone `logits[:, i]` predict the token at i + 1. With
+            `noisy_input_ids` or `labels` `logits[:, l]` score the clean token at noisy position l, before the masked
+            parameterisation.
+
+        Raises:
+            ValueError: arguments that contradict one another, or attention that the implementation cannot compute.
+        """
+        if labels is not None:
+            return self._training_forward(
+                input_ids, labels, noisy_input_ids, block_size, noise_level, attention_mask, position_ids,
+                past_key_values, use_cache, num_items_in_batch, **kwargs,
+            )  # fmt: skip
+        if noisy_input_ids is None:
+            if input_ids is None:
+                raise ValueError("`forward` needs `input_ids`, `noisy_input_ids`, or both.")
+            use_cache = self.config.use_cache if use_cache is None else use_cache
+            return self._causal_forward(
+                input_ids, query_input_ids, attention_mask, position_ids, past_key_values, use_cache, logits_to_keep,
+                **kwargs,
+            )  # fmt: skip
+        if input_ids is None:
+            input_ids = noisy_input_ids[:, :0]
+        block_size = self._check_block_size(block_size)
+        outputs = self._denoise(
+            input_ids, noisy_input_ids, block_size, noisy_position_ids, attention_mask, position_ids, past_key_values,
+            bool(use_cache), noise_level, **kwargs,
+        )  # fmt: skip
+        hidden_states = outputs.last_hidden_state[:, _kept(logits_to_keep)]
+        return _with_logits(outputs, self.lm_head(hidden_states))
+
+    def _causal_forward(
+        self,
+        input_ids: torch.Tensor,
+        query_input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        past_key_values: Cache | None,
+        use_cache: bool,
+        logits_to_keep: int | torch.Tensor,
+        **kwargs: Any,
+    ) -> BlockGenOutput:
+        """A fully noised query at the position behind every kept token: block size 1."""
+        self._check_block_size(1, warn=False)
+        if self.gradient_checkpointing_active and use_cache:
+            logger.warning_once(
+                "`use_cache=True` is incompatible with gradient checkpointing. Setting `use_cache=False`."
+            )
+            use_cache = False
+        position_ids = self._positions(input_ids, attention_mask, position_ids, past_key_values)
+        if query_input_ids is None and input_ids.shape[1] == 0:  # nothing precedes the one logit of an empty text
+            query_positions = self._following(input_ids, attention_mask, position_ids, past_key_values)
+            query_mask = None
+            query_input_ids = self.fixed_queries(query_positions).expand(input_ids.shape[0], -1)
+        elif query_input_ids is None:
+            kept = _kept(logits_to_keep)
+            query_positions = (position_ids + 1)[:, kept]
+            query_mask = None if attention_mask is None else last_columns(attention_mask, input_ids.shape[1])[:, kept]
+            query_input_ids = self.fixed_queries(query_positions).expand(input_ids.shape[0], -1)
+        else:
+            num_queries = query_input_ids.shape[1]
+            following = self._following(input_ids, attention_mask, position_ids, past_key_values)
+            query_positions = following + torch.arange(1 - num_queries, 1, device=following.device)
+            query_mask = None
+        is_last = isinstance(logits_to_keep, int) and query_positions.shape[1] == 1
+        outputs = self.model(
+            input_ids,
+            query_input_ids,
+            block_size=1,
+            position_ids=position_ids,
+            noisy_position_ids=query_positions,
+            noisy_mask=query_mask,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            noise_level=1.0,
+            is_causal=is_last,
+            **kwargs,
+        )
+        logits = self.lm_head(outputs.last_hidden_state)
+        # CODEPATH: masked checkpoints have a mask token, which is no text; uniform ones have none.
+        if self.config.diffusion_type == "masked":
+            # Samplers and log-likelihoods outside of this package do not know it.
+            logits[..., self.config.mask_token_id] = torch.finfo(logits.dtype).min
+        return _with_logits(outputs, logits)
+
+    def _denoise(
+        self,
+        input_ids: torch.Tensor,
+        noisy_input_ids: torch.Tensor,
+        block_size: int,
+        noisy_position_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        past_key_values: Cache | None,
+        use_cache: bool,
+        noise_level: torch.Tensor | float | None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        num_clean, num_noisy = input_ids.shape[1], noisy_input_ids.shape[1]
+        position_ids = self._positions(input_ids, attention_mask, position_ids, past_key_values)
+        aligned = noisy_position_ids is None and num_noisy == num_clean > 0
+        noisy_mask, follows = None, False
+        if aligned:
+            noisy_position_ids = position_ids
+            noisy_mask = None if attention_mask is None else last_columns(attention_mask, num_clean)
+        elif noisy_position_ids is None:
+            if num_clean > 0 and num_noisy > 0:
+                raise ValueError(
+                    f"`noisy_position_ids` must be given when the number of noisy tokens ({num_noisy}) is "
+                    f"neither that of "
+                    f"`input_ids` ({num_clean}) nor is `input_ids` empty."
+                )
+            follows = True
+            start = self._following(input_ids, attention_mask, position_ids, past_key_values)
+            noisy_position_ids = start + torch.arange(num_noisy, device=noisy_input_ids.device)
+        if num_clean > 0 and num_noisy > 0:
+            self._check_leak(block_size)
+        return self.model(
+            input_ids,
+            noisy_input_ids,
+            block_size=block_size,
+            position_ids=position_ids,
+            noisy_position_ids=noisy_position_ids,
+            noisy_mask=noisy_mask,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            noise_level=noise_level,
+            is_causal=num_noisy == 0 and self.config.clean_attention == "causal",
+            is_full=follows and num_clean == 0 and num_noisy <= block_size,
+            **kwargs,
+        )
+
+    def _training_forward(
+        self,
+        input_ids: torch.Tensor | None,
+        labels: torch.Tensor,
+        noisy_input_ids: torch.Tensor | None,
+        block_size: int | None,
+        noise_level: torch.Tensor | float | None,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        past_key_values: Cache | None,
+        use_cache: bool | None,
+        num_items_in_batch: torch.Tensor | int | None,
+        **kwargs: Any,
+    ) -> BlockGenOutput:
+        """The mixture bound (Eq. 7) by one draw of block size, noise level and noise; what is given is not drawn."""
+        if input_ids is None or labels.shape != input_ids.shape:
+            shape = None if input_ids is None else tuple(input_ids.shape)
+            raise ValueError(f"`labels` must have the shape of `input_ids` {shape}, but have {tuple(labels.shape)}.")
+        if past_key_values is not None or use_cache:
+            raise ValueError(
+                "`past_key_values` and `use_cache=True` have no meaning with `labels`: training has no cache."
+            )
+        scored = labels != -100
+        targets = torch.where(scored, labels, input_ids)
+        if block_size is not None:
+            block_size = self._check_block_size(block_size)
+        block_size, noise_level, noisy_input_ids = draw_training_noise(
+            self.diffusion, self.config, targets, scored, block_size, noise_level, noisy_input_ids
+        )
+        outputs = self._denoise(
+            targets,
+            noisy_input_ids,
+            block_size,
+            None,
+            attention_mask,
+            position_ids,
+            None,
+            False,
+            noise_level,
+            **kwargs,
+        )
+        logits = self.lm_head(outputs.last_hidden_state)
+        loss = mixture_loss(
+            self.diffusion, self.config, logits, targets, noisy_input_ids, scored, block_size, noise_level,
+            num_items_in_batch,
+        )  # fmt: skip
+        return _with_logits(outputs, logits, loss)
+
+    def fixed_queries(self, position_ids: torch.Tensor) -> torch.Tensor:
+        """Fully noised tokens that depend on their position only: mask tokens, or for uniform noise a fixed draw."""
+        generator = CounterGenerator.from_seed(0, position_ids.device).fold_in(position_ids)
+        return self.diffusion.prior(position_ids.shape, position_ids.device, generator)
+
+    @property
+    def gradient_checkpointing_active(self) -> bool:
+        return self.training and self.model.gradient_checkpointing
+
+    def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
+        """
+        As [`PreTrainedModel.save_pretrained`]; the folder carries the modeling code too, so that
+        `AutoModel.from_pretrained(folder, trust_remote_code=True)` loads it where this package is not installed.
+        """
+        module = f"{self.__module__.rsplit('.', 1)[-1]}.{type(self).__name__}"
+        self.config.auto_map = {
+            "AutoConfig": f"configuration_blockgen.{type(self.config).__name__}",
+            "AutoModel": module,
+            "AutoModelForCausalLM": module,
+        }
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def _check_block_size(self, block_size: int | None, warn: bool = True) -> int:
+        trained = self.config.block_sizes
+        if block_size is None:
+            return max(trained)
+        if not isinstance(block_size, int) or isinstance(block_size, bool) or block_size < 1:
+            raise ValueError(f"`block_size` must be a positive integer, but is {block_size!r}.")
+        if warn and block_size not in trained:
+            logger.warning_once(
+                f"`block_size={block_size}` is not one of the block sizes that the model was trained for: {trained}."
+            )
+        if block_size == 1 and not warn:
+            self._check_leak(1)
+        return block_size
+
+    def _check_leak(self, block_size: int) -> None:
+        """Block-causal clean tokens see their whole block: no noisy block may start inside of one."""
+        grid = self.config.block_sizes[0]
+        if self.config.clean_attention == "block_causal" and block_size % grid != 0:
+            raise ValueError(
+                f"`block_size={block_size}` is not possible with `clean_attention='block_causal'` and blocks of "
+                f"{grid}: clean "
+                "tokens would reveal the tokens to be predicted. Autoregressive predictions and verification "
+                "need a model "
+                "with `clean_attention='causal'`; other block sizes must be multiples."
+            )
+
+    @staticmethod
+    def _positions(
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        past_key_values: Cache | None,
+    ) -> torch.Tensor:
+        """Positions of the clean tokens of the call, `[B or 1, C]`."""
+        num_clean = input_ids.shape[1]
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if attention_mask is not None:
+            # The length of a static cache is a tensor, whose value would cost a synchronisation.
+            expected = attention_mask.shape[1] if isinstance(past, torch.Tensor) else past + num_clean
+            if attention_mask.ndim != 2 or attention_mask.shape[1] != expected:
+                raise ValueError(
+                    f"`attention_mask` must have the shape [batch, past + clean tokens] = [{input_ids.shape[0]}, "
+                    f"{expected}], "
+                    f"but has {list(attention_mask.shape)}."
+                )
+        if position_ids is not None:
+            if position_ids.shape[-1] != num_clean:
+                raise ValueError(
+                    f"`position_ids` must give a position for each of the {num_clean} `input_ids`, but have the shape "
+                    f"{list(position_ids.shape)}."
+                )
+            return position_ids
+        if attention_mask is not None:
+            return last_columns((attention_mask.long().cumsum(-1) - 1).clamp(min=0), num_clean)
+        return torch.arange(num_clean, device=input_ids.device)[None] + past
+
+    @staticmethod
+    def _following(
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor,
+        past_key_values: Cache | None,
+    ) -> torch.Tensor:
+        """The position behind the last clean token, `[B or 1, 1]`."""
+        if attention_mask is not None:
+            length = attention_mask.long().sum(-1, keepdim=True)
+            # An empty row of a padded batch starts at 0, whatever the position of its padding.
+            return length if input_ids.shape[1] == 0 else torch.where(length > 0, position_ids[:, -1:] + 1, 0)
+        if input_ids.shape[1] > 0:
+            return position_ids[:, -1:] + 1
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        return torch.zeros(1, 1, dtype=torch.long, device=input_ids.device) + past
+
+
+def _kept(logits_to_keep: int | torch.Tensor) -> slice | torch.Tensor:
+    return slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+
+
+def _with_logits(
+    outputs: BaseModelOutputWithPast, logits: torch.Tensor, loss: torch.Tensor | None = None
+) -> BlockGenOutput:
+    return BlockGenOutput(
+        loss=loss,
+        logits=logits,
+        past_key_values=outputs.past_key_values,
+        hidden_states=outputs.hidden_states,
+        attentions=outputs.attentions,
+    )
+
+
+# `AutoModel` as well: `save_pretrained` writes the whole map.
+BlockGenConfig.register_for_auto_class()
+BlockGenForDiffusionLM.register_for_auto_class("AutoModelForCausalLM")
+
+__all__ = ["BlockGenForDiffusionLM", "BlockGenOutput"]

@@ -1,0 +1,258 @@
+# Copyright 2026 The blockgen-hf authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The trunk of BlockGen: from clean and noisy tokens to the hidden states of the noisy ones."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils.generic import is_flash_attention_requested
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_blockgen import BlockGenConfig
+from .diffusion_blockgen import diffusion_from_config
+from .layers_blockgen import (
+    BlockGenAttention,
+    BlockGenDecoderLayer,
+    BlockGenLayerNorm,
+    BlockGenModulation,
+    BlockGenRotaryEmbedding,
+    BlockGenTimeEmbedding,
+    modulate,
+)
+from .masking_blockgen import AttentionLayout, build_layout, concat, make_attention_mask, unreachable
+
+
+class BlockGenPreTrainedModel(PreTrainedModel):
+    config: BlockGenConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["BlockGenDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": BlockGenDecoderLayer, "attentions": BlockGenAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """torch's own initialisation, as in the paper's backbone; adaLN starts at zero."""
+        if isinstance(module, BlockGenModulation):
+            init.zeros_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, (nn.Linear, nn.Embedding)):
+            bound = module.weight.shape[1] ** -0.5
+            init.uniform_(module.weight, -bound, bound)
+            if getattr(module, "bias", None) is not None:
+                init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, BlockGenLayerNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, BlockGenRotaryEmbedding):
+            super()._init_weights(module)
+
+
+class BlockGenModel(BlockGenPreTrainedModel):
+    """
+    The trunk: from clean and noisy ids to the hidden states of the noisy tokens. It has no use without the head, so
+    that training and sampling go through [`BlockGenForDiffusionLM`].
+    """
+
+    def __init__(self, config: BlockGenConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.time_embedding = BlockGenTimeEmbedding(config.cond_dim) if config.adaptive_layer_norm else None
+        self.layers = nn.ModuleList([BlockGenDecoderLayer(config, idx) for idx in range(config.num_hidden_layers)])
+        self.norm = BlockGenLayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.norm_modulation = (
+            BlockGenModulation(config.cond_dim, 2 * config.hidden_size) if config.adaptive_layer_norm else None
+        )
+        self.rotary_emb = BlockGenRotaryEmbedding(config)
+        self.schedule = diffusion_from_config(config).schedule
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        noisy_input_ids: torch.Tensor | None = None,
+        *,
+        block_size: int = 1,
+        position_ids: torch.Tensor | None = None,
+        noisy_position_ids: torch.Tensor | None = None,
+        noisy_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool = False,
+        noise_level: torch.Tensor | None = None,
+        is_causal: bool = False,
+        is_full: bool = False,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """
+        Args:
+            input_ids (`torch.LongTensor` of shape `[B, C]`): clean tokens of the call; C may be 0.
+            noisy_input_ids (`torch.LongTensor` of shape `[B, N]`): noisy tokens; N may be 0, to fill the cache.
+            block_size, position_ids, attention_mask, past_key_values, use_cache, noise_level:
+                as in [`BlockGenForDiffusionLM.forward`]; the positions are not optional here.
+            noisy_mask (`torch.Tensor` of shape `[B, N]`, *optional*): zero where a noisy token is padding.
+            is_causal (`bool`): the caller knows that the mask is causal over cache, clean and noisy tokens in this
+            order.
+            is_full (`bool`): the caller knows that every query sees every key.
+
+        Returns:
+            [`BaseModelOutputWithPast`], `last_hidden_state` of the noisy tokens only, `[B, N, hidden_size]`.
+        """
+        if noisy_input_ids is None or position_ids is None or noisy_position_ids is None:
+            raise ValueError(
+                "`BlockGenModel` needs `noisy_input_ids` and both positions: its hidden states are those of "
+                "noisy tokens. "
+                "Call `BlockGenForDiffusionLM`, which makes them (trainers that call the base model train it wrongly)."
+            )
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        self._check_checkpointing(past_key_values)
+        num_clean = input_ids.shape[1]
+        num_committed = num_clean if use_cache else 0
+        past_key_values_read = past_key_values if self._reads(past_key_values, num_committed) else None
+
+        layout = build_layout(
+            position_ids,
+            noisy_position_ids,
+            block_size,
+            1 if self.config.clean_attention == "causal" else self.config.block_sizes[0],
+            self._cached_positions(past_key_values_read, num_committed, position_ids, attention_mask),
+            clean_is_committed=num_committed > 0,
+            clean_valid=None if attention_mask is None else last_columns(attention_mask, num_clean).bool(),
+            noisy_valid=None if noisy_mask is None else noisy_mask.bool(),
+        )
+        static = past_key_values_read is not None and past_key_values_read.is_compileable
+        unmasked = attention_mask is None and not static
+        mask, is_causal = self._render(layout, is_causal and unmasked, is_full and unmasked, past_key_values_read)
+
+        hidden_states = self.embed_tokens(torch.cat([input_ids, noisy_input_ids], dim=1))
+        position_embeddings = self.rotary_emb(hidden_states, concat(position_ids, noisy_position_ids))
+        condition = self._condition(noise_level, num_clean, noisy_input_ids.shape)
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                condition=condition,
+                position_embeddings=position_embeddings,
+                attention_mask=mask,
+                is_causal=is_causal,
+                past_key_values=past_key_values_read,
+                num_committed=num_committed,
+                **kwargs,
+            )
+        hidden_states = self.norm(hidden_states[:, num_clean:])
+        if self.norm_modulation is not None and condition is not None:
+            condition = condition if condition.shape[1] == 1 else condition[:, num_clean:]
+            hidden_states = modulate(hidden_states, *self.norm_modulation(condition).chunk(2, dim=-1))
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+
+    def _condition(
+        self, noise_level: torch.Tensor | None, num_clean: int, noisy_shape: torch.Size
+    ) -> torch.Tensor | None:
+        """silu(time embedding): `[1, 1, cond_dim]`, or `[B, C + N, cond_dim]` with zero for the clean half."""
+        if self.time_embedding is None:
+            return None
+        sigma = torch.zeros(1, 1, device=self.embed_tokens.weight.device)
+        if self.config.time_conditioning:
+            if noise_level is None:
+                raise ValueError(
+                    "`noise_level` must be given to a model with `time_conditioning=True`: the time t of the "
+                    "noisy tokens, "
+                    "a number, or a tensor of shape [B] or [B, N]."
+                )
+            noise_level = torch.as_tensor(noise_level, dtype=torch.float64, device=sigma.device)
+            noise_level = noise_level[:, None] if noise_level.ndim == 1 else noise_level
+            alpha = self.schedule.alpha(noise_level).clamp(min=1e-12).expand(noisy_shape)
+            sigma = torch.cat([sigma.expand(noisy_shape[0], num_clean), -alpha.log().float()], dim=1)
+        return nn.functional.silu(self.time_embedding(sigma))
+
+    def _check_checkpointing(self, past_key_values: Cache | None) -> None:
+        if past_key_values is not None and self.gradient_checkpointing and self.training:
+            raise ValueError(
+                "`past_key_values` cannot be read under gradient checkpointing in training mode: the layers "
+                "would silently "
+                "run without it. Call `model.eval()`, or pass `use_cache=False`."
+            )
+
+    @staticmethod
+    def _reads(past_key_values: Cache | None, num_committed: int) -> bool:
+        """Whether the layers touch the cache. Quantised caches cannot be read before something is in them."""
+        if past_key_values is None:
+            return False
+        return num_committed > 0 or past_key_values.is_compileable or past_key_values.get_seq_length() > 0
+
+    @staticmethod
+    def _cached_positions(
+        past_key_values: Cache | None,
+        num_committed: int,
+        position_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Positions of the tokens in the slots that the cache will return, `[B or 1, slots]`."""
+        if past_key_values is None:
+            return position_ids.new_empty(1, 0)
+        length = past_key_values.get_seq_length() + num_committed  # a tensor for static caches: no synchronisation
+        slots = past_key_values.get_max_length() if past_key_values.is_compileable else length
+        index = torch.arange(slots, device=position_ids.device)[None]
+        positions = index
+        if attention_mask is not None:
+            valid = nn.functional.pad(attention_mask, (0, slots - attention_mask.shape[1])).bool()
+            positions = torch.where(valid, valid.long().cumsum(-1) - 1, unreachable(valid.long()))
+        return torch.where(index < length, positions, unreachable(index))
+
+    def _render(
+        self, layout: AttentionLayout, is_causal: bool, is_full: bool, past_key_values: Cache | None
+    ) -> tuple[Any, bool]:
+        """The mask for the attention implementation, or None with `is_causal` where the kernel needs none."""
+        implementation = self.config._attn_implementation
+        device = layout.key_position.device
+        if implementation == "flex_attention" and device.type == "cpu":
+            raise ValueError(
+                "`attn_implementation='flex_attention'` has no backward pass on CPUs and compiles for minutes "
+                "there: use "
+                "'sdpa' or 'eager' on this device."
+            )
+        if is_full:
+            return None, False
+        if is_flash_attention_requested(self.config):
+            if is_causal:
+                return None, True
+            raise ValueError(
+                f"`attn_implementation={implementation!r}` serves forward passes that need no mask: autoregressive "
+                "decoding and block-diffusion denoising of unpadded prompts with a dynamic cache. Training, "
+                "verification "
+                "(ARPC), padding and static caches need one: use `attn_implementation='sdpa'` or 'flex_attention'."
+            )
+        # SDPA aligns its causal mask with the first key, so that it fits only where nothing is cached.
+        if implementation == "sdpa" and is_causal and layout.key_position.shape[-1] == layout.clean_limit.shape[-1]:
+            return None, True
+        return make_attention_mask(layout, implementation, self.dtype), False
+
+
+def last_columns(mask: torch.Tensor, count: int) -> torch.Tensor:
+    """The last `count` columns, also for 0."""
+    return mask[:, mask.shape[1] - count :]
+
+
+__all__ = ["BlockGenModel", "BlockGenPreTrainedModel"]
