@@ -18,7 +18,15 @@ from pathlib import Path
 
 import torch
 from tokenizers import ByteLevelBPETokenizer
-from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments, set_seed
+from transformers import (
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.trainer_utils import get_last_checkpoint
 
 from blockgen_hf import BlockGenConfig, BlockGenForDiffusionLM
@@ -26,6 +34,63 @@ from blockgen_hf import BlockGenConfig, BlockGenForDiffusionLM
 
 END_OF_TEXT = "<|endoftext|>"
 DATASET = "roneneldan/TinyStories"
+CARD = """---
+license: apache-2.0
+language: en
+library_name: transformers
+pipeline_tag: text-generation
+datasets:
+- roneneldan/TinyStories
+tags:
+- blockgen
+- discrete-diffusion
+- block-diffusion
+---
+
+# BlockGen, masked, TinyStories, {parameters:.1f}M parameters
+
+A small [BlockGen](https://github.com/jdeschena/blockgen) model for trying things out: one denoiser that generates
+autoregressively, by block diffusion, or by block diffusion with an autoregressive corrector (ARPC). It writes simple
+stories for children, with mistakes. It is no baseline for anything.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(path)
+model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
+inputs = tokenizer("Once upon a time", return_tensors="pt")
+outputs = model.generate(**inputs, decoding="arpc", block_size=16, max_new_tokens=64)
+print(tokenizer.decode(outputs[0], skip_special_tokens=True))
+```
+
+## Model
+
+Masked diffusion, {layers} layers of width {width}, {positions} positions, a byte-level BPE vocabulary of {vocabulary}
+tokens. Block sizes {block_sizes} with weights {weights}, causal attention among clean tokens. The weights are
+stored in bfloat16 and loaded in float32.
+
+## Training
+
+{stories:,} stories of TinyStories (CDLA-Sharing-1.0, which leaves trained models unrestricted), joined with
+`<|endoftext|>` and cut into rows of {positions} tokens; unweighted cross entropy (BlockGen, Sec. 5.1). {steps:,} steps
+of {batch_size} rows, {tokens:,} tokens or {epochs:.1f} epochs, AdamW with peak learning rate {learning_rate:g} and
+cosine decay, {minutes:.0f} minutes on a CPU. Script: `examples/train_tinystories.py`.
+
+## Evaluation
+
+Perplexity a token on {eval_rows} rows of the validation stories ({eval_tokens:,} tokens of this vocabulary, so not
+comparable with other tokenizers): exact at block size 1, else an upper bound (ELBO, {draws} draws a row); for the
+mixture the log-sum-exp bound of the paper's Eq. 20. One training run.
+
+| block size | perplexity |
+|---|---|
+{perplexities}
+
+## Limits
+
+Short sentences are often right, stories wander. It knows nothing but stories for children, and was not examined for
+bias.
+"""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -48,6 +113,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--eval-rows", type=int, default=256, help="validation rows that the card's perplexities are of"
     )
+    parser.add_argument("--eval-draws", type=int, default=4, help="Monte-Carlo draws a row of the bounds")
     parser.add_argument("--seed", type=int, default=0)
     return parser
 
@@ -93,8 +159,20 @@ class PackedStories(torch.utils.data.Dataset):
         return {"input_ids": self.rows[index], "labels": self.rows[index]}
 
 
+class ElapsedTime(TrainerCallback):
+    """Seconds of training, over interruptions: kept beside the checkpoints."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.before = json.loads(path.read_text()) if path.exists() else 0.0
+        self.started = time.time()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+        self.path.write_text(json.dumps(self.before + time.time() - self.started))
+
+
 @torch.no_grad()
-def perplexities(model: BlockGenForDiffusionLM, rows: torch.Tensor, draws: int = 4) -> dict[str, float]:
+def perplexities(model: BlockGenForDiffusionLM, rows: torch.Tensor, draws: int) -> dict[str, float]:
     """
     Perplexity bound of every block size (Eq. 13, 18, 19) over the rows: ELBO, exact cross entropy at block size 1; and
     of the mixture by the log-sum-exp of every sequence (Eq. 20).
@@ -142,6 +220,26 @@ def model_config(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -
     )
 
 
+def training_arguments(args: argparse.Namespace) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(args.output_dir),
+        max_steps=args.max_steps,
+        per_device_train_batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=100,
+        max_grad_norm=1.0,
+        adam_beta2=0.98,
+        weight_decay=0.1,
+        logging_steps=50,
+        save_steps=args.save_steps,
+        save_total_limit=2,
+        report_to="none",
+        seed=args.seed,
+        dataloader_num_workers=0,
+    )
+
+
 def main() -> None:
     args = make_parser().parse_args()
     if (args.train_file is None) != (args.validation_file is None):
@@ -160,45 +258,48 @@ def main() -> None:
     model = BlockGenForDiffusionLM(model_config(args, tokenizer))
     print(f"{model.num_parameters():,} parameters, {len(train_set):,} rows of {args.length} tokens")
 
-    training_args = TrainingArguments(
-        output_dir=str(args.output_dir),
-        max_steps=args.max_steps,
-        per_device_train_batch_size=args.batch_size,
-        learning_rate=args.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=100,
-        max_grad_norm=1.0,
-        adam_beta2=0.98,
-        weight_decay=0.1,
-        logging_steps=50,
-        save_steps=args.save_steps,
-        save_total_limit=2,
-        report_to="none",
-        seed=args.seed,
-        dataloader_num_workers=0,
-    )
-    trainer = Trainer(model=model, args=training_args, train_dataset=train_set)
-    started = time.time()
+    elapsed = ElapsedTime(args.output_dir / "seconds.json")
+    trainer = Trainer(model=model, args=training_arguments(args), train_dataset=train_set, callbacks=[elapsed])
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(args.output_dir)))
-    hours = (time.time() - started) / 3600
 
-    results = perplexities(model, valid_set.rows[: args.eval_rows])
+    rows = valid_set.rows[: args.eval_rows]
+    results = perplexities(model, rows, args.eval_draws)
     for name, value in results.items():
         print(f"validation perplexity, block size {name}: {value:.2f}")
-    final = args.output_dir / "final"
-    # Stored in bfloat16 to be small, loaded in float32.
+    config = model.config
+    tokens = trainer.state.global_step * args.batch_size * args.length
+    card = CARD.format(
+        parameters=model.num_parameters() / 1e6,
+        layers=config.num_hidden_layers,
+        width=config.hidden_size,
+        positions=args.length,
+        vocabulary=len(tokenizer),
+        block_sizes=config.block_sizes,
+        weights=config.block_size_weights,
+        stories=len(stories),
+        steps=trainer.state.global_step,
+        batch_size=args.batch_size,
+        tokens=tokens,
+        epochs=tokens / train_set.rows.numel(),
+        learning_rate=args.learning_rate,
+        minutes=json.loads(elapsed.path.read_text()) / 60,
+        eval_rows=len(rows),
+        eval_tokens=rows.numel(),
+        draws=args.eval_draws,
+        perplexities="\n".join(f"| {name} | {value:.1f} |" for name, value in results.items()),
+    )
+    save(model, tokenizer, card, args.output_dir / "final")
+
+
+def save(model: BlockGenForDiffusionLM, tokenizer: PreTrainedTokenizerFast, card: str, folder: Path) -> None:
+    """Weights in bfloat16 to be small, loaded in float32; tokenizer, generation settings and card with them."""
     model.to(torch.bfloat16)
     model.config.dtype = torch.float32
-    model.save_pretrained(final)
-    tokenizer.save_pretrained(final)
-    summary = {
-        "perplexity": results,
-        "eval_rows": min(args.eval_rows, len(valid_set)),
-        "hours_of_last_run": hours,
-        "steps": trainer.state.global_step,
-        "tokens": trainer.state.global_step * args.batch_size * args.length,
-    }
-    (args.output_dir / "summary.json").write_text(json.dumps(summary, indent=2))
+    settings = {"decoding": "arpc", "do_sample": True, "top_k": 0, "temperature": 0.8, "max_new_tokens": 128}
+    model.generation_config.update(**settings)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text(card)
 
 
 if __name__ == "__main__":

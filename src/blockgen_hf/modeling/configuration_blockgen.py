@@ -177,8 +177,7 @@ class BlockGenConfig(PreTrainedConfig):
         if self.hidden_size % (2 * self.num_attention_heads) != 0:
             raise ValueError(
                 f"`num_attention_heads` must divide `hidden_size` ({self.hidden_size}) into heads of even width, "
-                f"which "
-                f"rotary embeddings need, but is {self.num_attention_heads}."
+                f"which rotary embeddings need, but is {self.num_attention_heads}."
             )
         for name, low, high in (("noise_schedule_eps", 0.0, 1.0), ("hidden_dropout", 0.0, 1.0)):
             value = getattr(self, name)
@@ -204,9 +203,8 @@ class BlockGenConfig(PreTrainedConfig):
         if weights is not None:
             if not isinstance(weights, (list, tuple)) or len(weights) != len(sizes):
                 raise ValueError(
-                    f"`block_size_weights` must hold one weight for each of the {len(sizes)} `block_sizes`, or "
-                    f"be None, "
-                    f"but is {weights!r}."
+                    f"`block_size_weights` must hold one weight for each of the {len(sizes)} `block_sizes`, or be "
+                    f"None, but is {weights!r}."
                 )
             if (
                 not all(isinstance(w, (int, float)) and isfinite(w) and w >= 0 for w in weights)
@@ -218,9 +216,8 @@ class BlockGenConfig(PreTrainedConfig):
             self.block_size_weights = [float(weight) for weight in weights]
         if self.clean_attention == "block_causal" and len(sizes) > 1:
             raise ValueError(
-                f"`clean_attention='block_causal'` needs a single block size, but `block_sizes` is {sizes!r}: "
-                f"block sizes "
-                "share one cache only if no clean token sees a later one. Use `clean_attention='causal'`."
+                f"`clean_attention='block_causal'` needs a single block size, but `block_sizes` is {sizes!r}: block "
+                "sizes share one cache only if no clean token sees a later one. Use `clean_attention='causal'`."
             )
 
 

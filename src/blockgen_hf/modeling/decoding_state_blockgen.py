@@ -70,9 +70,8 @@ class DecodingState:
 
         if prompt_is_cached and num_cached > self.prompt_width:
             raise ValueError(
-                f"`past_key_values` hold {num_cached} tokens, but `inputs` only {self.prompt_width}: pass the "
-                f"whole text, or "
-                "the new tokens with an `attention_mask` that covers the cached ones too."
+                f"`past_key_values` hold {num_cached} tokens, but `inputs` only {self.prompt_width}: pass the whole "
+                "text, or the new tokens with an `attention_mask` that covers the cached ones too."
             )
         self.pending = input_ids[:, num_cached:] if prompt_is_cached else input_ids
         self.num_cached = num_cached

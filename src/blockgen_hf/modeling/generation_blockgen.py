@@ -79,6 +79,9 @@ class BlockGenGenerationMixin(GenerationMixin):
         if generation_config is None:
             # Settings of the call, before the parent fills what is None; a None of the call is meant as such.
             generation_config = BlockGenGenerationConfig()
+            do_sample = self.generation_config.do_sample
+            # Known beforehand: transformers warns of a temperature where nothing is sampled.
+            generation_config.do_sample = True if do_sample is None else do_sample
             kwargs_left = generation_config.update(**kwargs)
             unset = [name for name, value in kwargs.items() if value is None and hasattr(generation_config, name)]
             generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs_left)
@@ -109,8 +112,7 @@ class BlockGenGenerationMixin(GenerationMixin):
             if generation_mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
                 raise ValueError(
                     f"`decoding={generation_config.decoding!r}` does not go with {generation_mode.value}: beams, "
-                    f"assistants "
-                    "and prompt lookup need `decoding='ar'`."
+                    "assistants and prompt lookup need `decoding='ar'`."
                 )
             for name in _STEPWISE_OUTPUTS:
                 if getattr(generation_config, name):
@@ -119,9 +121,9 @@ class BlockGenGenerationMixin(GenerationMixin):
                     )
             if generation_mode_kwargs.get("synced_gpus"):
                 raise ValueError(
-                    f"`decoding={generation_config.decoding!r}` cannot run with `synced_gpus=True` (FSDP, "
-                    f"ZeRO-3): ranks "
-                    "finish after different numbers of forward passes. Gather the model first, or use `decoding='ar'`."
+                    f"`decoding={generation_config.decoding!r}` cannot run with `synced_gpus=True` (FSDP, ZeRO-3): "
+                    "ranks finish after different numbers of forward passes. Gather the model first, or use "
+                    "`decoding='ar'`."
                 )
             generation_config.num_denoising_steps()
         self._validate_corrector(generation_config)
@@ -137,8 +139,7 @@ class BlockGenGenerationMixin(GenerationMixin):
         ):
             raise ValueError(
                 f"`corrector={corrector!r}` is not for masked models: their predictions at tokens that are fixed "
-                f"already "
-                f"were never trained (BlockGen, Suppl. B.1). Use one of {[*AR_CORRECTORS, 'random']}."
+                f"already were never trained (BlockGen, Suppl. B.1). Use one of {[*AR_CORRECTORS, 'random']}."
             )
 
     def _validate_clean_attention(self, generation_config: GenerationConfig) -> None:
@@ -149,14 +150,13 @@ class BlockGenGenerationMixin(GenerationMixin):
         if needs_ar or (generation_config.decoding == "arpc" and generation_config.corrector in AR_CORRECTORS):
             raise ValueError(
                 "`decoding='ar'`, `ar_seed_tokens` and the AR correctors need a model with "
-                "`clean_attention='causal'`: with "
-                "'block_causal' the clean tokens of a block would reveal the tokens to be predicted."
+                "`clean_attention='causal'`: with 'block_causal' the clean tokens of a block would reveal the tokens "
+                "to be predicted."
             )
         if generation_config.block_size % grid != 0:
             raise ValueError(
                 f"`block_size` must be a multiple of {grid}, the grid of a model with "
-                f"`clean_attention='block_causal'`, but is "
-                f"{generation_config.block_size}."
+                f"`clean_attention='block_causal'`, but is {generation_config.block_size}."
             )
 
     # 2. prompts
@@ -215,8 +215,7 @@ class BlockGenGenerationMixin(GenerationMixin):
             if is_mask.any():
                 raise ValueError(
                     f"`inputs` contain the mask token ({self.config.mask_token_id}): prompts are clean text. "
-                    f"Infilling is not "
-                    "what `generate` does."
+                    "Infilling is not what `generate` does."
                 )
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]) -> None:
@@ -234,9 +233,9 @@ class BlockGenGenerationMixin(GenerationMixin):
             )
         if generation_config.max_length > positions:
             raise ValueError(
-                f"`max_new_tokens` must be at most {positions - input_ids_length} with a prompt of "
-                f"{input_ids_length} tokens: "
-                f"the model has {positions} positions. It is {generation_config.max_length - input_ids_length}."
+                f"`max_new_tokens` must be at most {positions - input_ids_length} with a prompt of {input_ids_length} "
+                f"tokens: the model has {positions} positions. It is "
+                f"{generation_config.max_length - input_ids_length}."
             )
         super()._validate_generated_length(generation_config, input_ids_length, has_default_max_length)
 

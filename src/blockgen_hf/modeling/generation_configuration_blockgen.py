@@ -157,9 +157,8 @@ class BlockGenGenerationConfig(GenerationConfig):
                 raise ValueError(f"`{name}` must be an integer of at least {smallest}, but is {value!r}.")
         if self.denoising_steps is not None and self.nfe_per_block is not None:
             raise ValueError(
-                f"`denoising_steps` ({self.denoising_steps}) and `nfe_per_block` ({self.nfe_per_block}) "
-                f"contradict one "
-                "another: the second is the budget from which the number of steps follows. Give one of them."
+                f"`denoising_steps` ({self.denoising_steps}) and `nfe_per_block` ({self.nfe_per_block}) contradict "
+                "one another: the second is the budget from which the number of steps follows. Give one of them."
             )
 
     def is_informed(self, step: int, num_steps: int) -> bool:
@@ -181,9 +180,8 @@ class BlockGenGenerationConfig(GenerationConfig):
         if self.decoding == "arpc" and needed > self.nfe_per_block:
             raise ValueError(
                 f"`nfe_per_block={self.nfe_per_block}` is too small for a single informed step: with "
-                f"`corrector={self.corrector!r}` and `corrector_start={self.corrector_start}` ARPC needs at "
-                f"least {needed} "
-                "function evaluations a block."
+                f"`corrector={self.corrector!r}` and `corrector_start={self.corrector_start}` ARPC needs at least "
+                f"{needed} function evaluations a block."
             )
         affordable = range(1, self.nfe_per_block + 1)
         return max(steps for steps in affordable if self.function_evaluations(steps) <= self.nfe_per_block)

@@ -254,9 +254,8 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
         elif noisy_position_ids is None:
             if num_clean > 0 and num_noisy > 0:
                 raise ValueError(
-                    f"`noisy_position_ids` must be given when the number of noisy tokens ({num_noisy}) is "
-                    f"neither that of "
-                    f"`input_ids` ({num_clean}) nor is `input_ids` empty."
+                    f"`noisy_position_ids` must be given when the number of noisy tokens ({num_noisy}) is neither "
+                    f"that of `input_ids` ({num_clean}) nor is `input_ids` empty."
                 )
             follows = True
             start = self._following(input_ids, attention_mask, position_ids, past_key_values)
@@ -369,10 +368,8 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
         if self.config.clean_attention == "block_causal" and block_size % grid != 0:
             raise ValueError(
                 f"`block_size={block_size}` is not possible with `clean_attention='block_causal'` and blocks of "
-                f"{grid}: clean "
-                "tokens would reveal the tokens to be predicted. Autoregressive predictions and verification "
-                "need a model "
-                "with `clean_attention='causal'`; other block sizes must be multiples."
+                f"{grid}: clean tokens would reveal the tokens to be predicted. Autoregressive predictions and "
+                "verification need a model with `clean_attention='causal'`; other block sizes must be multiples."
             )
 
     @staticmethod
@@ -391,8 +388,7 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
             if attention_mask.ndim != 2 or attention_mask.shape[1] != expected:
                 raise ValueError(
                     f"`attention_mask` must have the shape [batch, past + clean tokens] = [{input_ids.shape[0]}, "
-                    f"{expected}], "
-                    f"but has {list(attention_mask.shape)}."
+                    f"{expected}], but has {list(attention_mask.shape)}."
                 )
         if position_ids is not None:
             if position_ids.shape[-1] != num_clean:

@@ -122,30 +122,30 @@ class BlockGenModel(BlockGenPreTrainedModel):
         """
         if noisy_input_ids is None or position_ids is None or noisy_position_ids is None:
             raise ValueError(
-                "`BlockGenModel` needs `noisy_input_ids` and both positions: its hidden states are those of "
-                "noisy tokens. "
-                "Call `BlockGenForDiffusionLM`, which makes them (trainers that call the base model train it wrongly)."
+                "`BlockGenModel` needs `noisy_input_ids` and both positions: its hidden states are those of noisy "
+                "tokens. Call `BlockGenForDiffusionLM`, which makes them (trainers that call the base model train it "
+                "wrongly)."
             )
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         self._check_checkpointing(past_key_values)
         num_clean = input_ids.shape[1]
         num_committed = num_clean if use_cache else 0
-        past_key_values_read = past_key_values if self._reads(past_key_values, num_committed) else None
-
+        read_cache = past_key_values if self._reads(past_key_values, num_committed) else None
         layout = build_layout(
             position_ids,
             noisy_position_ids,
             block_size,
             1 if self.config.clean_attention == "causal" else self.config.block_sizes[0],
-            self._cached_positions(past_key_values_read, num_committed, position_ids, attention_mask),
+            self._cached_positions(read_cache, num_committed, position_ids, attention_mask),
             clean_is_committed=num_committed > 0,
             clean_valid=None if attention_mask is None else last_columns(attention_mask, num_clean).bool(),
             noisy_valid=None if noisy_mask is None else noisy_mask.bool(),
         )
-        static = past_key_values_read is not None and past_key_values_read.is_compileable
-        unmasked = attention_mask is None and not static
-        mask, is_causal = self._render(layout, is_causal and unmasked, is_full and unmasked, past_key_values_read)
+        # Padding, and the free slots of a static cache, have to be masked in any case.
+        static = read_cache is not None and read_cache.is_compileable
+        unpadded = attention_mask is None and not static
+        mask, is_causal = self._render(layout, is_causal and unpadded, is_full and unpadded)
 
         hidden_states = self.embed_tokens(torch.cat([input_ids, noisy_input_ids], dim=1))
         position_embeddings = self.rotary_emb(hidden_states, concat(position_ids, noisy_position_ids))
@@ -157,15 +157,19 @@ class BlockGenModel(BlockGenPreTrainedModel):
                 position_embeddings=position_embeddings,
                 attention_mask=mask,
                 is_causal=is_causal,
-                past_key_values=past_key_values_read,
+                past_key_values=read_cache,
                 num_committed=num_committed,
                 **kwargs,
             )
-        hidden_states = self.norm(hidden_states[:, num_clean:])
-        if self.norm_modulation is not None and condition is not None:
-            condition = condition if condition.shape[1] == 1 else condition[:, num_clean:]
-            hidden_states = modulate(hidden_states, *self.norm_modulation(condition).chunk(2, dim=-1))
+        hidden_states = self._final_norm(hidden_states[:, num_clean:], condition)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+
+    def _final_norm(self, hidden_states: torch.Tensor, condition: torch.Tensor | None) -> torch.Tensor:
+        hidden_states_normed = self.norm(hidden_states)
+        if self.norm_modulation is None or condition is None:
+            return hidden_states_normed
+        condition = condition if condition.shape[1] == 1 else last_columns(condition, hidden_states.shape[1])
+        return modulate(hidden_states_normed, *self.norm_modulation(condition).chunk(2, dim=-1))
 
     def _condition(
         self, noise_level: torch.Tensor | None, num_clean: int, noisy_shape: torch.Size
@@ -177,9 +181,8 @@ class BlockGenModel(BlockGenPreTrainedModel):
         if self.config.time_conditioning:
             if noise_level is None:
                 raise ValueError(
-                    "`noise_level` must be given to a model with `time_conditioning=True`: the time t of the "
-                    "noisy tokens, "
-                    "a number, or a tensor of shape [B] or [B, N]."
+                    "`noise_level` must be given to a model with `time_conditioning=True`: the time t of the noisy "
+                    "tokens, a number, or a tensor of shape [B] or [B, N]."
                 )
             noise_level = torch.as_tensor(noise_level, dtype=torch.float64, device=sigma.device)
             noise_level = noise_level[:, None] if noise_level.ndim == 1 else noise_level
@@ -190,9 +193,8 @@ class BlockGenModel(BlockGenPreTrainedModel):
     def _check_checkpointing(self, past_key_values: Cache | None) -> None:
         if past_key_values is not None and self.gradient_checkpointing and self.training:
             raise ValueError(
-                "`past_key_values` cannot be read under gradient checkpointing in training mode: the layers "
-                "would silently "
-                "run without it. Call `model.eval()`, or pass `use_cache=False`."
+                "`past_key_values` cannot be read under gradient checkpointing in training mode: the layers would "
+                "silently run without it. Call `model.eval()`, or pass `use_cache=False`."
             )
 
     @staticmethod
@@ -221,17 +223,14 @@ class BlockGenModel(BlockGenPreTrainedModel):
             positions = torch.where(valid, valid.long().cumsum(-1) - 1, unreachable(valid.long()))
         return torch.where(index < length, positions, unreachable(index))
 
-    def _render(
-        self, layout: AttentionLayout, is_causal: bool, is_full: bool, past_key_values: Cache | None
-    ) -> tuple[Any, bool]:
+    def _render(self, layout: AttentionLayout, is_causal: bool, is_full: bool) -> tuple[Any, bool]:
         """The mask for the attention implementation, or None with `is_causal` where the kernel needs none."""
         implementation = self.config._attn_implementation
         device = layout.key_position.device
         if implementation == "flex_attention" and device.type == "cpu":
             raise ValueError(
-                "`attn_implementation='flex_attention'` has no backward pass on CPUs and compiles for minutes "
-                "there: use "
-                "'sdpa' or 'eager' on this device."
+                "`attn_implementation='flex_attention'` has no backward pass on CPUs and compiles for minutes there: "
+                "use 'sdpa' or 'eager' on this device."
             )
         if is_full:
             return None, False
@@ -241,8 +240,8 @@ class BlockGenModel(BlockGenPreTrainedModel):
             raise ValueError(
                 f"`attn_implementation={implementation!r}` serves forward passes that need no mask: autoregressive "
                 "decoding and block-diffusion denoising of unpadded prompts with a dynamic cache. Training, "
-                "verification "
-                "(ARPC), padding and static caches need one: use `attn_implementation='sdpa'` or 'flex_attention'."
+                "verification (ARPC), padding and static caches need one: use `attn_implementation='sdpa'` or "
+                "'flex_attention'."
             )
         # SDPA aligns its causal mask with the first key, so that it fits only where nothing is cached.
         if implementation == "sdpa" and is_causal and layout.key_position.shape[-1] == layout.clean_limit.shape[-1]:

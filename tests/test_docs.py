@@ -1,0 +1,37 @@
+"""The Python snippets of the README and of docs/ run as they stand, each page from top to bottom."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def snippets(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if snippets(page)], ids=lambda page: page.name)
+def test_the_snippets_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one namespace and in an empty folder, offline."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    namespace: dict[str, object] = {}
+    for snippet in snippets(page):
+        exec(compile(snippet, page.name, "exec"), namespace)
+
+
+def test_the_pages_point_to_files_that_exist() -> None:
+    """Relative links of README and docs."""
+    for page in [*PAGES, ROOT / "CHANGELOG.md"]:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_paper_index_names_tests_that_exist() -> None:
+    """Every test file of docs/paper_index.md is there."""
+    for name in re.findall(r"`(test_\w+\.py)`", (ROOT / "docs" / "paper_index.md").read_text()):
+        assert (ROOT / "tests" / name).is_file(), name
