@@ -259,7 +259,13 @@ def main() -> None:
     print(f"{model.num_parameters():,} parameters, {len(train_set):,} rows of {args.length} tokens")
 
     elapsed = ElapsedTime(args.output_dir / "seconds.json")
-    trainer = Trainer(model=model, args=training_arguments(args), train_dataset=train_set, callbacks=[elapsed])
+    trainer = Trainer(
+        model=model,
+        args=training_arguments(args),
+        train_dataset=train_set,
+        processing_class=tokenizer,
+        callbacks=[elapsed],
+    )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(args.output_dir)))
 
     rows = valid_set.rows[: args.eval_rows]
@@ -295,8 +301,9 @@ def save(model: BlockGenForDiffusionLM, tokenizer: PreTrainedTokenizerFast, card
     """Weights in bfloat16 to be small, loaded in float32; tokenizer, generation settings and card with them."""
     model.to(torch.bfloat16)
     model.config.dtype = torch.float32
-    settings = {"decoding": "arpc", "do_sample": True, "top_k": 0, "temperature": 0.8, "max_new_tokens": 128}
-    model.generation_config.update(**settings)
+    model.generation_config.update(
+        decoding="arpc", corrector_period=3, do_sample=True, top_k=0, temperature=0.8, max_new_tokens=128
+    )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(card)

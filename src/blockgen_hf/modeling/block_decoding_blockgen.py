@@ -228,7 +228,9 @@ class BlockDecoder:
         generator = self._generator(columns.shape[1]).fold_in(step)
         log_probs = self._denoise(z_t, self.times[step], columns)
         if hasattr(self.streamer, "put_draft"):
-            self._put_draft(self.streamer, log_probs)
+            # Tokens of the prompt that stand in the block (block-causal models) were streamed already.
+            known = 0 if fixed is None else int(fixed.all(0).sum())
+            self._put_draft(self.streamer, log_probs[:, known:])
         if step == self.num_steps - 1 and self.settings.noise_removal == "greedy":
             return log_probs.argmax(-1)
         x_probs = log_probs.exp() if self.settings.do_sample else _one_hot_arg_max(log_probs)

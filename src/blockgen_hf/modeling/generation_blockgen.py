@@ -45,8 +45,10 @@ class BlockGenGenerateOutput(ModelOutput):
         num_function_evaluations (`torch.LongTensor` of shape `[B]`):
             Denoiser and AR passes that each row took part in. Prefilling the prompt and committing a finished block
             predict nothing and are not counted.
+        num_new_tokens (`torch.LongTensor` of shape `[B]`):
+            New tokens of each row, up to its end and with it.
         tokens_per_forward (`torch.FloatTensor` of shape `[B]`):
-            New tokens of each row, up to its end, divided by its function evaluations.
+            New tokens divided by function evaluations.
         trajectory (`tuple(tuple(torch.LongTensor))`, *optional*, returned with `output_trajectory=True`):
             For each block the states of its tokens, `[B, n]`: fully noised, then after every denoising step.
         past_key_values (`Cache`, *optional*):
@@ -56,6 +58,7 @@ class BlockGenGenerateOutput(ModelOutput):
 
     sequences: torch.Tensor
     num_function_evaluations: torch.Tensor | None = None
+    num_new_tokens: torch.Tensor | None = None
     tokens_per_forward: torch.Tensor | None = None
     trajectory: tuple[tuple[torch.Tensor, ...], ...] | None = None
     past_key_values: Cache | None = None
@@ -79,9 +82,6 @@ class BlockGenGenerationMixin(GenerationMixin):
         if generation_config is None:
             # Settings of the call, before the parent fills what is None; a None of the call is meant as such.
             generation_config = BlockGenGenerationConfig()
-            do_sample = self.generation_config.do_sample
-            # Known beforehand: transformers warns of a temperature where nothing is sampled.
-            generation_config.do_sample = True if do_sample is None else do_sample
             kwargs_left = generation_config.update(**kwargs)
             unset = [name for name, value in kwargs.items() if value is None and hasattr(generation_config, name)]
             generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs_left)
@@ -291,6 +291,7 @@ class BlockGenGenerationMixin(GenerationMixin):
         return BlockGenGenerateOutput(
             sequences=decoder.sequences(),
             num_function_evaluations=decoder.num_function_evaluations,
+            num_new_tokens=decoder.num_new_tokens,
             tokens_per_forward=decoder.num_new_tokens / decoder.num_function_evaluations.clamp(min=1),
             trajectory=decoder.trajectory(),
             past_key_values=decoder.returned_cache(),

@@ -92,6 +92,8 @@ class BlockGenGenerationConfig(GenerationConfig):
     >>> BlockGenGenerationConfig(decoding="arpc", block_size=16, nfe_per_block=8, corrector_period=3).denoising_steps
     ```"""
 
+    do_sample: bool | None
+
     def __init__(self, **kwargs: Any) -> None:
         # Before super().__init__, which validates.
         for name in _SETTINGS:
@@ -133,7 +135,14 @@ class BlockGenGenerationConfig(GenerationConfig):
         if user_set_attributes is not None and not self.top_k:
             # transformers warns of any top_k but its own default, 50, when nothing is sampled; ours is 0.
             user_set_attributes = user_set_attributes - {"top_k"}
-        super().validate(strict=strict, user_set_attributes=user_set_attributes)
+        # Unset means sampling here, and greedy to the parent, which would find fault with a temperature.
+        is_unset = self.do_sample is None
+        self.do_sample = is_unset or self.do_sample
+        try:
+            super().validate(strict=strict, user_set_attributes=user_set_attributes)
+        finally:
+            if is_unset:
+                self.do_sample = None
         for name, accepted in (
             ("decoding", DECODINGS),
             ("corrector", CORRECTORS),

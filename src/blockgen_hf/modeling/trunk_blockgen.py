@@ -229,8 +229,7 @@ class BlockGenModel(BlockGenPreTrainedModel):
         device = layout.key_position.device
         if implementation == "flex_attention" and device.type == "cpu":
             raise ValueError(
-                "`attn_implementation='flex_attention'` has no backward pass on CPUs and compiles for minutes there: "
-                "use 'sdpa' or 'eager' on this device."
+                "`attn_implementation='flex_attention'` needs kernels that CPUs do not have: use 'sdpa' or 'eager'."
             )
         if is_full:
             return None, False

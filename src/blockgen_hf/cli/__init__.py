@@ -1,0 +1,53 @@
+"""
+The command `blockgen-hf`, one module a subcommand: `add_arguments(parser)` and `run(args) -> exit status`.
+
+What is slow to import (torch, transformers) is imported when a subcommand runs, not to print its help.
+"""
+
+import io
+import os
+import sys
+from collections.abc import Sequence
+
+from . import generate
+from .parsing import PROGRAM, CommandError, Parser
+
+
+COMMANDS = {"generate": generate}
+
+
+def make_parser() -> Parser:
+    parser = Parser(prog=PROGRAM, description="BlockGen language models.", allow_abbrev=False)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, module in COMMANDS.items():
+        summary = str(module.__doc__).strip()
+        command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run, parser=command)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line (default: that of the process) and returns its exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a model writes what it likes, also what a terminal has no sign for
+    args, unknown = make_parser().parse_known_args(argv)
+    if unknown:
+        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    try:
+        status: int = args.run(args)
+        sys.stdout.flush()
+        return status
+    except CommandError as error:
+        sys.stdout.flush()
+        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough; do not fail again on exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+__all__ = ["main"]

@@ -1,0 +1,191 @@
+"""Continues a prompt with a BlockGen model, and tells what that cost."""
+
+import argparse
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+from .parsing import CommandError, integer
+
+
+if TYPE_CHECKING:
+    from .sampling import Generation, Sampler
+    from .streamers import StreamedText
+
+
+_SETTINGS = (
+    "decoding",
+    "block_size",
+    "denoising_steps",
+    "nfe_per_block",
+    "ar_seed_tokens",
+    "corrector",
+    "corrector_start",
+    "corrector_period",
+    "noise_removal",
+    "max_new_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "repetition_penalty",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "prompt", nargs="?", default="", help="text to continue; '-' reads it from standard input (default: none)"
+    )
+    _add_model_arguments(parser.add_argument_group("model"))
+    _add_decoding_arguments(parser.add_argument_group("decoding (default: what the model's generation config says)"))
+    group = parser.add_argument_group("output")
+    group.add_argument("--num-samples", type=integer(1), default=1, metavar="N", help="so many texts (default: 1)")
+    group.add_argument(
+        "--seed", type=integer(0, 2**32 - 1), metavar="N", help="makes it reproducible (default: another every time)"
+    )
+    group.add_argument("--show-denoising", action="store_true", help="show the drafts of the block in work")
+    group.add_argument("--compare", action="store_true", help="the same prompt with every decoding, as a table")
+    group.add_argument("--json", action="store_true", help="print the result as JSON instead of text")
+
+
+def _add_model_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--model", help="a folder or a model on the Hub (default: the small one of this package)")
+    group.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
+    group.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda if it is there"
+    )
+    group.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="of the weights (default: auto, as they were saved)",
+    )
+    group.add_argument(
+        "--attn-implementation", metavar="NAME", help="eager, sdpa, flex_attention, ... (default: transformers')"
+    )
+    group.add_argument(
+        "--trust-remote-code", action="store_true", help="run the code of the checkpoint instead of this package's"
+    )
+
+
+def _add_decoding_arguments(group: argparse._ArgumentGroup) -> None:
+    # Values are checked by BlockGenGenerationConfig, which alone knows them all.
+    group.add_argument("--decoding", metavar="NAME", help="ar, block_diffusion or arpc")
+    group.add_argument("--block-size", type=int, metavar="N", help="tokens denoised together")
+    group.add_argument("--denoising-steps", type=int, metavar="N", help="denoiser steps a block")
+    group.add_argument(
+        "--nfe-per-block", type=int, metavar="N", help="instead: budget of function evaluations a block"
+    )
+    group.add_argument("--ar-seed-tokens", type=int, metavar="N", help="so many tokens autoregressively at first")
+    group.add_argument("--corrector", metavar="NAME", help="arpc: score of proposed tokens, ar_surprisal, ar_kl, ...")
+    group.add_argument("--corrector-start", type=int, metavar="N", help="arpc: first informed step")
+    group.add_argument("--corrector-period", type=int, metavar="N", help="arpc: informed from then on every N-th step")
+    group.add_argument("--noise-removal", metavar="NAME", help="last step of a block: ancestral or greedy")
+    group.add_argument("--max-new-tokens", type=int, metavar="N", help="length of the continuation (else: 64)")
+    group.add_argument("--temperature", type=float, metavar="X", help="below 1: safer, above: wilder")
+    group.add_argument("--top-k", type=int, metavar="N", help="draw from the N likeliest tokens only; 0: from all")
+    group.add_argument(
+        "--top-p", type=float, metavar="X", help="draw from the likeliest tokens of total probability X"
+    )
+    group.add_argument("--repetition-penalty", type=float, metavar="X", help="above 1: fewer repetitions")
+    group.add_argument("--greedy", action="store_true", help="the likeliest token wherever one would be drawn")
+
+
+def run(args: argparse.Namespace) -> int:
+    _check_combinations(args)
+    settings = {name: getattr(args, name) for name in _SETTINGS if getattr(args, name) is not None}
+    if args.greedy:
+        settings["do_sample"] = False
+    prompt = sys.stdin.read().removesuffix("\n") if args.prompt == "-" else args.prompt
+
+    from .loading import quiet_transformers
+
+    with quiet_transformers():
+        sampler = _make_sampler(args, prompt, settings)
+        if args.compare:
+            from .comparison import compare
+
+            generations = compare(sampler, settings, prompt, quiet=args.json)
+        else:
+            generations = [sampler.generate(settings, _make_streamer(args, sampler, settings))]
+            if not args.json:
+                _print_generation(generations[0], sampler.seed)
+    if args.json:
+        _print_json(sampler, prompt, generations)
+    return 0
+
+
+def _check_combinations(args: argparse.Namespace) -> None:
+    """Refuses options that would be ignored."""
+    for option, others in (
+        ("compare", ("decoding", "denoising_steps", "nfe_per_block", "show_denoising")),
+        ("greedy", ("temperature", "top_k", "top_p")),
+        ("json", ("show_denoising",)),
+    ):
+        for other in others:
+            if getattr(args, option) and getattr(args, other) not in (None, False):
+                raise CommandError(f"--{other.replace('_', '-')} has no meaning with --{option}.")
+    if args.show_denoising and args.num_samples > 1:
+        raise CommandError("--show-denoising shows a single sample: leave --num-samples out.")
+
+
+def _make_sampler(args: argparse.Namespace, prompt: str, settings: dict[str, Any]) -> "Sampler":
+    from secrets import randbelow
+
+    from ..modeling.generation_configuration_blockgen import BlockGenGenerationConfig
+    from .loading import load
+    from .sampling import Sampler
+
+    try:
+        BlockGenGenerationConfig(**settings)  # before a large model is loaded in vain
+    except ValueError as error:
+        raise CommandError(error) from error
+    model, tokenizer = load(
+        args.model,
+        revision=args.revision,
+        device=args.device,
+        dtype=args.dtype,
+        attn_implementation=args.attn_implementation,
+        trust_remote_code=args.trust_remote_code,
+    )
+    seed = randbelow(2**32) if args.seed is None else args.seed
+    return Sampler(model, tokenizer, prompt, args.num_samples, seed)
+
+
+def _make_streamer(args: argparse.Namespace, sampler: "Sampler", settings: dict[str, Any]) -> "StreamedText | None":
+    from .streamers import DraftLog, StreamedText, TerminalDrafts
+
+    if args.json or args.num_samples > 1:
+        return None
+    if not args.show_denoising or sampler.settings_in_effect(settings)["decoding"] == "ar":
+        return StreamedText(sampler.tokenizer, sys.stdout)
+    return (TerminalDrafts if sys.stdout.isatty() else DraftLog)(sampler.tokenizer, sys.stdout)
+
+
+def _print_generation(generation: "Generation", seed: int) -> None:
+    from .sampling import describe
+
+    if len(generation.samples) > 1:  # one sample has been streamed
+        for number, sample in enumerate(generation.samples, 1):
+            print(f"[{number}] {sample.text}\n")
+        cost = f"{len(generation.samples)} samples: "
+    else:
+        print()
+        cost = ""
+    what = ", ".join(filter(None, (generation.settings["decoding"], describe(generation.settings))))
+    print(
+        f"{cost}{generation.num_new_tokens} new tokens, {generation.num_function_evaluations} function evaluations, "
+        f"{generation.tokens_per_forward:.2f} tokens per forward, {generation.tokens_per_second:.1f} tokens/s, "
+        f"{generation.seconds:.2f} s ({what}, seed {seed})"
+    )
+
+
+def _print_json(sampler: "Sampler", prompt: str, generations: "list[Generation]") -> None:
+    result = {
+        "model": sampler.model.name_or_path,
+        "device": str(sampler.model.device),
+        "dtype": str(sampler.model.dtype).removeprefix("torch."),
+        "prompt": prompt,
+        "seed": sampler.seed,
+        "results": [generation.to_dict() for generation in generations],
+    }
+    print(json.dumps(result, indent=2, ensure_ascii=False))

@@ -1,0 +1,158 @@
+"""Model and tokenizer from the shipped checkpoint, a folder or the Hub, with errors of one line."""
+
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.utils import enable_progress_bars
+from safetensors import SafetensorError
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from ..checkpoints import shipped_checkpoint
+from ..modeling.configuration_blockgen import BlockGenConfig
+from .parsing import CommandError
+
+
+# What transformers raises for files and names that it cannot load.
+_LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars, advice and warnings of transformers; errors only. Those of this package are shown."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="transformers")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def resolve_device(name: str) -> str:
+    has_cuda = torch.cuda.is_available()
+    if name == "cuda" and not has_cuda:
+        raise CommandError("`--device cuda`: torch finds no CUDA device here; take `--device cpu`.")
+    return name if name != "auto" else "cuda" if has_cuda else "cpu"
+
+
+def load(
+    name: str | None,
+    *,
+    revision: str | None,
+    device: str,
+    dtype: str,
+    attn_implementation: str | None,
+    trust_remote_code: bool,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """
+    The model, in evaluation mode on its device, and its tokenizer.
+
+    Args:
+        name: a folder or a model on the Hub; None: the checkpoint that the package brings.
+
+    Raises:
+        CommandError: no BlockGen model can be loaded from there.
+    """
+    device = resolve_device(device)
+    source = _find_folder(name)
+    options: dict[str, Any] = {"local_files_only": True}
+    if source is None:
+        source = str(name)
+        options = {"local_files_only": not _is_on_hub(source, revision), "revision": revision or "main"}
+    _check_model_type(source, options)
+    if trust_remote_code:
+        options["trust_remote_code"] = True
+    try:
+        model, loading_info = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True, **options
+        )
+    except _LOADING_ERRORS as error:
+        raise CommandError(f"The model {source} cannot be loaded: {_first_line(error)}") from error
+    if loading_info["missing_keys"]:
+        raise CommandError(
+            f"The weights of {source} are not those of its config.json: {len(loading_info['missing_keys'])} tensors "
+            f"are missing, for example {min(loading_info['missing_keys'])}."
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except _LOADING_ERRORS as error:
+        raise CommandError(f"The tokenizer of {source} cannot be loaded: {_first_line(error)}") from error
+    return model.to(device).eval(), tokenizer
+
+
+def _find_folder(name: str | None) -> str | None:
+    """The folder of this name, or None: it may be one of the Hub."""
+    if name is None:
+        folder = shipped_checkpoint()
+        if not folder.is_dir():
+            raise CommandError(f"The checkpoint of this package is not there ({folder}): name another with --model.")
+        return str(folder)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return str(folder)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or folder.exists():
+        raise CommandError(f"There is no folder {name}.")
+    return None
+
+
+def _is_on_hub(name: str, revision: str | None) -> bool:
+    """
+    Whether the Hub has the model; False if it does not answer, and its cache has to do. Asked first, because every
+    file that transformers looks for would be tried again for half a minute.
+    """
+    try:
+        HfApi().model_info(name, revision=revision, timeout=5)
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise CommandError(
+            f"{name!r} is neither a folder here nor a model on the Hub that you have access to."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise CommandError(f"The model {name!r} has no revision {revision!r} on the Hub.") from error
+    except Exception:  # the errors of a network depend on the client that huggingface_hub was installed with
+        return False
+    if sys.stderr.isatty():
+        enable_progress_bars()  # of downloads
+    return True
+
+
+def _check_model_type(source: str, options: dict[str, Any]) -> None:
+    """Looks into config.json before anything large is read, and before any code of the checkpoint could run."""
+    is_folder = "revision" not in options
+    if is_folder and not (Path(source) / "config.json").is_file():
+        raise CommandError(f"The folder {source} holds no model: it has no config.json.")
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(source, **options)
+    except _LOADING_ERRORS as error:
+        if not is_folder and options["local_files_only"]:
+            message = f"{source!r} is no folder here, the Hub does not answer, and its cache does not hold the model."
+            raise CommandError(message) from error
+        raise CommandError(f"The configuration of {source} cannot be read: {_first_line(error)}") from error
+    model_type = config.get("model_type")
+    if model_type != BlockGenConfig.model_type:
+        raise CommandError(
+            f"{source} is a model of type {model_type!r}, but this command runs those of type "
+            f"{BlockGenConfig.model_type!r} only."
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,166 @@
+"""One call of `generate`, and what it cost."""
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from .parsing import CommandError
+from .streamers import StreamedText
+
+
+_NEW_TOKENS = 64  # where neither the user nor the model's generation config says how many
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A text, prompt included, and the denoiser and AR passes that it took."""
+
+    text: str
+    completion: str
+    num_new_tokens: int
+    num_function_evaluations: int
+    tokens_per_forward: float
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The samples of one call of `generate`, its settings in effect, and the time that it took without drawing."""
+
+    settings: dict[str, Any]
+    samples: list[Sample]
+    seconds: float
+
+    @property
+    def num_new_tokens(self) -> int:
+        return sum(sample.num_new_tokens for sample in self.samples)
+
+    @property
+    def num_function_evaluations(self) -> int:
+        return sum(sample.num_function_evaluations for sample in self.samples)
+
+    @property
+    def tokens_per_forward(self) -> float:
+        return self.num_new_tokens / max(1, self.num_function_evaluations)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.num_new_tokens / self.seconds
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "decoding": self.settings["decoding"],
+            "settings": self.settings,
+            "num_new_tokens": self.num_new_tokens,
+            "num_function_evaluations": self.num_function_evaluations,
+            "tokens_per_forward": round(self.tokens_per_forward, 4),
+            "tokens_per_second": round(self.tokens_per_second, 2),
+            "seconds": round(self.seconds, 4),
+            "samples": [asdict(sample) for sample in self.samples],
+        }
+
+
+class Sampler:
+    """
+    A prompt that a model continues.
+
+    Args:
+        prompt: a text; empty: the model starts one.
+        seed: of every call, so that calls differ in their settings only.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt: str,
+        num_samples: int,
+        seed: int,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.num_samples = num_samples
+        self.seed = seed
+        token_ids = tokenizer(prompt)["input_ids"] if prompt else []
+        self.input_ids = torch.tensor([token_ids], dtype=torch.long, device=model.device)
+        self.defaults: dict[str, Any] = {}
+        if model.generation_config.max_new_tokens is None and model.generation_config.max_length is None:
+            room = model.config.max_position_embeddings - len(token_ids)
+            self.defaults["max_new_tokens"] = max(1, min(_NEW_TOKENS, room))
+
+    def settings_in_effect(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """What `generate` makes of these settings and of the model's own."""
+        try:
+            config, _ = self.model._prepare_generation_config(None, **{**self.defaults, **settings})
+            effective: dict[str, Any] = {"decoding": config.decoding}
+            if config.decoding != "ar":
+                num_steps = config.num_denoising_steps()
+                effective |= {
+                    "block_size": config.block_size,
+                    "denoising_steps": num_steps,
+                    "informed_steps": [step for step in range(num_steps) if config.is_informed(step, num_steps)],
+                    "function_evaluations_per_block": config.function_evaluations(num_steps),
+                    "noise_removal": config.noise_removal,
+                    "ar_seed_tokens": config.ar_seed_tokens,
+                }
+        except ValueError as error:
+            raise CommandError(error) from error
+        names = ["max_new_tokens", "do_sample", "repetition_penalty"]
+        if config.do_sample:
+            names += ["temperature", "top_k", "top_p"]
+        if config.decoding == "arpc":
+            names += ["corrector", "corrector_start", "corrector_period"]
+        return effective | {name: getattr(config, name) for name in names}
+
+    def generate(self, settings: dict[str, Any], streamer: StreamedText | None = None) -> Generation:
+        """One call of `generate`; ValueErrors, which tell what is wrong with a setting, become a CommandError."""
+        effective = self.settings_in_effect(settings)
+        set_seed(self.seed)
+        started = time.perf_counter()
+        try:
+            outputs = self.model.generate(
+                self.input_ids,
+                attention_mask=torch.ones_like(self.input_ids),
+                num_return_sequences=self.num_samples,
+                return_dict_in_generate=True,
+                streamer=streamer,
+                **{**self.defaults, **settings},
+            )
+        except ValueError as error:
+            raise CommandError(error) from error
+        sequences = outputs.sequences.tolist()  # waits for the device
+        seconds = time.perf_counter() - started - (0.0 if streamer is None else streamer.seconds)
+        columns = (outputs.num_new_tokens, outputs.num_function_evaluations, outputs.tokens_per_forward)
+        costs = zip(*(column.tolist() for column in columns), strict=True)
+        samples = [self._sample(row, *cost) for row, cost in zip(sequences, costs, strict=True)]
+        return Generation(effective, samples, seconds)
+
+    def _sample(
+        self, token_ids: list[int], num_new_tokens: int, evaluations: int, tokens_per_forward: float
+    ) -> Sample:
+        prompt_length = self.input_ids.shape[1]
+        text = self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        prompt = self.tokenizer.decode(token_ids[:prompt_length], skip_special_tokens=True)
+        return Sample(text, text.removeprefix(prompt), num_new_tokens, evaluations, tokens_per_forward)
+
+
+def describe(settings: dict[str, Any]) -> str:
+    """Settings in effect in a few words; what samples from the model's own distribution goes without saying."""
+    words = []
+    if settings["decoding"] != "ar":
+        words += [f"block size {settings['block_size']}", f"{settings['denoising_steps']} steps"]
+        if settings["decoding"] == "arpc":
+            words.append(f"{len(settings['informed_steps'])} with {settings['corrector']}")
+        if settings["noise_removal"] != "ancestral":
+            words.append(f"{settings['noise_removal']} last step")
+        if settings["ar_seed_tokens"]:
+            words.append(f"{settings['ar_seed_tokens']} AR seed tokens")
+    if not settings["do_sample"]:
+        words.append("greedy")
+    for name, neutral in (("temperature", 1.0), ("top_k", 0), ("top_p", 1.0), ("repetition_penalty", 1.0)):
+        value = settings.get(name)
+        if value is not None and value != neutral:
+            words.append(f"{name.replace('_', ' ')} {value:g}")
+    return ", ".join(words)

@@ -1,0 +1,425 @@
+"""The command line in-process, on a tiny untrained checkpoint."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import transformers
+from tiny import EOS, PAD, tiny_model, spaced_tokenizer
+
+import blockgen_hf
+from blockgen_hf.checkpoints import shipped_checkpoint
+from blockgen_hf.cli import main
+
+
+COST = re.compile(
+    r"(\d+) new tokens, (\d+) function evaluations, ([\d.]+) tokens per forward, [\d.]+ tokens/s, [\d.]+ s \((.*)\)"
+)
+ARPC = ("--decoding", "arpc", "--nfe-per-block", "8", "--corrector-period", "3")
+
+
+def save(folder: Path, variant: str = "masked", **settings: Any) -> str:
+    """A checkpoint with a tokenizer, whose texts are of words only, no pads and ends."""
+    model = tiny_model(variant)
+    model.generation_config.update(**{"max_new_tokens": 16, "suppress_tokens": [PAD, EOS], **settings})
+    model.save_pretrained(folder)
+    spaced_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save(tmp_path_factory.mktemp("checkpoint"))
+
+
+Command = Callable[..., str]
+
+
+@pytest.fixture
+def run(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs `blockgen-hf generate` on the checkpoint and returns what it prints; it must say nothing on stderr."""
+
+    def run_command(*arguments: str) -> str:
+        assert main(["generate", "--model", checkpoint, *arguments]) == 0
+        printed = capsys.readouterr()
+        assert printed.err == ""
+        return printed.out
+
+    return run_command
+
+
+@pytest.fixture
+def fail(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs `blockgen-hf generate`, which must fail with a single line; returns that line."""
+
+    def run_command(*arguments: str) -> str:
+        model = () if "--model" in arguments else ("--model", checkpoint)
+        try:
+            assert main(["generate", *model, *arguments]) == 1
+        except SystemExit as exit:
+            assert exit.code == 2
+        printed = capsys.readouterr()
+        assert printed.err.startswith("blockgen-hf: error: ") and printed.err.count("\n") == 1
+        return printed.err
+
+    return run_command
+
+
+def results(run: Command, *arguments: str) -> list[dict[str, Any]]:
+    return json.loads(run("--json", "--seed", "0", *arguments))["results"]
+
+
+# what it prints
+
+
+@pytest.mark.parametrize(
+    ("options", "evaluations", "settings"),
+    [
+        (("--decoding", "ar"), 16, "ar"),
+        (("--decoding", "block_diffusion"), 16, "block_diffusion, block size 8, 8 steps"),
+        (("--block-size", "4", "--denoising-steps", "2"), 8, "block_diffusion, block size 4, 2 steps"),
+        (ARPC, 16, "arpc, block size 8, 6 steps, 2 with ar_surprisal"),
+        (
+            ("--decoding", "block_diffusion", "--ar-seed-tokens", "8", "--noise-removal", "greedy"),
+            16,
+            "block_diffusion, block size 8, 8 steps, greedy last step, 8 AR seed tokens",
+        ),
+        (
+            ("--temperature", "0.5", "--top-k", "3"),
+            16,
+            "block_diffusion, block size 8, 8 steps, temperature 0.5, top k 3",
+        ),
+    ],
+)
+def test_text_and_cost(run: Command, options: tuple[str, ...], evaluations: int, settings: str) -> None:
+    text, empty, cost = run("a b c", "--seed", "5", *options).splitlines()
+    assert re.fullmatch("a b c( [a-t]){16}", text)
+    assert empty == ""
+    match = COST.fullmatch(cost)
+    assert match is not None
+    assert match.groups() == ("16", str(evaluations), f"{16 / evaluations:.2f}", f"{settings}, seed 5")
+
+
+def test_the_models_own_settings_decide_what_is_not_passed(tmp_path: Path, run: Command) -> None:
+    model = save(tmp_path, decoding="arpc", nfe_per_block=8, corrector_period=3, do_sample=True, temperature=0.7)
+    out = run("--model", model, "--max-new-tokens", "4")
+    assert "arpc, block size 8, 6 steps, 2 with ar_surprisal, temperature 0.7" in out
+    (result,) = results(run, "--model", model, "--decoding", "ar")
+    assert result["settings"] == {
+        "decoding": "ar",
+        "max_new_tokens": 16,
+        "do_sample": True,
+        "repetition_penalty": 1.0,
+        "temperature": 0.7,
+        "top_k": 0,
+        "top_p": 1.0,
+    }
+
+
+def test_json(run: Command, checkpoint: str) -> None:
+    out = json.loads(run("a b", "--json", "--seed", "3", *ARPC))
+    (result,) = out.pop("results")
+    assert out == {"model": checkpoint, "device": "cpu", "dtype": "float32", "prompt": "a b", "seed": 3}
+    (sample,) = result["samples"]
+    assert sample["text"] == "a b" + sample["completion"]
+    assert sample["num_new_tokens"] == result["num_new_tokens"] == 16
+    assert sample["num_function_evaluations"] == result["num_function_evaluations"] == 16
+    assert sample["tokens_per_forward"] == result["tokens_per_forward"] == 1
+    assert result["seconds"] > 0 and result["tokens_per_second"] > 0
+    assert result["decoding"] == "arpc" and result["settings"]["informed_steps"] == [0, 3]
+
+
+def test_seeds(run: Command) -> None:
+    outputs = [run("a b", "--json", "--seed", seed, *ARPC) for seed in ("1", "1", "2")]
+    texts = [json.loads(out)["results"][0]["samples"][0]["text"] for out in outputs]
+    assert texts[0] == texts[1] != texts[2]
+    # Without one a seed is drawn, and told, so that the text can be had again.
+    text, _, cost = run("a b").splitlines()
+    (seed,) = re.findall(r"seed (\d+)\)", cost)
+    assert run("a b", "--seed", seed).splitlines()[0] == text
+
+
+def test_streamed_text_is_that_of_json(run: Command) -> None:
+    (result,) = results(run, "a b", *ARPC)
+    assert run("a b", "--seed", "0", *ARPC).splitlines()[0] == result["samples"][0]["text"]
+
+
+def test_several_samples(run: Command) -> None:
+    (result,) = results(run, "a", "--num-samples", "3")
+    texts = [sample["text"] for sample in result["samples"]]
+    assert len(set(texts)) == 3
+    assert result["num_new_tokens"] == 48
+    *lines, cost = run("a", "--num-samples", "3", "--seed", "0").splitlines()
+    assert lines == [line for i, text in enumerate(texts, 1) for line in (f"[{i}] {text}", "")]
+    assert cost.startswith("3 samples: 48 new tokens, 48 function evaluations, 1.00 tokens per forward")
+
+
+@pytest.mark.parametrize("options", [(), ("--decoding", "ar"), ARPC, ("--compare",), ("--num-samples", "2")])
+def test_no_prompt(run: Command, options: tuple[str, ...]) -> None:
+    for prompt in ((), ("",)):
+        for result in results(run, *prompt, *options):
+            for sample in result["samples"]:
+                assert sample["num_new_tokens"] == 16
+                assert sample["text"] == sample["completion"]
+    run("", *options)
+
+
+def test_prompt_from_standard_input(run: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", StringIO("d e f\n"))
+    out = json.loads(run("-", "--json"))
+    assert out["prompt"] == "d e f"
+    assert out["results"][0]["samples"][0]["text"].startswith("d e f ")
+
+
+def test_end_of_text(run: Command, tmp_path: Path) -> None:
+    model = save(tmp_path, eos_token_id=[0, 1, 2, 3, 4], pad_token_id=PAD)  # 'a' to 'e' end a text
+    (result,) = results(run, "t", "--model", model, "--num-samples", "8", "--max-new-tokens", "40")
+    lengths = [sample["num_new_tokens"] for sample in result["samples"]]
+    assert min(lengths) < 40
+    for sample, length in zip(result["samples"], lengths, strict=True):
+        assert len(sample["completion"].split()) == length
+        assert length == 40 or sample["text"][-1] in "abcde"
+
+
+def test_length_where_no_one_says_one(run: Command, tmp_path: Path) -> None:
+    model = save(tmp_path, max_new_tokens=None)
+    for prompt, length in (("", 64), ("a b c", 61)):  # of the 64 positions
+        (result,) = results(run, prompt, "--model", model, "--denoising-steps", "1")
+        assert result["num_new_tokens"] == length
+
+
+def test_greedy(run: Command) -> None:
+    texts = [
+        json.loads(run("a", "--json", "--greedy", "--decoding", "ar", "--seed", seed))["results"][0]["samples"][0][
+            "text"
+        ]
+        for seed in ("0", "1")
+    ]
+    assert texts[0] == texts[1]
+    assert "(ar, greedy, seed" in run("a", "--greedy", "--decoding", "ar")
+
+
+def test_dtype_and_attention(run: Command) -> None:
+    out = json.loads(run("a", "--json", "--dtype", "bfloat16", "--attn-implementation", "eager", "--device", "cpu"))
+    assert out["dtype"] == "bfloat16"
+
+
+def test_remote_code(run: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path))
+    assert results(run, "a b", "--trust-remote-code")[0]["samples"] == results(run, "a b")[0]["samples"]
+
+
+# comparison
+
+
+def test_compare(run: Command) -> None:
+    out = run("a b", "--compare", "--seed", "0")
+    assert max(map(len, out.splitlines())) <= 100
+    rows = re.findall(r"^(ar|block_diffusion|arpc) +(.*?) +(\d+) +([\d.]+) +[\d.]+$", out, flags=re.MULTILINE)
+    assert rows == [
+        ("ar", "", "16", "1.00"),
+        ("block_diffusion", "block size 8, 16 steps", "32", "0.50"),
+        ("block_diffusion", "block size 8, 8 steps", "16", "1.00"),
+        ("block_diffusion", "block size 8, 4 steps", "8", "2.00"),
+        ("arpc", "block size 8, 12 steps, 4 with ar_surprisal", "32", "0.50"),
+        ("arpc", "block size 8, 6 steps, 2 with ar_surprisal", "16", "1.00"),
+    ]
+    compared = results(run, "a b", "--compare")
+    assert [(row["decoding"], str(row["num_function_evaluations"])) for row in compared] == [
+        (decoding, evaluations) for decoding, _, evaluations, _ in rows
+    ]
+    for row in compared:
+        assert row["samples"][0]["completion"].strip() in out
+        assert row["samples"] == results(run, "a b", *as_options(row))[0]["samples"]
+
+
+def as_options(result: dict[str, Any]) -> list[str]:
+    names = ("decoding", "block_size", "denoising_steps", "corrector_start", "corrector_period")
+    given = {name: result["settings"][name] for name in names if name in result["settings"]}
+    return [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def test_compare_takes_the_other_settings(run: Command) -> None:
+    compared = results(run, "a", "--compare", "--block-size", "4", "--corrector", "ar_kl", "--top-k", "2")
+    for row in compared:
+        assert row["settings"]["top_k"] == 2
+        assert row["settings"].get("block_size", 4) == 4
+        assert row["settings"].get("corrector", "ar_kl") == "ar_kl"
+
+
+def test_compare_leaves_out_what_a_block_causal_model_cannot(run: Command, tmp_path: Path) -> None:
+    model = save(tmp_path, "block_causal")
+    compared = results(run, "a b", "--compare", "--model", model)
+    assert [row["decoding"] for row in compared] == ["block_diffusion"] * 3
+
+
+# errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("--blok-size", "4"),
+            "unrecognized arguments: --blok-size 4 (`blockgen-hf generate --help` tells the options)",
+        ),
+        (("--block-size", "four"), "invalid int value: 'four'"),
+        (("--num-samples", "0"), "must be an integer of at least 1, but is '0'"),
+        (("--seed", "-1"), "must be an integer from 0 to 4294967295, but is '-1'"),
+        (("--device", "tpu"), "invalid choice: 'tpu'"),
+        (("--decoding", "diffusion"), "`decoding` must be one of ['ar', 'block_diffusion', 'arpc'"),
+        (("--block-size", "0"), "`block_size` must be an integer of at least 1, but is 0."),
+        (("--denoising-steps", "4", "--nfe-per-block", "4"), "contradict one another"),
+        ((*ARPC, "--nfe-per-block", "1"), "`nfe_per_block=1` is too small"),
+        ((*ARPC, "--corrector", "entropy"), "is not for masked models"),
+        (("--compare", "--corrector", "entropy"), "is not for masked models"),
+        (("--max-new-tokens", "1000"), "`max_new_tokens` must be at most 63 with a prompt of 1 tokens"),
+        (("--max-new-tokens", "0"), "max_new_tokens"),
+        (("--temperature", "0"), "strictly positive"),
+        (("--attn-implementation", "none_such"), "cannot be loaded"),
+        (("--greedy", "--temperature", "2"), "--temperature has no meaning with --greedy"),
+        (("--compare", "--decoding", "ar"), "--decoding has no meaning with --compare"),
+        (("--compare", "--show-denoising"), "--show-denoising has no meaning with --compare"),
+        (("--json", "--show-denoising"), "--show-denoising has no meaning with --json"),
+        (("--num-samples", "2", "--show-denoising"), "shows a single sample"),
+    ],
+)
+def test_bad_options(fail: Command, arguments: tuple[str, ...], message: str) -> None:
+    assert message in fail("a", *arguments)
+
+
+def test_no_cuda(fail: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert "torch finds no CUDA device" in fail("a", "--device", "cuda")
+
+
+def test_interruption(checkpoint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("blockgen_hf.cli.sampling.Sampler.generate", interrupt)
+    assert main(["generate", "--model", checkpoint]) == 130
+    assert capsys.readouterr().err == "\n"
+
+
+def test_no_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main([])
+    assert exit.value.code == 2
+    assert "COMMAND" in capsys.readouterr().err
+
+
+def test_bad_folders(fail: Command, tmp_path: Path) -> None:
+    assert "There is no folder" in fail("a", "--model", str(tmp_path / "missing"))
+    assert "There is no folder ./missing" in fail("a", "--model", "./missing")
+    assert "it has no config.json" in fail("a", "--model", str(tmp_path))
+    (tmp_path / "config.json").write_text("{")
+    assert "cannot be read" in fail("a", "--model", str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    assert "of type 'gpt2', but this command runs those of type 'blockgen'" in fail("a", "--model", str(tmp_path))
+
+
+def test_incomplete_checkpoints(fail: Command, tmp_path: Path) -> None:
+    folder = save(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    assert f"The tokenizer of {folder} cannot be loaded: " in fail("a", "--model", folder)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    assert "are missing, for example model.layers.2" in fail("a", "--model", folder)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": 48}))
+    assert f"The model {folder} cannot be loaded: " in fail("a", "--model", folder)
+    (tmp_path / "model.safetensors").write_bytes(b"nonsense")
+    assert f"The model {folder} cannot be loaded: " in fail("a", "--model", folder)
+    (tmp_path / "model.safetensors").unlink()
+    assert f"The model {folder} cannot be loaded: " in fail("a", "--model", folder)
+
+
+def test_names_of_the_hub(fail: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The tests run offline, with an empty cache or at least without this name in it.
+    assert "the Hub does not answer" in fail("a", "--model", "no-such/blockgen-model")
+    assert "neither a folder here nor a model on the Hub" in fail("a", "--model", "no such name!")
+
+    def no_revision(*args: Any, **kwargs: Any) -> None:
+        response = type("Response", (), {"headers": {}, "request": None})()
+        raise huggingface_hub.errors.RevisionNotFoundError("404", response=response)
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", no_revision)
+    assert "has no revision 'v0'" in fail("a", "--model", "some/model", "--revision", "v0")
+
+
+def test_folders_need_no_network(run: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", None)
+    monkeypatch.setattr("socket.socket.connect", None)
+    run("a", "--max-new-tokens", "2")
+
+
+def test_shipped_checkpoint_is_the_default(
+    checkpoint: str, fail: Command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert shipped_checkpoint().parent.name == "checkpoints"
+    monkeypatch.setattr("blockgen_hf.cli.loading.shipped_checkpoint", lambda: Path(checkpoint))
+    assert main(["generate", "a", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["model"] == checkpoint
+    monkeypatch.setattr("blockgen_hf.cli.loading.shipped_checkpoint", lambda: tmp_path / "missing")
+    assert main(["generate", "a"]) == 1
+    assert "name another with --model" in capsys.readouterr().err
+
+
+def test_verbosity_of_transformers_is_given_back(run: Command) -> None:
+    logging = transformers.utils.logging
+    verbosity = logging.get_verbosity()
+    try:
+        logging.set_verbosity_info()
+        logging.enable_progress_bar()
+        run("a", "--max-new-tokens", "2")  # and nothing on stderr
+        assert logging.get_verbosity() == logging.INFO and logging.is_progress_bar_enabled()
+    finally:
+        logging.set_verbosity(verbosity)
+        logging.disable_progress_bar()
+
+
+# the process
+
+
+@pytest.fixture
+def environment() -> Iterator[dict[str, str]]:
+    source = str(Path(blockgen_hf.__file__).parents[1])
+    yield {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"} | {"PYTHONPATH": source}
+
+
+def test_help_imports_neither_torch_nor_transformers(environment: dict[str, str]) -> None:
+    # The package itself imports them to register with the Auto classes; the command adds nothing of its own.
+    package = str(Path(blockgen_hf.__file__).parent)
+    code = f"""
+import sys, types
+package = sys.modules["blockgen_hf"] = types.ModuleType("blockgen_hf")
+package.__path__ = [{package!r}]
+from blockgen_hf.cli import main
+try:
+    main(["generate", "--help"])
+except SystemExit as exit:
+    print(exit.code, {{"torch", "transformers"}} & set(sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert "--show-denoising" in done.stdout
+    assert done.stdout.endswith("0 set()\n")
+
+
+@pytest.mark.slow
+def test_process(checkpoint: str, environment: dict[str, str]) -> None:
+    command = [sys.executable, "-m", "blockgen_hf", "generate", "a", "--model", checkpoint]
+    done = subprocess.run([*command, "--json"], env=environment, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["results"]
+    assert done.stderr == ""
+    # A reader that has seen enough ends it without a traceback.
+    shell = f'"{sys.executable}" -m blockgen_hf generate --compare --model "{checkpoint}" | head -n 1'
+    done = subprocess.run(shell, shell=True, env=environment, capture_output=True, text=True)
+    assert done.stdout == "No prompt\n" and done.stderr == ""
