@@ -75,6 +75,7 @@ class BlockDecoder:
         past_key_values: Any = None,
         use_cache: bool = True,
         logits_to_keep: int | None = None,
+        tokenizer: Any = None,
         **model_kwargs: Any,
     ) -> None:
         unused = [name for name, value in model_kwargs.items() if value is not None]
@@ -88,6 +89,7 @@ class BlockDecoder:
         self.streamer = streamer
         self.block_size = generation_config.block_size
         config = model.config
+        self.grid = config.block_sizes[0] if config.clean_attention == "block_causal" else 1
         cache = past_key_values if use_cache else None
         max_new_tokens = generation_config.max_length - input_ids.shape[1]
         mask_length = attention_mask.shape[1] if attention_mask is not None else generation_config._mask_length
@@ -100,7 +102,7 @@ class BlockDecoder:
             max_new_tokens=max_new_tokens,
             spare=self.block_size,
             pad_token_id=self._pad_token_id(input_ids.shape[0]),
-            grid=config.block_sizes[0] if config.clean_attention == "block_causal" else 1,
+            grid=self.grid,
             keep_all_rows=getattr(cache, "_is_user_defined", False),
         )
         # Drawn from torch's default generator, so that `torch.manual_seed` and `set_seed` reproduce the text.
@@ -152,9 +154,13 @@ class BlockDecoder:
             self._accept(self._autoregressive_token())
         while not self.state.is_finished:
             self._commit_pending()
-            self._accept(self._denoise_block(min(self.block_size, self.state.columns_left)))
+            self._accept(self._denoise_block(self._block_length()))
         if self.streamer is not None:
             self.streamer.end()
+
+    def _block_length(self) -> int:
+        """The last block is as long as what is left; on the grid of a block-causal model every block is whole."""
+        return min(self.block_size, self.state.columns_left) if self.grid == 1 else self.block_size
 
     def _accept(self, tokens: torch.Tensor) -> None:
         new_tokens = self.state.accept(tokens, self.stopping_criteria)
@@ -179,7 +185,7 @@ class BlockDecoder:
         state.count_evaluation()
         if state.cache is not None:
             state.mark_committed(state.pending.shape[1])
-        log_probs = self._log_probs(outputs.logits, prior, state.columns(1))
+        log_probs = self._log_probs(outputs.logits, prior, prior, state.columns(1))
         if not self.settings.do_sample:
             return log_probs.argmax(-1)
         return sample_categorical(log_probs.exp(), generator.fold_in(_Purpose.AR_TOKEN).uniform())
@@ -190,7 +196,7 @@ class BlockDecoder:
         if state.cache is None:
             return
         # Tokens of a block see one another under block-causal attention: they are committed together.
-        chunk = self.settings.prefill_chunk_size if self.model.config.clean_attention == "causal" else None
+        chunk = self.settings.prefill_chunk_size if self.grid == 1 else None
         chunk = chunk or max(1, state.pending.shape[1])
         while state.pending.shape[1] > 0:
             tokens = state.pending[:, :chunk]
@@ -254,7 +260,7 @@ class BlockDecoder:
             noise_level=time,
         )
         state.count_evaluation()
-        return self._log_probs(outputs.logits, z_t, columns)
+        return self._log_probs(outputs.logits, z_t, z_t, columns)
 
     def _verify(self, proposal: torch.Tensor, columns: torch.Tensor, generator: CounterGenerator) -> torch.Tensor:
         """One AR pass over the proposal: log p_AR of each of its positions, `[A, n, V]`, float64."""
@@ -271,7 +277,7 @@ class BlockDecoder:
             noise_level=1.0,
         )
         state.count_evaluation()
-        return self._log_probs(outputs.logits, queries, columns)
+        return self._log_probs(outputs.logits, queries, proposal, columns)
 
     def _renoise(
         self,
@@ -299,12 +305,14 @@ class BlockDecoder:
         new_index = self.state.columns(length) - self.state.prompt_width
         return self.rows.select(self.state.active).fold_in(new_index)
 
-    def _log_probs(self, logits: torch.Tensor, z_t: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    def _log_probs(
+        self, logits: torch.Tensor, z_t: torch.Tensor, canvas: torch.Tensor, columns: torch.Tensor
+    ) -> torch.Tensor:
         """Logits through the logits processors, then log x_hat in float64."""
-        logits = process_logits(
-            logits, self.state.clean_context(), columns, self.logits_processor, self.model.config.mask_token_id
-            if self.model.config.diffusion_type == "masked" else None,
-        )  # fmt: skip
+        config = self.model.config
+        mask_token_id = config.mask_token_id if config.diffusion_type == "masked" else None
+        context = self.state.clean_context()
+        logits = process_logits(logits, context, canvas, columns, self.logits_processor, mask_token_id)
         return self.process.log_probs(logits.double(), z_t)
 
     def _put_draft(self, streamer: Any, log_probs: torch.Tensor) -> None:

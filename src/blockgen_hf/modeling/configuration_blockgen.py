@@ -17,6 +17,8 @@ from math import isfinite
 from typing import Any
 
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import auto_docstring
 
 
@@ -132,6 +134,7 @@ class BlockGenConfig(PreTrainedConfig):
     time_conditioning: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
+        self._check_sizes("vocab_size", "hidden_size")
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
         if self.block_sizes is None:
@@ -140,10 +143,29 @@ class BlockGenConfig(PreTrainedConfig):
             self.mask_token_id = self.vocab_size - 1
         if self.training_objective is None:
             self.training_objective = "elbo" if self.diffusion_type == "uniform" else "cross_entropy"
-        self._check_choices()
-        self._check_sizes()
-        self._check_block_sizes()
         super().__post_init__(**kwargs)
+        self._check()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        # The parent sets the overrides in `kwargs` on the finished config.
+        loaded = super().from_dict(config_dict, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded)._check()
+        return loaded
+
+    def _check(self) -> None:
+        self._check_choices()
+        self._check_sizes(
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "max_position_embeddings",
+            "cond_dim",
+        )
+        self._check_numbers()
+        self._check_block_sizes()
 
     def _check_choices(self) -> None:
         for name, accepted in (
@@ -151,6 +173,7 @@ class BlockGenConfig(PreTrainedConfig):
             ("clean_attention", CLEAN_ATTENTIONS),
             ("noise_schedule", NOISE_SCHEDULES),
             ("training_objective", TRAINING_OBJECTIVES),
+            ("hidden_act", tuple(ACT2FN)),
         ):
             if getattr(self, name) not in accepted:
                 raise ValueError(f"`{name}` must be one of {list(accepted)}, but is {getattr(self, name)!r}.")
@@ -162,22 +185,22 @@ class BlockGenConfig(PreTrainedConfig):
                 "`time_conditioning=True` needs `adaptive_layer_norm=True`: the noise level enters the model there."
             )
 
-    def _check_sizes(self) -> None:
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "max_position_embeddings",
-            "cond_dim",
-        ):
+    def _check_sizes(self, *names: str) -> None:
+        for name in names:
             if not is_positive_int(getattr(self, name)):
                 raise ValueError(f"`{name}` must be a positive integer, but is {getattr(self, name)!r}.")
+
+    def _check_numbers(self) -> None:
         if self.hidden_size % (2 * self.num_attention_heads) != 0:
             raise ValueError(
                 f"`num_attention_heads` must divide `hidden_size` ({self.hidden_size}) into heads of even width, "
                 f"which rotary embeddings need, but is {self.num_attention_heads}."
+            )
+        rope_type = self.rope_parameters["rope_type"]
+        if rope_type not in ("default", *ROPE_INIT_FUNCTIONS):
+            raise ValueError(
+                f"`rope_parameters` must have a `rope_type` among {['default', *ROPE_INIT_FUNCTIONS]}, but have "
+                f"{rope_type!r}."
             )
         for name, low, high in (("noise_schedule_eps", 0.0, 1.0), ("hidden_dropout", 0.0, 1.0)):
             value = getattr(self, name)

@@ -27,7 +27,7 @@ from transformers.utils import ModelOutput
 
 from .block_decoding_blockgen import BlockDecoder
 from .generation_configuration_blockgen import AR_CORRECTORS, DIFFUSION_CORRECTORS, BlockGenGenerationConfig
-from .logits_blockgen import STATEFUL_PROCESSORS
+from .logits_blockgen import STATEFUL_PROCESSORS, looks_at_neighbours
 
 
 # Outputs that only GenerationMixin's own loop collects.
@@ -177,11 +177,13 @@ class BlockGenGenerationMixin(GenerationMixin):
             raise ValueError(
                 f"`inputs` must be token ids of shape [batch, length], but have shape {list(inputs.shape)}."
             )
+        self._check_attention_mask(inputs, model_kwargs.get("attention_mask"), model_kwargs.get("past_key_values"))
         self._check_prompt(inputs, model_kwargs.get("attention_mask"))
         if inputs.shape[1] == 0 and inputs.shape[0] > 1:
             # generate() looks at the last prompt token of batches: pass it one empty prompt, expanded below.
             model_kwargs = {**model_kwargs, "num_empty_prompts": inputs.shape[0]}
-            model_kwargs.pop("attention_mask", None)
+            if model_kwargs.get("attention_mask") is not None:
+                model_kwargs["attention_mask"] = model_kwargs["attention_mask"][:1]
             inputs = inputs[:1]
         return inputs, input_name, model_kwargs
 
@@ -199,6 +201,24 @@ class BlockGenGenerationMixin(GenerationMixin):
             input_ids=input_ids,
             **model_kwargs,
         )
+
+    @staticmethod
+    def _check_attention_mask(
+        input_ids: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values: Cache | None
+    ) -> None:
+        if attention_mask is None:
+            return
+        rows, width = input_ids.shape
+        fits = attention_mask.ndim == 2 and attention_mask.shape[0] == rows
+        if (
+            not fits
+            or attention_mask.shape[1] < width
+            or (past_key_values is None and attention_mask.shape[1] > width)
+        ):
+            raise ValueError(
+                f"`attention_mask` must have a number for each of the prompt tokens, shape {[rows, width]}, or for "
+                f"those in `past_key_values` too, but has the shape {list(attention_mask.shape)}."
+            )
 
     def _check_prompt(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
         if input_ids.numel() == 0:
@@ -268,9 +288,9 @@ class BlockGenGenerationMixin(GenerationMixin):
         if self.gradient_checkpointing_active:
             model_kwargs["use_cache"] = False
             model_kwargs.pop("past_key_values", None)
-        stateful = [type(item).__name__ for item in logits_processor if isinstance(item, STATEFUL_PROCESSORS)]
-        if stateful and generation_config.decoding != "ar":
-            raise ValueError(f"{stateful} work token by token: they need `decoding='ar'`.")
+        stateful = any(isinstance(item, STATEFUL_PROCESSORS) for item in logits_processor)
+        if generation_config.decoding != "ar":
+            self._validate_processors(logits_processor, generation_config)
         stepwise = synced_gpus or any(getattr(generation_config, name) for name in _STEPWISE_OUTPUTS)
         if generation_config.decoding == "ar" and (stepwise or stateful):
             return super()._sample(
@@ -296,6 +316,18 @@ class BlockGenGenerationMixin(GenerationMixin):
             trajectory=decoder.trajectory(),
             past_key_values=decoder.returned_cache(),
         )
+
+    @staticmethod
+    def _validate_processors(logits_processor: LogitsProcessorList, generation_config: GenerationConfig) -> None:
+        for processor in logits_processor:
+            name = type(processor).__name__
+            if isinstance(processor, STATEFUL_PROCESSORS):
+                raise ValueError(f"{name} works token by token: it needs `decoding='ar'`.")
+            if generation_config.block_size > 1 and looks_at_neighbours(processor):
+                raise ValueError(
+                    f"{name} looks at the tokens just before, which a block draws at the same time: it needs "
+                    "`decoding='ar'` or `block_size=1`."
+                )
 
 
 __all__ = ["BlockGenGenerateOutput", "BlockGenGenerationMixin"]

@@ -93,6 +93,7 @@ class BlockGenGenerationConfig(GenerationConfig):
     ```"""
 
     do_sample: bool | None
+    top_k: int | None
 
     def __init__(self, **kwargs: Any) -> None:
         # Before super().__init__, which validates.
@@ -132,17 +133,14 @@ class BlockGenGenerationConfig(GenerationConfig):
         return super().update(defaults_only=defaults_only, allow_custom_entries=allow_custom_entries, **kwargs)
 
     def validate(self, strict: bool = False, user_set_attributes: set[str] | None = None) -> None:
-        if user_set_attributes is not None and not self.top_k:
-            # transformers warns of any top_k but its own default, 50, when nothing is sampled; ours is 0.
-            user_set_attributes = user_set_attributes - {"top_k"}
-        # Unset means sampling here, and greedy to the parent, which would find fault with a temperature.
-        is_unset = self.do_sample is None
-        self.do_sample = is_unset or self.do_sample
+        # The parent finds fault with a temperature where `do_sample` is unset, which is greedy to it and sampling
+        # here, and with any `top_k` but its own default, 50, where nothing is sampled. Ours is 0.
+        do_sample, top_k = self.do_sample, self.top_k
+        self.do_sample, self.top_k = do_sample is None or do_sample, top_k or None
         try:
             super().validate(strict=strict, user_set_attributes=user_set_attributes)
         finally:
-            if is_unset:
-                self.do_sample = None
+            self.do_sample, self.top_k = do_sample, top_k
         for name, accepted in (
             ("decoding", DECODINGS),
             ("corrector", CORRECTORS),

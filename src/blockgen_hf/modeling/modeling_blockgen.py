@@ -81,6 +81,12 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
         self.diffusion = diffusion_from_config(config)
         self.post_init()
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """As [`PreTrainedModel.resize_token_embeddings`]; the diffusion works on the new vocabulary."""
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        self.diffusion = diffusion_from_config(self.config)
+        return embeddings
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """The output layer starts at zero, as in the paper's backbone."""
@@ -202,7 +208,11 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
         elif query_input_ids is None:
             kept = _kept(logits_to_keep)
             query_positions = (position_ids + 1)[:, kept]
-            query_mask = None if attention_mask is None else last_columns(attention_mask, input_ids.shape[1])[:, kept]
+            query_mask = None
+            if attention_mask is not None:
+                query_mask = last_columns(attention_mask, input_ids.shape[1])[:, kept].bool()
+                # Left padding predicts the first token.
+                query_positions = torch.where(query_mask, query_positions, 0)
             query_input_ids = self.fixed_queries(query_positions).expand(input_ids.shape[0], -1)
         else:
             num_queries = query_input_ids.shape[1]
@@ -260,8 +270,13 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
             follows = True
             start = self._following(input_ids, attention_mask, position_ids, past_key_values)
             noisy_position_ids = start + torch.arange(num_noisy, device=noisy_input_ids.device)
+        elif noisy_position_ids.shape[-1] != num_noisy:
+            raise ValueError(
+                f"`noisy_position_ids` must give a position for each of the {num_noisy} `noisy_input_ids`, but have "
+                f"the shape {list(noisy_position_ids.shape)}."
+            )
         if num_clean > 0 and num_noisy > 0:
-            self._check_leak(block_size)
+            self._check_leak(block_size, None if aligned else noisy_position_ids)
         return self.model(
             input_ids,
             noisy_input_ids,
@@ -299,6 +314,11 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
         if past_key_values is not None or use_cache:
             raise ValueError(
                 "`past_key_values` and `use_cache=True` have no meaning with `labels`: training has no cache."
+            )
+        if noisy_input_ids is not None and noisy_input_ids.shape != input_ids.shape:
+            raise ValueError(
+                f"`noisy_input_ids` must have the shape of `input_ids` {tuple(input_ids.shape)} when `labels` are "
+                f"given, but have {tuple(noisy_input_ids.shape)}."
             )
         scored = labels != -100
         targets = torch.where(scored, labels, input_ids)
@@ -362,10 +382,18 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
             self._check_leak(1)
         return block_size
 
-    def _check_leak(self, block_size: int) -> None:
+    def _check_leak(self, block_size: int, noisy_position_ids: torch.Tensor | None = None) -> None:
         """Block-causal clean tokens see their whole block: no noisy block may start inside of one."""
+        # CODEPATH: BlockGen checkpoints have causal clean tokens, BD3-LM's are block-causal.
+        if self.config.clean_attention == "causal":
+            return
         grid = self.config.block_sizes[0]
-        if self.config.clean_attention == "block_causal" and block_size % grid != 0:
+        if noisy_position_ids is not None and (noisy_position_ids[:, 0] % grid != 0).any():
+            raise ValueError(
+                f"`noisy_position_ids` must start at a multiple of {grid}, the grid of a model with "
+                f"`clean_attention='block_causal'`, but start at {noisy_position_ids[:, 0].tolist()}."
+            )
+        if block_size % grid != 0:
             raise ValueError(
                 f"`block_size={block_size}` is not possible with `clean_attention='block_causal'` and blocks of "
                 f"{grid}: clean tokens would reveal the tokens to be predicted. Autoregressive predictions and "

@@ -153,7 +153,7 @@ class BlockGenModel(BlockGenPreTrainedModel):
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
-                condition=condition,
+                condition,  # by position: reentrant checkpointing tracks no gradients of keywords
                 position_embeddings=position_embeddings,
                 attention_mask=mask,
                 is_causal=is_causal,
@@ -214,13 +214,17 @@ class BlockGenModel(BlockGenPreTrainedModel):
         """Positions of the tokens in the slots that the cache will return, `[B or 1, slots]`."""
         if past_key_values is None:
             return position_ids.new_empty(1, 0)
-        length = past_key_values.get_seq_length() + num_committed  # a tensor for static caches: no synchronisation
+        past = past_key_values.get_seq_length()  # a tensor for static caches, whose value is not needed
+        length = past + num_committed
         slots = past_key_values.get_max_length() if past_key_values.is_compileable else length
         index = torch.arange(slots, device=position_ids.device)[None]
         positions = index
         if attention_mask is not None:
             valid = nn.functional.pad(attention_mask, (0, slots - attention_mask.shape[1])).bool()
             positions = torch.where(valid, valid.long().cumsum(-1) - 1, unreachable(valid.long()))
+        if num_committed:  # they may have been given
+            given = position_ids.gather(-1, (index - past).clamp(0, num_committed - 1).expand(len(position_ids), -1))
+            positions = torch.where((index >= past) & (positions < length), given, positions)
         return torch.where(index < length, positions, unreachable(index))
 
     def _render(self, layout: AttentionLayout, is_causal: bool, is_full: bool) -> tuple[Any, bool]:
