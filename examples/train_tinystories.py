@@ -259,21 +259,26 @@ def main() -> None:
     print(f"{model.num_parameters():,} parameters, {len(train_set):,} rows of {args.length} tokens")
 
     elapsed = ElapsedTime(args.output_dir / "seconds.json")
-    trainer = Trainer(
-        model=model,
-        args=training_arguments(args),
-        train_dataset=train_set,
-        processing_class=tokenizer,
-        callbacks=[elapsed],
-    )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(args.output_dir)))
+    checkpoint = get_last_checkpoint(str(args.output_dir))
+    if checkpoint is not None and checkpoint.endswith(f"checkpoint-{args.max_steps}"):
+        print(f"{checkpoint} is complete: evaluating it")
+        model = BlockGenForDiffusionLM.from_pretrained(checkpoint)
+    else:
+        trainer = Trainer(
+            model=model,
+            args=training_arguments(args),
+            train_dataset=train_set,
+            processing_class=tokenizer,
+            callbacks=[elapsed],
+        )
+        trainer.train(resume_from_checkpoint=checkpoint)
 
     rows = valid_set.rows[: args.eval_rows]
     results = perplexities(model, rows, args.eval_draws)
     for name, value in results.items():
         print(f"validation perplexity, block size {name}: {value:.2f}")
     config = model.config
-    tokens = trainer.state.global_step * args.batch_size * args.length
+    tokens = args.max_steps * args.batch_size * args.length
     card = CARD.format(
         parameters=model.num_parameters() / 1e6,
         layers=config.num_hidden_layers,
@@ -283,7 +288,7 @@ def main() -> None:
         block_sizes=config.block_sizes,
         weights=config.block_size_weights,
         stories=len(stories),
-        steps=trainer.state.global_step,
+        steps=args.max_steps,
         batch_size=args.batch_size,
         tokens=tokens,
         epochs=tokens / train_set.rows.numel(),
