@@ -168,6 +168,12 @@ class BlockGenGenerationConfig(GenerationConfig):
                 "one another: the second is the budget from which the number of steps follows. Give one of them."
             )
 
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What is saved: settings of ours that are unset say nothing."""
+        return {
+            name: value for name, value in super().to_diff_dict().items() if value is not None or name not in _SETTINGS
+        }
+
     def is_informed(self, step: int, num_steps: int) -> bool:
         """GUIDED(i) of Algorithm 1: from `corrector_start` on every `corrector_period`-th step, the last one never."""
         start, period = self.corrector_start, self.corrector_period
