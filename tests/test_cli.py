@@ -13,7 +13,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import transformers
-from tiny import EOS, PAD, tiny_model, spaced_tokenizer
+from tiny import EOS, PAD, spaced_tokenizer, tiny_model
 
 import blockgen_hf
 from blockgen_hf.checkpoints import shipped_checkpoint

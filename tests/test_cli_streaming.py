@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import EOS, NUM_WORDS, PAD, VOCAB_SIZE, generate, tiny_model, spaced_tokenizer, words
+from tiny import EOS, NUM_WORDS, PAD, VOCAB_SIZE, generate, spaced_tokenizer, tiny_model, words
 
 from blockgen_hf.cli import streamers
 from blockgen_hf.cli.streamers import DraftLog, StreamedText, TerminalDrafts

@@ -1,0 +1,58 @@
+"""Fixtures, and quiet for the terminal."""
+
+import os
+from collections.abc import Iterator
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test needs the network
+
+import pytest
+import torch
+import transformers
+from tiny import VARIANTS, tiny_model, tiny_tokenizer
+
+from blockgen_hf import BlockGenForDiffusionLM
+
+
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """The same random numbers in every test, in whatever order they run."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def loud_transformers() -> Iterator[None]:
+    """Warnings of transformers reach `caplog`, those too that another test has seen once already."""
+    logging = transformers.utils.logging
+    logging.set_verbosity_warning()
+    logging.enable_propagation()
+    logging.warning_once.cache_clear()
+    yield
+    logging.disable_propagation()
+    logging.set_verbosity_error()
+
+
+@pytest.fixture
+def model() -> BlockGenForDiffusionLM:
+    """A tiny masked model, evaluation mode, no parameter zero."""
+    return tiny_model()
+
+
+@pytest.fixture
+def uniform_model() -> BlockGenForDiffusionLM:
+    return tiny_model("uniform")
+
+
+@pytest.fixture(params=VARIANTS)
+def any_model(request: pytest.FixtureRequest) -> BlockGenForDiffusionLM:
+    """Each of the variants in turn."""
+    return tiny_model(request.param)
+
+
+@pytest.fixture
+def tokenizer() -> transformers.PreTrainedTokenizerFast:
+    return tiny_tokenizer()
