@@ -181,6 +181,31 @@ def test_own_stopping_criteria_see_the_text_token_by_token(settings: dict[str, A
     assert lengths == sorted(set(lengths)) and lengths[0] == 4
 
 
+class RowsOfTheBatch(StoppingCriteria):
+    """Ends row i at its own length, as a criterion that keeps something for each row does."""
+
+    def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:
+        return input_ids.shape[1] >= torch.tensor([4, 6, 9])
+
+
+class SimpleTruth(StoppingCriteria):
+    """Answers for all rows at once."""
+
+    def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> bool:
+        return input_ids.shape[1] >= 6
+
+
+@every_decoding
+def test_own_stopping_criteria_see_the_rows_of_the_batch(settings: dict[str, Any]) -> None:
+    """transformers' contract: `[batch, length]` with every row, done or not; a plain bool is for all of them."""
+    model, prompts = tiny_model(), words(3, 3)
+    free = generate(model, prompts, max_new_tokens=NEW_TOKENS, **settings)[:, 3:].tolist()
+    text = generate(model, prompts, max_new_tokens=NEW_TOKENS, stopping_criteria=[RowsOfTheBatch()], **settings)
+    assert text[:, 3:].tolist() == padded([free[0][:1], free[1][:3], free[2][:6]])
+    text = generate(model, prompts, max_new_tokens=NEW_TOKENS, stopping_criteria=[SimpleTruth()], **settings)
+    assert text[:, 3:].tolist() == [row[:3] for row in free]
+
+
 @every_decoding
 def test_max_time_stops_after_the_step_that_is_under_way(settings: dict[str, Any]) -> None:
     """No finished block is thrown away, and no row is cut."""
