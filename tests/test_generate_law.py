@@ -154,7 +154,7 @@ def test_arpc_samples_have_their_exact_law(
     assert p_value(model, law, **settings) > SIGNIFICANCE
 
 
-@pytest.mark.parametrize("process", ["masked", "uniform"])
+@pytest.mark.parametrize("process", ["masked", case("uniform", slow=True)])
 @pytest.mark.parametrize(
     "settings", [dict(noise_removal="greedy"), dict(ar_seed_tokens=1), dict(prompt=(2, 0))], ids=str
 )
@@ -232,7 +232,7 @@ def test_a_query_that_is_no_noise_is_noticed() -> None:
 
 
 # ---- bounds
-@pytest.mark.parametrize("process", ["masked", "uniform"])
+@pytest.mark.parametrize("process", ["masked", case("uniform", slow=True)])
 def test_losses_of_block_size_1_are_a_distribution_over_texts(process: Process) -> None:
     """Sec. 3.1: exp(-loss) of the AR mode adds up to 1 over all texts, fully noised queries given."""
     model = law_model(process)

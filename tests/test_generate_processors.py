@@ -80,7 +80,7 @@ def test_the_mask_token_is_never_generated(more: dict[str, Any], settings: dict[
 
 
 @every_decoding
-@pytest.mark.parametrize("variant", ["masked", "uniform"])
+@pytest.mark.parametrize("variant", ["masked", pytest.param("uniform", marks=pytest.mark.slow)])
 def test_suppressed_tokens_are_not_generated(variant: str, settings: dict[str, Any]) -> None:
     """`suppress_tokens`, and `bad_words_ids` of a single token. Uniform noise is made of them, the text is not."""
     model, banned = tiny_model(variant), [0, 2, 4, 9, 14, 16]

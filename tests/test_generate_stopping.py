@@ -49,7 +49,7 @@ def frequent_token(rows: torch.Tensor) -> int:
 
 # ---- end of text
 @every_decoding
-@pytest.mark.parametrize("variant", ["masked", "uniform"])
+@pytest.mark.parametrize("variant", ["masked", pytest.param("uniform", marks=pytest.mark.slow)])
 def test_a_row_ends_at_its_own_eos_with_pads_behind(variant: str, settings: dict[str, Any]) -> None:
     """The text up to EOS is that of a run without EOS; the batch is as wide as its longest row."""
     model, prompts = tiny_model(variant), left_padded([words(n, seed=n) for n in (5, 4, 3, 2, 0)])

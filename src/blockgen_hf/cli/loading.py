@@ -28,6 +28,9 @@ from .parsing import CommandError
 
 # What transformers raises for files and names that it cannot load.
 _LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
+# Models of fewer parameters run on one thread: their matrices are too small to share, and threads that wait for one
+# another on a busy machine are many times slower than one.
+_SINGLE_THREADED = 20_000_000
 
 
 @contextmanager
@@ -95,6 +98,8 @@ def load(
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except _LOADING_ERRORS as error:
         raise CommandError(f"The tokenizer of {source} cannot be loaded: {_first_line(error)}") from error
+    if device == "cpu" and model.num_parameters() < _SINGLE_THREADED:
+        torch.set_num_threads(1)
     return model.to(device).eval(), tokenizer
 
 
