@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import BLOCK_CAUSAL, MASK, generate, left_padded, record_forwards, tiny_model, words
+from tiny import MASK, generate, left_padded, record_forwards, tiny_model, words
 from transformers import DynamicCache
 
 
@@ -25,7 +25,9 @@ every_setting = pytest.mark.parametrize(
         for name, settings in SETTINGS.items()
     ],
 )
-every_variant = pytest.mark.parametrize("variant", BLOCK_CAUSAL)
+every_variant = pytest.mark.parametrize(
+    "variant", ["block_causal", pytest.param("uniform_block_causal", marks=pytest.mark.slow)]
+)
 
 
 @every_setting

@@ -15,7 +15,13 @@ AR: dict[str, Any] = dict(decoding="ar")
 DIFFUSION: dict[str, Any] = dict(decoding="block_diffusion", block_size=4)
 ARPC: dict[str, Any] = dict(decoding="arpc", block_size=4, denoising_steps=3)
 DECODINGS = {"ar": AR, "block_diffusion": DIFFUSION, "arpc": ARPC, "seeded": {**DIFFUSION, "ar_seed_tokens": 2}}
-every_decoding = pytest.mark.parametrize("settings", DECODINGS.values(), ids=DECODINGS)
+every_decoding = pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param(settings, id=name, marks=[pytest.mark.slow] if name == "seeded" else [])
+        for name, settings in DECODINGS.items()
+    ],
+)
 # Verification reads what is left of the logits too, so that a cut changes which tokens are re-noised.
 without_verification = pytest.mark.parametrize(
     "settings",
