@@ -15,7 +15,7 @@
 
 import torch
 from transformers.cache_utils import Cache
-from transformers.generation.stopping_criteria import MaxTimeCriteria, StoppingCriteriaList
+from transformers.generation.stopping_criteria import MaxTimeCriteria, StoppingCriteria, StoppingCriteriaList
 
 from .sampling_blockgen import CounterGenerator
 
@@ -150,7 +150,8 @@ class DecodingState:
         first = max(self.prompt_width, self.first_column)
         self._find_ends(columns, first, stopping_criteria)
 
-        self.pending = torch.cat([self.pending, tokens], dim=1)
+        # With the pads that now stand behind an end: the cache holds what the sequences say.
+        self.pending = torch.cat([self.pending, self.tokens[self.active[:, None], columns]], dim=1)
         self.context_mask = self.mask_with(length)
         self.start = self.start + length
         self.first_column += length
@@ -171,18 +172,20 @@ class DecodingState:
         for column in range(first, last):
             present = (columns == column).any(-1) & ~self.done
             self.num_new_tokens[self.active] += present.long()
-            prefix = self.tokens[self.active, : column + 1]
-            stops = torch.zeros_like(self.done)
-            for criterion in by_text:
-                stops = stops | criterion(prefix, None).to(stops.device)
-            self.done = self.done | (present & stops)
+            self.done = self.done | (present & self._stops(by_text, column + 1))
         behind = torch.arange(self.tokens.shape[1], device=columns.device) >= (
             self.prompt_width + self.num_new_tokens[self.active, None]
         )
         ended = (self.done & ~was_done)[:, None] & behind
         self.tokens[self.active] = self.tokens[self.active].masked_fill(ended, self.pad_token_id)
-        for criterion in by_clock:
-            self.done = self.done | criterion(self.tokens[self.active, :last], None).to(self.done.device)
+        self.done = self.done | self._stops(by_clock, last)
+
+    def _stops(self, criteria: list[StoppingCriteria], length: int) -> torch.Tensor:
+        """Whether any criterion stops each active row `[A]`. Criteria see every row, done or not, as everywhere."""
+        stops = torch.zeros(len(self.tokens), dtype=torch.bool, device=self.tokens.device)
+        for criterion in criteria:
+            stops = stops | torch.as_tensor(criterion(self.tokens[:, :length], None), device=stops.device)
+        return stops[self.active]
 
     def _drop_done_rows(self) -> None:
         if self.done.all():
