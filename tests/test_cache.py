@@ -1,6 +1,6 @@
 """Caches: read by the denoiser, written by commits only, and never a reason for another result (DESIGN section 4)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -9,6 +9,14 @@ from tiny import BLOCK_CAUSAL, CAUSAL, MASK, VARIANTS, left_padded, record_forwa
 from transformers import Cache, DynamicCache, QuantizedCache, StaticCache
 
 from blockgen_hf import BlockGenConfig, BlockGenForDiffusionLM
+
+
+# The variants whose caches differ in more than a noise; the others run among the slow tests.
+FAST = ("masked", "block_causal", "time_conditional")
+
+
+def fast_or_slow(variants: Iterable[str]) -> list[Any]:
+    return [pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for name in variants]
 
 
 def quanto_cache(config: BlockGenConfig) -> Cache:
@@ -87,7 +95,7 @@ def commit(model: BlockGenForDiffusionLM, tokens: torch.Tensor, cache: Cache, **
 
 
 @pytest.mark.parametrize("name", CACHES)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", fast_or_slow(VARIANTS))
 def test_denoiser_with_cache_equals_the_denoiser_without(variant: str, name: str) -> None:
     """The prefix may be all in the cache, committed at once or in parts, or half in it and half in the call."""
     model = tiny_model(variant)
@@ -181,7 +189,7 @@ def test_noisy_tokens_are_never_committed() -> None:
 
 
 @pytest.mark.parametrize("name", CACHES)
-@pytest.mark.parametrize("variant", CAUSAL)
+@pytest.mark.parametrize("variant", fast_or_slow(CAUSAL))
 def test_autoregressive_steps_with_cache_equal_one_pass_without(variant: str, name: str) -> None:
     """The causal language model, one token after the other, and in two parts."""
     model, text = tiny_model(variant), words(2, 8)
@@ -198,7 +206,7 @@ def test_autoregressive_steps_with_cache_equal_one_pass_without(variant: str, na
 
 
 @pytest.mark.parametrize("name", ["dynamic", "static", "quantized_fp8", "quantized_quanto"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", fast_or_slow(VARIANTS))
 def test_cached_left_padded_rows_equal_one_by_one(variant: str, name: str) -> None:
     """Prompts of different lengths in one cache, one of them empty; then two blocks, the first committed."""
     model = tiny_model(variant)

@@ -1,5 +1,7 @@
 """ARPC's correctors: the worst tokens by each score go back to noise, and nothing else (Sec. 4.1, Suppl. B.1)."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,12 @@ from blockgen_hf.modeling.correctors_blockgen import penalties, worst_positions
 AR_CORRECTORS = ["ar_surprisal", "ar_gap", "ar_entropy", "ar_kl", "ar_reverse_kl", "ar_tv"]
 DIFFUSION_CORRECTORS = ["entropy", "confidence", "margin"]
 SIZE = 8
+
+
+def few_of(correctors: list[str]) -> list[Any]:
+    """One of each kind runs always, the others among the slow tests."""
+    fast = ("ar_surprisal", "ar_kl", "entropy", "random")
+    return [pytest.param(name, marks=[] if name in fast else [pytest.mark.slow]) for name in correctors]
 
 
 def first_informed_step(model: BlockGenForDiffusionLM, corrector: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -133,7 +141,7 @@ def test_random_corrector_takes_every_position_alike(variant: str) -> None:
         assert len(middle.unique()) == 23
 
 
-@pytest.mark.parametrize("corrector", [*AR_CORRECTORS, *DIFFUSION_CORRECTORS, "random"])
+@pytest.mark.parametrize("corrector", few_of([*AR_CORRECTORS, *DIFFUSION_CORRECTORS, "random"]))
 def test_every_corrector_runs_on_a_uniform_model(corrector: str) -> None:
     """From prompt to text, by every schedule, blocks of any length."""
     for more in ({}, dict(denoising_steps=5, corrector_start=1, corrector_period=2, ar_seed_tokens=2)):
@@ -149,7 +157,7 @@ def test_every_corrector_runs_on_a_uniform_model(corrector: str) -> None:
         assert text.shape == (2, 9)
 
 
-@pytest.mark.parametrize("corrector", [*AR_CORRECTORS, "random"])
+@pytest.mark.parametrize("corrector", few_of([*AR_CORRECTORS, "random"]))
 def test_allowed_correctors_run_on_a_masked_model(corrector: str) -> None:
     """No mask token is left, and tokens that were fixed may be re-noised: one-hot predictions give finite scores."""
     text = generate(

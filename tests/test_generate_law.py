@@ -82,13 +82,13 @@ def case(*values: Any, slow: bool = False) -> Any:
 
 BLOCK_CASES = [
     # process, block size, steps
-    case("masked", 1, 2),
+    case("masked", 1, 2, slow=True),
     case("masked", 2, 2, slow=True),
     case("masked", 4, 2),
     case("masked", 4, 8),
     case("masked", 3, 2),  # the last block is shorter
     case("masked", 2, 8, slow=True),
-    case("uniform", 1, 2),
+    case("uniform", 1, 2, slow=True),
     case("uniform", 2, 2, slow=True),
     case("uniform", 4, 2),
     case("uniform", 4, 8),
