@@ -9,6 +9,7 @@ from transformers import DynamicCache, StaticCache
 
 from blockgen_hf import BlockGenForDiffusionLM
 from blockgen_hf.modeling.masking_blockgen import build_layout, make_attention_mask
+from blockgen_hf.modeling.training_mask_blockgen import AttentionChunk
 
 
 Kind = str  # "clean" or "noisy"
@@ -123,9 +124,7 @@ def test_autoregressive_logits_see_the_past_only(variant: str) -> None:
 
 @pytest.mark.parametrize("cache_class", ["dynamic", "static"])
 @pytest.mark.parametrize("layout", ["generation", "generation_inside_a_block", "verification"])
-def test_mask_with_cached_clean_tokens_is_the_rule(
-    layout: str, cache_class: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mask_with_cached_clean_tokens_is_the_rule(layout: str, cache_class: str) -> None:
     """With three clean tokens in the cache: slots of the cache first, then clean, then noisy; free slots unseen."""
     clean, noisy, block_size = LAYOUTS[layout]
     model, num_cached, num_slots = tiny_model(), 3, 20
@@ -134,7 +133,6 @@ def test_mask_with_cached_clean_tokens_is_the_rule(
     text = words(1, len(clean))
     model(text[:, :num_cached], words(1, 0), past_key_values=cache, use_cache=True)
     mask = recorded_mask(
-        monkeypatch,
         model,
         text[:, num_cached:],
         words(1, len(noisy)),
@@ -151,15 +149,13 @@ def test_mask_with_cached_clean_tokens_is_the_rule(
 
 
 @pytest.mark.parametrize("clean_block_size", [1, 4])
-def test_padding_is_seen_by_nobody(clean_block_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padding_is_seen_by_nobody(clean_block_size: int) -> None:
     """Left-padded training: each row has the mask of its own positions; a pad sees itself, so no softmax is empty."""
     overrides = {} if clean_block_size == 1 else {"clean_attention": "block_causal", "block_sizes": [4]}
     model = tiny_model(**overrides)
     lengths = [8, 5, 1, 0]
     batch = left_padded([words(length) for length in lengths])
-    mask = recorded_mask(
-        monkeypatch, model, batch["input_ids"], words(4, 8), block_size=4, attention_mask=batch["attention_mask"]
-    )
+    mask = recorded_mask(model, batch["input_ids"], words(4, 8), block_size=4, attention_mask=batch["attention_mask"])
     for row, length in enumerate(lengths):
         real = [8 - length + i for i in range(length)] + [16 - length + i for i in range(length)]
         everyone = tokens("clean", range(length)) + tokens("noisy", range(length))
@@ -173,22 +169,29 @@ def test_padding_is_seen_by_nobody(clean_block_size: int, monkeypatch: pytest.Mo
         assert seen.any(-1).all()
 
 
-def recorded_mask(
-    monkeypatch: pytest.MonkeyPatch, model: BlockGenForDiffusionLM, *args: Any, **kwargs: Any
-) -> torch.Tensor:
+def recorded_mask(model: BlockGenForDiffusionLM, *args: Any, **kwargs: Any) -> torch.Tensor:
     """The boolean mask that the layers of one forward pass get."""
-    from blockgen_hf.modeling import trunk_blockgen
+    masks: list[Any] = []
 
-    masks = []
+    def record(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        masks.append(kwargs["attention_mask"])
 
-    def record(*args: Any, **kwargs: Any) -> torch.Tensor:
-        masks.append(make_attention_mask(*args, **kwargs))
-        return masks[-1]
-
-    monkeypatch.setattr(trunk_blockgen, "make_attention_mask", record)
+    handle = model.model.layers[0].self_attn.register_forward_pre_hook(record, with_kwargs=True)
     with torch.no_grad():
         model(*args, noise_level=0.5, **kwargs)
+    handle.remove()
     (mask,) = masks
+    return dense(mask, len(args[0])) if isinstance(mask, tuple) else mask
+
+
+def dense(chunks: tuple[AttentionChunk, ...], batch_size: int) -> torch.Tensor:
+    """The mask `[B, 1, Q, Q]` that chunks of attention stand for."""
+    size = max(chunk.queries.stop for chunk in chunks)
+    mask = torch.zeros(batch_size, 1, size, size, dtype=torch.bool)
+    for chunk in chunks:
+        queries = torch.arange(chunk.queries.start, chunk.queries.stop)
+        keys = torch.cat([torch.arange(run.start, run.stop) for run in chunk.keys])
+        mask[:, :, queries[:, None], keys] = keys <= queries[:, None] if chunk.mask is None else chunk.mask
     return mask
 
 

@@ -15,6 +15,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_u
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_blockgen import BlockGenConfig
+from .training_mask_blockgen import attend_in_chunks
 
 
 class BlockGenLayerNorm(nn.Module):
@@ -166,9 +168,13 @@ class BlockGenAttention(nn.Module):
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        attn_output, attn_weights = attention_interface(
-            self, query_states, key_states, value_states, attention_mask, scaling=self.scaling, dropout=0.0, **kwargs
-        )
+        attend = partial(attention_interface, self, scaling=self.scaling, dropout=0.0)
+        if isinstance(attention_mask, tuple):
+            attn_output, attn_weights = attend_in_chunks(
+                attend, query_states, key_states, value_states, attention_mask
+            )
+        else:
+            attn_output, attn_weights = attend(query_states, key_states, value_states, attention_mask, **kwargs)
         return self.o_proj(attn_output.reshape(*input_shape, -1).contiguous()), attn_weights
 
 

@@ -29,6 +29,9 @@ import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 
+# A block size, or one for each row of the batch.
+BlockSize = int | tuple[int, ...]
+
 # Behind every position: keys that no clean limit reaches.
 _NEVER = 2**62
 
@@ -41,24 +44,32 @@ class AttentionLayout:
     Args:
         clean_limit (`torch.LongTensor` of shape `[B or 1, Q]`): a query sees the clean tokens at positions below it.
         query_group (`torch.LongTensor` of shape `[B or 1, Q]`): noisy tokens of a block form a group; every other
-        token
-            is a group of its own, so that padding sees itself and no row of the softmax is empty.
+            token is a group of its own, so that padding sees itself and no row of the softmax is empty.
         key_position (`torch.LongTensor` of shape `[B or 1, K]`): positions of clean keys, out of reach for all others.
         key_group (`torch.LongTensor` of shape `[B or 1, K]`): the groups of the keys.
+        query_document, key_document (`torch.LongTensor` of shapes `[B, Q]` and `[B, K]`, *optional*): documents packed
+            into a row see their own tokens only.
     """
 
     clean_limit: torch.Tensor
     query_group: torch.Tensor
     key_position: torch.Tensor
     key_group: torch.Tensor
+    query_document: torch.Tensor | None = None
+    key_document: torch.Tensor | None = None
 
     def sees(self, batch: Any, head: Any, query: Any, key: Any) -> Any:
         """The mask predicate, by index, as transformers' mask interface and FlexAttention take it."""
         before = self.key_position[batch, key] < self.clean_limit[batch, query]
-        return before | (self.key_group[batch, key] == self.query_group[batch, query])
+        visible = before | (self.key_group[batch, key] == self.query_group[batch, query])
+        if self.query_document is None or self.key_document is None:
+            return visible
+        return visible & (self.key_document[batch, key] == self.query_document[batch, query])
 
 
-def block_starts(positions: torch.Tensor, block_size: int, first: torch.Tensor | int = 0) -> torch.Tensor:
+def block_starts(
+    positions: torch.Tensor, block_size: torch.Tensor | int, first: torch.Tensor | int = 0
+) -> torch.Tensor:
     """s(q) of every position: the start of its block, counted from `first` in steps of `block_size`."""
     return first + (positions - first).div(block_size, rounding_mode="floor") * block_size
 
@@ -66,12 +77,13 @@ def block_starts(positions: torch.Tensor, block_size: int, first: torch.Tensor |
 def build_layout(
     clean_positions: torch.Tensor,
     noisy_positions: torch.Tensor,
-    block_size: int,
+    block_size: BlockSize,
     clean_block_size: int,
     cached_positions: torch.Tensor,
     clean_is_committed: bool,
     clean_valid: torch.Tensor | None = None,
     noisy_valid: torch.Tensor | None = None,
+    document_ids: torch.Tensor | None = None,
 ) -> AttentionLayout:
     """
     Lays out one forward pass.
@@ -79,21 +91,28 @@ def build_layout(
     Args:
         clean_positions (`torch.LongTensor` of shape `[B or 1, C]`): positions of the call's clean tokens.
         noisy_positions (`torch.LongTensor` of shape `[B or 1, N]`): positions of its noisy tokens.
-        block_size (`int`): block size of the noisy tokens.
+        block_size (`int` or `tuple[int]`): block size of the noisy tokens, or one a row.
         clean_block_size (`int`): 1 for causal attention among clean tokens, else the grid of block-causal attention.
         cached_positions (`torch.LongTensor` of shape `[B or 1, slots]`): positions of the clean tokens in the slots
-        that
-            the cache returns, of this call's too if it commits them; [`unreachable`] for padding and free slots.
+            that the cache returns, of this call's too if it commits them; [`unreachable`] for padding and free slots.
         clean_is_committed (`bool`): whether the call's clean tokens stand in the slots of the cache, instead of
-        behind. clean_valid, noisy_valid (`torch.BoolTensor` of shape `[B, C]` and `[B, N]`, *optional*): False for
-        padding.
+            behind.
+        clean_valid, noisy_valid (`torch.BoolTensor` of shape `[B, C]` and `[B, N]`, *optional*): False for padding.
+        document_ids (`torch.LongTensor` of shape `[B, C]`, *optional*): the documents of clean and noisy tokens, which
+            are as many; the positions restart with each document, and nothing is cached.
     """
     num_clean = clean_positions.shape[-1]
+    sizes: torch.Tensor | int
+    if isinstance(block_size, int):
+        sizes = block_size
+    else:
+        sizes = torch.tensor(block_size, device=clean_positions.device)[:, None]
+        noisy_positions = noisy_positions.expand(len(block_size), -1)
     alone = -1 - torch.arange(num_clean + noisy_positions.shape[-1], device=clean_positions.device)
 
     # Padding stands at position 0, where blocks start anyway: the first noisy position is that of the first token.
     first = noisy_positions.amin(-1, keepdim=True) if noisy_positions.shape[-1] else noisy_positions
-    starts = block_starts(noisy_positions, block_size, first)
+    starts = block_starts(noisy_positions, sizes, first)
     noisy_group, noisy_limit = starts, starts
     clean_limit = block_starts(clean_positions, clean_block_size) + clean_block_size
     clean_keys, clean_group = clean_positions, alone[:num_clean].expand_as(clean_positions)
@@ -115,6 +134,8 @@ def build_layout(
         query_group=query_group,
         key_position=concat(cached_positions, key_position),
         key_group=concat(unreachable(cached_positions), key_group),
+        query_document=None if document_ids is None else concat(document_ids, document_ids),
+        key_document=None if document_ids is None else concat(document_ids, document_ids),
     )
 
 
@@ -147,4 +168,4 @@ def make_attention_mask(layout: AttentionLayout, attn_implementation: str, dtype
     )
 
 
-__all__ = ["AttentionLayout", "build_layout", "make_attention_mask"]
+__all__ = ["AttentionLayout", "BlockSize", "build_layout", "make_attention_mask"]

@@ -13,6 +13,7 @@
 # limitations under the License.
 """BlockGen model: one denoiser that is an autoregressive, a block-diffusion and a full-sequence diffusion model."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,9 +28,11 @@ from .configuration_blockgen import BlockGenConfig
 from .diffusion_blockgen import diffusion_from_config
 from .generation_blockgen import BlockGenGenerationMixin
 from .generation_configuration_blockgen import BlockGenGenerationConfig
-from .objective_blockgen import draw_training_noise, mixture_loss
+from .masking_blockgen import BlockSize
+from .objective_blockgen import chunked_mixture_loss, draw_training_noise, mixture_loss
+from .positions_blockgen import clean_positions, document_positions, following_position, last_columns
 from .sampling_blockgen import CounterGenerator
-from .trunk_blockgen import BlockGenModel, BlockGenPreTrainedModel, last_columns
+from .trunk_blockgen import BlockGenModel, BlockGenPreTrainedModel
 
 
 logger = logging.get_logger(__name__)
@@ -45,13 +48,15 @@ class BlockGenOutput(ModelOutput):
         loss (`torch.FloatTensor` of shape `[]`, *optional*, returned when `labels` is given):
             The training loss of the mixture bound (Eq. 7), in nats a scored token.
         logits (`torch.FloatTensor` of shape `[B, N, V]`):
-            Raw scores of the clean token at every noisy position.
+            Raw scores of the clean token at every noisy position. None where the loss was computed without them.
         past_key_values (`Cache`, *optional*):
             The cache, with the clean tokens of the call if `use_cache=True`.
         hidden_states (`tuple(torch.FloatTensor)`, *optional*, returned with `output_hidden_states=True`):
             Input of the first layer and output of every layer, each `[B, C + N, hidden_size]`, clean tokens first.
         attentions (`tuple(torch.FloatTensor)`, *optional*, returned with `output_attentions=True`):
             Attention weights of every layer, each `[B, heads, C + N, keys]`.
+        token_losses (`torch.FloatTensor` of shape `[B, L]`, *optional*, returned when `labels` is given):
+            The loss of every token, in nats; zero where it is not scored. Without gradients.
     """
 
     loss: torch.Tensor | None = None
@@ -59,6 +64,7 @@ class BlockGenOutput(ModelOutput):
     past_key_values: Cache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
+    token_losses: torch.Tensor | None = None
 
 
 @auto_docstring
@@ -102,7 +108,7 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
         input_ids: torch.Tensor | None = None,
         noisy_input_ids: torch.Tensor | None = None,
         *,
-        block_size: int | None = None,
+        block_size: int | Sequence[int] | None = None,
         noisy_position_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
@@ -113,6 +119,9 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
         query_input_ids: torch.Tensor | None = None,
+        document_ids: torch.Tensor | None = None,
+        objective: str | None = None,
+        skip_logits: bool | None = None,
         **kwargs: Any,
     ) -> BlockGenOutput:
         r"""
@@ -121,9 +130,10 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
                 Clean tokens that are not in the cache yet. May be empty or None when noisy tokens are given.
             noisy_input_ids (`torch.LongTensor` of shape `[B, N]`, *optional*):
                 Noisy tokens z_t: the denoiser's input. Each sees the clean tokens before its block, and its block.
-            block_size (`int`, *optional*):
-                Block size L' of the noisy tokens; blocks are counted from the first of them. Default: the largest that
-                the model was trained for, and drawn from the mixture when `labels` are given.
+            block_size (`int` or `list[int]`, *optional*):
+                Block size L' of the noisy tokens, or one for each row; blocks are counted from the first noisy token.
+                Default: the largest that the model was trained for, and drawn from the mixture when `labels` are
+                given.
             noisy_position_ids (`torch.LongTensor` of shape `[B or 1, N]`, *optional*):
                 Default: the positions of `input_ids` if there are as many (training, verification), the positions
                 behind the cache if there are no `input_ids` (generation).
@@ -150,6 +160,15 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
                 Causal language model only: the fully noised tokens that stand at the last Q predicted positions.
                 Default: mask tokens, or for uniform noise tokens that are a fixed function of their position, so that
                 logits are reproducible.
+            document_ids (`torch.LongTensor` of shape `[B, C]`, *optional*):
+                Documents packed into a row: tokens see those of their own document only, and positions restart with
+                it. For training, and for the denoiser with as many noisy tokens; without a cache.
+            objective (`str`, *optional*):
+                With `labels`: `"cross_entropy"` or `"elbo"` instead of the configuration's `training_objective`, for
+                blocks larger than 1.
+            skip_logits (`bool`, *optional*):
+                With `labels`: compute the loss in chunks, and return no logits, so that they never stand in memory.
+                Default: True in training mode, where the output layer is a plain linear layer.
 
         Returns:
             [`BlockGenOutput`]. With `input_ids` alone `logits[:, i]` predict the token at i + 1. With
@@ -162,11 +181,13 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
         if labels is not None:
             return self._training_forward(
                 input_ids, labels, noisy_input_ids, block_size, noise_level, attention_mask, position_ids,
-                past_key_values, use_cache, num_items_in_batch, **kwargs,
+                past_key_values, use_cache, document_ids, num_items_in_batch, objective, skip_logits, **kwargs,
             )  # fmt: skip
         if noisy_input_ids is None:
             if input_ids is None:
                 raise ValueError("`forward` needs `input_ids`, `noisy_input_ids`, or both.")
+            if document_ids is not None:
+                raise ValueError("`document_ids` serve training and the denoiser, not the causal language model.")
             use_cache = self.config.use_cache if use_cache is None else use_cache
             return self._causal_forward(
                 input_ids, query_input_ids, attention_mask, position_ids, past_key_values, use_cache, logits_to_keep,
@@ -174,10 +195,10 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
             )  # fmt: skip
         if input_ids is None:
             input_ids = noisy_input_ids[:, :0]
-        block_size = self._check_block_size(block_size)
+        block_size = self._check_block_size(block_size, len(noisy_input_ids))
         outputs = self._denoise(
             input_ids, noisy_input_ids, block_size, noisy_position_ids, attention_mask, position_ids, past_key_values,
-            bool(use_cache), noise_level, **kwargs,
+            bool(use_cache), noise_level, document_ids, **kwargs,
         )  # fmt: skip
         hidden_states = outputs.last_hidden_state[:, _kept(logits_to_keep)]
         return _with_logits(outputs, self.lm_head(hidden_states))
@@ -200,9 +221,9 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
                 "`use_cache=True` is incompatible with gradient checkpointing. Setting `use_cache=False`."
             )
             use_cache = False
-        position_ids = self._positions(input_ids, attention_mask, position_ids, past_key_values)
+        position_ids = clean_positions(input_ids, attention_mask, position_ids, past_key_values)
         if query_input_ids is None and input_ids.shape[1] == 0:  # nothing precedes the one logit of an empty text
-            query_positions = self._following(input_ids, attention_mask, position_ids, past_key_values)
+            query_positions = following_position(input_ids, attention_mask, position_ids, past_key_values)
             query_mask = None
             query_input_ids = self.fixed_queries(query_positions).expand(input_ids.shape[0], -1)
         elif query_input_ids is None:
@@ -216,7 +237,7 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
             query_input_ids = self.fixed_queries(query_positions).expand(input_ids.shape[0], -1)
         else:
             num_queries = query_input_ids.shape[1]
-            following = self._following(input_ids, attention_mask, position_ids, past_key_values)
+            following = following_position(input_ids, attention_mask, position_ids, past_key_values)
             query_positions = following + torch.arange(1 - num_queries, 1, device=following.device)
             query_mask = None
         is_last = isinstance(logits_to_keep, int) and query_positions.shape[1] == 1
@@ -245,18 +266,28 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
         self,
         input_ids: torch.Tensor,
         noisy_input_ids: torch.Tensor,
-        block_size: int,
+        block_size: BlockSize,
         noisy_position_ids: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         past_key_values: Cache | None,
         use_cache: bool,
         noise_level: torch.Tensor | float | None,
+        document_ids: torch.Tensor | None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         num_clean, num_noisy = input_ids.shape[1], noisy_input_ids.shape[1]
-        position_ids = self._positions(input_ids, attention_mask, position_ids, past_key_values)
         aligned = noisy_position_ids is None and num_noisy == num_clean > 0
+        cached = past_key_values is not None or use_cache
+        ordered = aligned and position_ids is None and not cached
+        if document_ids is not None:
+            if not ordered or document_ids.shape != input_ids.shape:
+                raise ValueError(
+                    "`document_ids` must have the shape of `input_ids`, with as many `noisy_input_ids`, and without "
+                    "`position_ids`, `noisy_position_ids` and a cache: positions restart with each document."
+                )
+            position_ids = document_positions(document_ids)
+        position_ids = clean_positions(input_ids, attention_mask, position_ids, past_key_values)
         noisy_mask, follows = None, False
         if aligned:
             noisy_position_ids = position_ids
@@ -268,7 +299,7 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
                     f"that of `input_ids` ({num_clean}) nor is `input_ids` empty."
                 )
             follows = True
-            start = self._following(input_ids, attention_mask, position_ids, past_key_values)
+            start = following_position(input_ids, attention_mask, position_ids, past_key_values)
             noisy_position_ids = start + torch.arange(num_noisy, device=noisy_input_ids.device)
         elif noisy_position_ids.shape[-1] != num_noisy:
             raise ValueError(
@@ -289,7 +320,9 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
             use_cache=use_cache,
             noise_level=noise_level,
             is_causal=num_noisy == 0 and self.config.clean_attention == "causal",
-            is_full=follows and num_clean == 0 and num_noisy <= block_size,
+            document_ids=document_ids,
+            is_full=follows and num_clean == 0 and isinstance(block_size, int) and num_noisy <= block_size,
+            is_aligned=ordered,
             **kwargs,
         )
 
@@ -298,13 +331,16 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
         input_ids: torch.Tensor | None,
         labels: torch.Tensor,
         noisy_input_ids: torch.Tensor | None,
-        block_size: int | None,
+        block_size: int | Sequence[int] | None,
         noise_level: torch.Tensor | float | None,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         past_key_values: Cache | None,
         use_cache: bool | None,
+        document_ids: torch.Tensor | None,
         num_items_in_batch: torch.Tensor | int | None,
+        objective: str | None,
+        skip_logits: bool | None,
         **kwargs: Any,
     ) -> BlockGenOutput:
         """The mixture bound (Eq. 7) by one draw of block size, noise level and noise; what is given is not drawn."""
@@ -320,31 +356,38 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
                 f"`noisy_input_ids` must have the shape of `input_ids` {tuple(input_ids.shape)} when `labels` are "
                 f"given, but have {tuple(noisy_input_ids.shape)}."
             )
+        if skip_logits and not self._has_plain_head:
+            raise ValueError(
+                "`skip_logits=True` needs the output layer as a plain linear layer whose weights are at hand, but it "
+                f"is a {type(self.lm_head).__name__}, wrapped or sharded."
+            )
         scored = labels != -100
         targets = torch.where(scored, labels, input_ids)
         if block_size is not None:
-            block_size = self._check_block_size(block_size)
-        block_size, noise_level, noisy_input_ids = draw_training_noise(
-            self.diffusion, self.config, targets, scored, block_size, noise_level, noisy_input_ids
+            block_size = self._check_block_size(block_size, len(input_ids))
+        draw = draw_training_noise(
+            self.diffusion, self.config, targets, scored, block_size, noise_level, noisy_input_ids, objective
         )
         outputs = self._denoise(
-            targets,
-            noisy_input_ids,
-            block_size,
-            None,
-            attention_mask,
-            position_ids,
-            None,
-            False,
-            noise_level,
-            **kwargs,
-        )
-        logits = self.lm_head(outputs.last_hidden_state)
-        loss = mixture_loss(
-            self.diffusion, self.config, logits, targets, noisy_input_ids, scored, block_size, noise_level,
-            num_items_in_batch,
+            targets, draw.noisy_input_ids, draw.block_size, None, attention_mask, position_ids, None, False,
+            draw.noise_level, document_ids, **kwargs,
         )  # fmt: skip
-        return _with_logits(outputs, logits, loss)
+        if self._has_plain_head if skip_logits is None and self.training else skip_logits:
+            logits = None
+            head = (self.lm_head.weight, self.lm_head.bias)
+            total, losses = chunked_mixture_loss(self.diffusion, draw, outputs.last_hidden_state, *head)
+        else:
+            logits = self.lm_head(outputs.last_hidden_state)
+            total, losses = mixture_loss(self.diffusion, draw, logits)
+        loss = total / (scored.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+        return _with_logits(outputs, logits, loss, losses)
+
+    @property
+    def _has_plain_head(self) -> bool:
+        """Not with an adapter, quantised, sharded by tensor parallelism, or gathered for its own forward only."""
+        weight = self.lm_head.weight
+        plain = type(self.lm_head) is nn.Linear and type(weight) in (nn.Parameter, torch.Tensor)
+        return plain and len(weight) == self.config.vocab_size
 
     def fixed_queries(self, position_ids: torch.Tensor) -> torch.Tensor:
         """Fully noised tokens that depend on their position only: mask tokens, or for uniform noise a fixed draw."""
@@ -368,21 +411,27 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
         }
         super().save_pretrained(save_directory, *args, **kwargs)
 
-    def _check_block_size(self, block_size: int | None, warn: bool = True) -> int:
+    def _check_block_size(
+        self, block_size: int | Sequence[int] | None, num_rows: int | None = None, warn: bool = True
+    ) -> BlockSize:
         trained = self.config.block_sizes
         if block_size is None:
             return max(trained)
-        if not isinstance(block_size, int) or isinstance(block_size, bool) or block_size < 1:
-            raise ValueError(f"`block_size` must be a positive integer, but is {block_size!r}.")
-        if warn and block_size not in trained:
-            logger.warning_once(
-                f"`block_size={block_size}` is not one of the block sizes that the model was trained for: {trained}."
-            )
+        if isinstance(block_size, (list, tuple)) and len(block_size) != num_rows:
+            raise ValueError(f"`block_size` must be one number, or {num_rows}, one for each row, but is {block_size}.")
+        sizes = block_size if isinstance(block_size, (list, tuple)) else (block_size,)
+        for size in sizes:
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise ValueError(f"`block_size` must be a positive integer, but is {block_size!r}.")
+            if warn and size not in trained:
+                logger.warning_once(
+                    f"`block_size={size}` is not one of the block sizes that the model was trained for: {trained}."
+                )
         if block_size == 1 and not warn:
             self._check_leak(1)
-        return block_size
+        return sizes[0] if len(set(sizes)) == 1 else tuple(sizes)
 
-    def _check_leak(self, block_size: int, noisy_position_ids: torch.Tensor | None = None) -> None:
+    def _check_leak(self, block_size: BlockSize, noisy_position_ids: torch.Tensor | None = None) -> None:
         """Block-causal clean tokens see their whole block: no noisy block may start inside of one."""
         # CODEPATH: BlockGen checkpoints have causal clean tokens, BD3-LM's are block-causal.
         if self.config.clean_attention == "causal":
@@ -393,58 +442,13 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
                 f"`noisy_position_ids` must start at a multiple of {grid}, the grid of a model with "
                 f"`clean_attention='block_causal'`, but start at {noisy_position_ids[:, 0].tolist()}."
             )
-        if block_size % grid != 0:
+        sizes = (block_size,) if isinstance(block_size, int) else block_size
+        if any(size % grid != 0 for size in sizes):
             raise ValueError(
                 f"`block_size={block_size}` is not possible with `clean_attention='block_causal'` and blocks of "
                 f"{grid}: clean tokens would reveal the tokens to be predicted. Autoregressive predictions and "
                 "verification need a model with `clean_attention='causal'`; other block sizes must be multiples."
             )
-
-    @staticmethod
-    def _positions(
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        past_key_values: Cache | None,
-    ) -> torch.Tensor:
-        """Positions of the clean tokens of the call, `[B or 1, C]`."""
-        num_clean = input_ids.shape[1]
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if attention_mask is not None:
-            # The length of a static cache is a tensor, whose value would cost a synchronisation.
-            expected = attention_mask.shape[1] if isinstance(past, torch.Tensor) else past + num_clean
-            if attention_mask.ndim != 2 or attention_mask.shape[1] != expected:
-                raise ValueError(
-                    f"`attention_mask` must have the shape [batch, past + clean tokens] = [{input_ids.shape[0]}, "
-                    f"{expected}], but has {list(attention_mask.shape)}."
-                )
-        if position_ids is not None:
-            if position_ids.shape[-1] != num_clean:
-                raise ValueError(
-                    f"`position_ids` must give a position for each of the {num_clean} `input_ids`, but have the shape "
-                    f"{list(position_ids.shape)}."
-                )
-            return position_ids
-        if attention_mask is not None:
-            return last_columns((attention_mask.long().cumsum(-1) - 1).clamp(min=0), num_clean)
-        return torch.arange(num_clean, device=input_ids.device)[None] + past
-
-    @staticmethod
-    def _following(
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor,
-        past_key_values: Cache | None,
-    ) -> torch.Tensor:
-        """The position behind the last clean token, `[B or 1, 1]`."""
-        if attention_mask is not None:
-            length = attention_mask.long().sum(-1, keepdim=True)
-            # An empty row of a padded batch starts at 0, whatever the position of its padding.
-            return length if input_ids.shape[1] == 0 else torch.where(length > 0, position_ids[:, -1:] + 1, 0)
-        if input_ids.shape[1] > 0:
-            return position_ids[:, -1:] + 1
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        return torch.zeros(1, 1, dtype=torch.long, device=input_ids.device) + past
 
 
 def _kept(logits_to_keep: int | torch.Tensor) -> slice | torch.Tensor:
@@ -452,7 +456,10 @@ def _kept(logits_to_keep: int | torch.Tensor) -> slice | torch.Tensor:
 
 
 def _with_logits(
-    outputs: BaseModelOutputWithPast, logits: torch.Tensor, loss: torch.Tensor | None = None
+    outputs: BaseModelOutputWithPast,
+    logits: torch.Tensor | None,
+    loss: torch.Tensor | None = None,
+    token_losses: torch.Tensor | None = None,
 ) -> BlockGenOutput:
     return BlockGenOutput(
         loss=loss,
@@ -460,10 +467,10 @@ def _with_logits(
         past_key_values=outputs.past_key_values,
         hidden_states=outputs.hidden_states,
         attentions=outputs.attentions,
+        token_losses=token_losses,
     )
 
 
-# `AutoModel` as well: `save_pretrained` writes the whole map.
 BlockGenConfig.register_for_auto_class()
 BlockGenForDiffusionLM.register_for_auto_class("AutoModelForCausalLM")
 

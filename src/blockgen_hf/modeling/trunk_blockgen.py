@@ -35,7 +35,9 @@ from .layers_blockgen import (
     BlockGenTimeEmbedding,
     modulate,
 )
-from .masking_blockgen import AttentionLayout, build_layout, concat, make_attention_mask, unreachable
+from .masking_blockgen import AttentionLayout, BlockSize, build_layout, concat, make_attention_mask, unreachable
+from .positions_blockgen import last_columns
+from .training_mask_blockgen import make_training_mask
 
 
 class BlockGenPreTrainedModel(PreTrainedModel):
@@ -94,7 +96,7 @@ class BlockGenModel(BlockGenPreTrainedModel):
         input_ids: torch.Tensor,
         noisy_input_ids: torch.Tensor | None = None,
         *,
-        block_size: int = 1,
+        block_size: BlockSize = 1,
         position_ids: torch.Tensor | None = None,
         noisy_position_ids: torch.Tensor | None = None,
         noisy_mask: torch.Tensor | None = None,
@@ -102,8 +104,10 @@ class BlockGenModel(BlockGenPreTrainedModel):
         past_key_values: Cache | None = None,
         use_cache: bool = False,
         noise_level: torch.Tensor | None = None,
+        document_ids: torch.Tensor | None = None,
         is_causal: bool = False,
         is_full: bool = False,
+        is_aligned: bool = False,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """
@@ -116,6 +120,8 @@ class BlockGenModel(BlockGenPreTrainedModel):
             is_causal (`bool`): the caller knows that the mask is causal over cache, clean and noisy tokens in this
             order.
             is_full (`bool`): the caller knows that every query sees every key.
+            is_aligned (`bool`): the caller knows that clean and noisy tokens are as many, at the same positions, which
+                follow the order of the tokens (in every document, if there are `document_ids`), and nothing is cached.
 
         Returns:
             [`BaseModelOutputWithPast`], `last_hidden_state` of the noisy tokens only, `[B, N, hidden_size]`.
@@ -132,20 +138,23 @@ class BlockGenModel(BlockGenPreTrainedModel):
         num_clean = input_ids.shape[1]
         num_committed = num_clean if use_cache else 0
         read_cache = past_key_values if self._reads(past_key_values, num_committed) else None
-        layout = build_layout(
-            position_ids,
-            noisy_position_ids,
-            block_size,
-            1 if self.config.clean_attention == "causal" else self.config.block_sizes[0],
-            self._cached_positions(read_cache, num_committed, position_ids, attention_mask),
-            clean_is_committed=num_committed > 0,
-            clean_valid=None if attention_mask is None else last_columns(attention_mask, num_clean).bool(),
-            noisy_valid=None if noisy_mask is None else noisy_mask.bool(),
-        )
-        # Padding, and the free slots of a static cache, have to be masked in any case.
-        static = read_cache is not None and read_cache.is_compileable
-        unpadded = attention_mask is None and not static
-        mask, is_causal = self._render(layout, is_causal and unpadded, is_full and unpadded)
+        if is_aligned:
+            mask, is_causal = self._training_mask(position_ids, block_size, attention_mask, document_ids), False
+        else:
+            layout = build_layout(
+                position_ids,
+                noisy_position_ids,
+                block_size,
+                self._clean_block_size,
+                self._cached_positions(read_cache, num_committed, position_ids, attention_mask),
+                clean_is_committed=num_committed > 0,
+                clean_valid=None if attention_mask is None else last_columns(attention_mask, num_clean).bool(),
+                noisy_valid=None if noisy_mask is None else noisy_mask.bool(),
+            )
+            # Padding, and the free slots of a static cache, have to be masked in any case.
+            static = read_cache is not None and read_cache.is_compileable
+            unpadded = attention_mask is None and not static
+            mask, is_causal = self._render(layout, is_causal and unpadded, is_full and unpadded)
 
         hidden_states = self.embed_tokens(torch.cat([input_ids, noisy_input_ids], dim=1))
         position_embeddings = self.rotary_emb(hidden_states, concat(position_ids, noisy_position_ids))
@@ -227,34 +236,54 @@ class BlockGenModel(BlockGenPreTrainedModel):
             positions = torch.where((index >= past) & (positions < length), given, positions)
         return torch.where(index < length, positions, unreachable(index))
 
-    def _render(self, layout: AttentionLayout, is_causal: bool, is_full: bool) -> tuple[Any, bool]:
-        """The mask for the attention implementation, or None with `is_causal` where the kernel needs none."""
+    @property
+    def _clean_block_size(self) -> int:
+        return 1 if self.config.clean_attention == "causal" else self.config.block_sizes[0]
+
+    def _training_mask(
+        self,
+        position_ids: torch.Tensor,
+        block_size: BlockSize,
+        attention_mask: torch.Tensor | None,
+        document_ids: torch.Tensor | None,
+    ) -> Any:
+        self._check_attention(needs_mask=True)
+        return make_training_mask(
+            position_ids,
+            block_size,
+            self._clean_block_size,
+            self.config._attn_implementation,
+            self.dtype,
+            valid=None if attention_mask is None else attention_mask.bool(),
+            document_ids=document_ids,
+        )
+
+    def _check_attention(self, needs_mask: bool) -> None:
+        """Refuses what the attention implementation cannot compute, or not on this device."""
         implementation = self.config._attn_implementation
-        device = layout.key_position.device
-        if implementation == "flex_attention" and device.type == "cpu":
+        if implementation == "flex_attention" and self.device.type == "cpu":
             raise ValueError(
                 "`attn_implementation='flex_attention'` needs kernels that CPUs do not have: use 'sdpa' or 'eager'."
             )
-        if is_full:
-            return None, False
-        if is_flash_attention_requested(self.config):
-            if is_causal:
-                return None, True
+        if needs_mask and is_flash_attention_requested(self.config):
             raise ValueError(
                 f"`attn_implementation={implementation!r}` serves forward passes that need no mask: autoregressive "
                 "decoding and block-diffusion denoising of unpadded prompts with a dynamic cache. Training, "
                 "verification (ARPC), padding and static caches need one: use `attn_implementation='sdpa'` or "
                 "'flex_attention'."
             )
+
+    def _render(self, layout: AttentionLayout, is_causal: bool, is_full: bool) -> tuple[Any, bool]:
+        """The mask for the attention implementation, or None with `is_causal` where the kernel needs none."""
+        implementation = self.config._attn_implementation
+        self._check_attention(needs_mask=not (is_causal or is_full))
+        if is_full:
+            return None, False
         # SDPA aligns its causal mask with the first key, so that it fits only where nothing is cached.
-        if implementation == "sdpa" and is_causal and layout.key_position.shape[-1] == layout.clean_limit.shape[-1]:
+        starts_at_zero = layout.key_position.shape[-1] == layout.clean_limit.shape[-1]
+        if is_causal and (is_flash_attention_requested(self.config) or (implementation == "sdpa" and starts_at_zero)):
             return None, True
         return make_attention_mask(layout, implementation, self.dtype), False
-
-
-def last_columns(mask: torch.Tensor, count: int) -> torch.Tensor:
-    """The last `count` columns, also for 0."""
-    return mask[:, mask.shape[1] - count :]
 
 
 __all__ = ["BlockGenModel", "BlockGenPreTrainedModel"]
