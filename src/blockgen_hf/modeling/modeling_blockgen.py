@@ -286,7 +286,8 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
                     "`document_ids` must have the shape of `input_ids`, with as many `noisy_input_ids`, and without "
                     "`position_ids`, `noisy_position_ids` and a cache: positions restart with each document."
                 )
-            position_ids = document_positions(document_ids)
+            position_ids = document_positions(document_ids, attention_mask)
+            document_ids = (position_ids == 0).cumsum(1)  # an id that comes back is another document
         position_ids = clean_positions(input_ids, attention_mask, position_ids, past_key_values)
         noisy_mask, follows = None, False
         if aligned:

@@ -22,11 +22,16 @@ def last_columns(mask: torch.Tensor, count: int) -> torch.Tensor:
     return mask[:, mask.shape[1] - count :]
 
 
-def document_positions(document_ids: torch.Tensor) -> torch.Tensor:
-    """Positions that restart where a document does: `[B, L]`, from the documents of consecutive tokens `[B, L]`."""
-    index = torch.arange(document_ids.shape[1], device=document_ids.device)
+def document_positions(document_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+    """
+    Positions that restart where a document does, `[B, L]`, from the documents of consecutive tokens, `[B, L]`. Padding
+    belongs to no document.
+    """
     starts = torch.ones_like(document_ids, dtype=torch.bool)
     starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    if attention_mask is not None:
+        starts[:, 1:] |= attention_mask[:, 1:] != attention_mask[:, :-1]
+    index = torch.arange(document_ids.shape[1], device=document_ids.device)
     return index - torch.where(starts, index, 0).cummax(dim=1).values
 
 

@@ -125,7 +125,7 @@ def _render(
         overlap = 0 if isinstance(block_size, int) and CHUNK_SIZE % block_size == 0 else largest - 1
         return _chunks(layout, length, overlap, clean_block_size - 1, clean_block_size == 1)
     # Where padding stands between tokens, a block may be spread over the row.
-    has_gaps = valid is not None and bool((valid[:, :1] + (valid[:, 1:] > valid[:, :-1])).sum(-1).gt(1).any())
+    has_gaps = valid is not None and bool((valid[:, 0] + (valid[:, 1:] > valid[:, :-1]).sum(-1)).gt(1).any())
     overlap, clean_overlap = (length, length) if has_gaps else (largest - 1, clean_block_size - 1)
     return _chunks(layout, length, overlap, clean_overlap, False)
 
