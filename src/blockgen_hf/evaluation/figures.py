@@ -1,0 +1,217 @@
+"""From the bounds of sequences to the figures of a data set, with error bars (BlockGen, Eq. 7, 13, 19, 20)."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class LikelihoodFigure:
+    """
+    A negative log-likelihood bound of a data set, a scored token.
+
+    Args:
+        nll (`float`): in nats a token.
+        perplexity (`float`): its exponential, Eq. 13.
+        nll_standard_error (`float`, *optional*): of `nll`, over the Monte-Carlo draws: by how much the figure would
+            vary with the seed, on the same data. None if there is one draw only.
+        perplexity_standard_error (`float`, *optional*): of `perplexity`, by the delta method: their product.
+    """
+
+    nll: float
+    perplexity: float
+    nll_standard_error: float | None
+    perplexity_standard_error: float | None
+
+
+@dataclass(frozen=True)
+class LikelihoodResult:
+    """
+    What [`evaluate_likelihood`] finds.
+
+    Args:
+        block_sizes (`dict[int, LikelihoodFigure]`): the bound of every block size evaluated.
+        log_sum_exp ([`LikelihoodFigure`], *optional*): of the mixture, Eq. 20 as printed: reduced a sequence, and then
+            summed. With few draws it is too low, as it prefers the block sizes that were lucky.
+        log_sum_exp_corrected ([`LikelihoodFigure`], *optional*): without most of that; None if there is one draw only.
+        jensen ([`LikelihoodFigure`], *optional*): of the mixture, the looser bound of Eq. 7: the mean of the block
+            sizes' by weight.
+        weights (`dict[int, float]`): gamma, of the block sizes in the mixture. They add up to 1. If there are none,
+            the mixture's figures are None.
+        num_sequences (`int`): sequences with a scored token.
+        num_tokens (`int`): scored tokens.
+        num_skipped (`int`): rows without a scored token.
+        num_draws (`int`): K.
+    """
+
+    block_sizes: dict[int, LikelihoodFigure]
+    log_sum_exp: LikelihoodFigure | None
+    log_sum_exp_corrected: LikelihoodFigure | None
+    jensen: LikelihoodFigure | None
+    weights: dict[int, float]
+    num_sequences: int
+    num_tokens: int
+    num_skipped: int
+    num_draws: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, nested, as JSON has it, but for the keys of `block_sizes` and `weights`, which are integers."""
+        return asdict(self)
+
+    def metrics(self) -> dict[str, float]:
+        """The figures as a flat mapping, as `Trainer` logs them: `perplexity_block_16`, `nll_log_sum_exp` ..."""
+        named = {f"block_{size}": figure for size, figure in self.block_sizes.items()}
+        mixture = {
+            "log_sum_exp": self.log_sum_exp,
+            "log_sum_exp_corrected": self.log_sum_exp_corrected,
+            "jensen": self.jensen,
+        }
+        named.update({name: figure for name, figure in mixture.items() if figure is not None})
+        return {
+            f"{key}_{name}": value
+            for name, figure in named.items()
+            for key, value in asdict(figure).items()
+            if value is not None
+        }
+
+
+def likelihood_metrics(
+    nll: torch.Tensor,
+    num_tokens: torch.Tensor,
+    block_sizes: Sequence[int],
+    weights: Sequence[float] | None = None,
+    *,
+    num_skipped: int = 0,
+) -> LikelihoodResult:
+    """
+    The figures of a data set from the bounds of its sequences. Tensors or arrays, in any order of the sequences.
+
+    Args:
+        nll (`[N, S, K]`): what [`sequence_nll`] gives, in nats. Not-a-numbers and infinities end in the figures.
+        num_tokens (`[N]`): scored tokens of every sequence. Sequences without any are counted as skipped.
+        block_sizes (`Sequence[int]`): the S block sizes.
+        weights (`Sequence[float]`, *optional*): gamma, one a block size, zero for those that are not in the mixture;
+            they are divided by their sum. Default: equal. [`mixture_weights`] gives those of a configuration.
+        num_skipped (`int`): sequences that were left out before.
+
+    Raises:
+        ValueError: shapes that do not fit, negative weights, or no sequence with a scored token.
+    """
+    nll = torch.as_tensor(nll).detach().to("cpu", torch.float64)
+    num_tokens = torch.as_tensor(num_tokens).detach().to("cpu", torch.float64)
+    if nll.ndim != 3 or nll.shape[1] != len(block_sizes) or nll.shape[2] < 1 or num_tokens.shape != nll.shape[:1]:
+        raise ValueError(
+            f"`nll` must have the shape [sequences, {len(block_sizes)} block sizes, draws] and `num_tokens` "
+            f"[sequences], but have {list(nll.shape)} and {list(num_tokens.shape)}."
+        )
+    given = [1.0] * len(block_sizes) if weights is None else [float(weight) for weight in weights]
+    gamma = torch.tensor(given, dtype=torch.float64)
+    if len(gamma) != len(block_sizes) or not (gamma >= 0).all() or not gamma.isfinite().all():
+        raise ValueError(
+            f"`weights` must be {len(block_sizes)} numbers, one a block size and none negative, but are {weights!r}."
+        )
+    scored = num_tokens > 0
+    if not scored.any():
+        raise ValueError("There is no sequence with a scored token: nothing can be said of the likelihood.")
+    nll, total = nll[scored], int(num_tokens.sum())
+    in_mixture = (gamma > 0).nonzero().squeeze(-1)
+    gamma = gamma[in_mixture] / gamma.sum()
+    log_sum_exp = corrected = jensen = None
+    if len(in_mixture):
+        log_sum_exp, corrected = _log_sum_exp_figures(nll[:, in_mixture], gamma, total)
+        jensen = _figure((nll[:, in_mixture] * gamma[:, None]).sum(1), total)
+    return LikelihoodResult(
+        block_sizes={size: _figure(nll[:, column], total) for column, size in enumerate(block_sizes)},
+        log_sum_exp=log_sum_exp,
+        log_sum_exp_corrected=corrected,
+        jensen=jensen,
+        weights={
+            block_sizes[column]: weight for column, weight in zip(in_mixture.tolist(), gamma.tolist(), strict=True)
+        },
+        num_sequences=int(scored.sum()),
+        num_tokens=total,
+        num_skipped=num_skipped + int((~scored).sum()),
+        num_draws=nll.shape[2],
+    )
+
+
+def mixture_weights(
+    trained: Sequence[int],
+    trained_weights: Sequence[float] | None,
+    block_sizes: Sequence[int],
+    weights: Mapping[int, float] | Sequence[float] | None = None,
+) -> list[float]:
+    """
+    gamma of each of the `block_sizes`, not normalised: what `weights` say, by block size or in their order, else those
+    of the configuration (`trained_weights`, None: equal), which are zero for sizes that it does not have.
+
+    Raises:
+        ValueError: weights for sizes that are not evaluated, or not one a size.
+    """
+    if isinstance(weights, Mapping):
+        if not set(weights) <= set(block_sizes):
+            raise ValueError(f"`weights` must be of the block sizes {list(block_sizes)}, but are {dict(weights)!r}.")
+        return [float(weights.get(size, 0.0)) for size in block_sizes]
+    if weights is not None:
+        if len(weights) != len(block_sizes):
+            raise ValueError(f"`weights` must be {len(block_sizes)}, one a block size, but are {list(weights)!r}.")
+        return [float(weight) for weight in weights]
+    by_size = dict(zip(trained, trained_weights or [1.0] * len(trained), strict=True))
+    return [float(by_size.get(size, 0.0)) for size in block_sizes]
+
+
+def _log_sum_exp_figures(
+    nll: torch.Tensor, gamma: torch.Tensor, total: int
+) -> tuple[LikelihoodFigure, LikelihoodFigure | None]:
+    """
+    Eq. 20 of `[N, S, K]`, and the same without its bias of first order in 1 / K.
+
+    The log-sum-exp is concave in the bounds: their errors lower it, by some c / K on average. By the halves of the
+    draws it is lower by twice as much, so that twice the figure of all draws less the mean of the halves' is without.
+    """
+    num_draws = nll.shape[-1]
+
+    def reduce(draws: slice) -> torch.Tensor:
+        return -torch.logsumexp(gamma.log() - nll[..., draws].mean(-1), dim=-1)
+
+    whole = reduce(slice(None))
+    if num_draws < 2:
+        return _make_figure(whole.sum().item() / total, None), None
+    first = num_draws // 2
+    halves = reduce(slice(first)), reduce(slice(first, None))
+    share = first / num_draws
+    error = _standard_error(*halves, num_draws) / total
+    corrected = 2 * whole - share * halves[0] - (1 - share) * halves[1]
+    return _make_figure(whole.sum().item() / total, error), _make_figure(corrected.sum().item() / total, error)
+
+
+def _figure(nll: torch.Tensor, total: int) -> LikelihoodFigure:
+    """From `[N, K]`: Eq. 19, 12, 13."""
+    num_draws = nll.shape[-1]
+    mean = nll.mean(-1).sum().item() / total
+    if num_draws < 2:
+        return _make_figure(mean, None)
+    first = num_draws // 2
+    return _make_figure(mean, _standard_error(nll[:, :first].mean(-1), nll[:, first:].mean(-1), num_draws) / total)
+
+
+def _standard_error(first: torch.Tensor, second: torch.Tensor, num_draws: int) -> float:
+    """
+    Of the sum over sequences of the mean over draws, from its values by the first K // 2 draws and by the others,
+    `[N]`. With variances v / K_1 and v / K_2 of the halves their squared difference is v K / (K_1 K_2) on average, and
+    v / K is what is asked for.
+    """
+    in_first = num_draws // 2
+    factor = in_first * (num_draws - in_first) / num_draws**2
+    return math.sqrt(factor * (first - second).square().sum().item())
+
+
+def _make_figure(nll: float, error: float | None) -> LikelihoodFigure:
+    perplexity = math.inf if nll > 700 else math.exp(nll)
+    return LikelihoodFigure(nll, perplexity, error, None if error is None else perplexity * error)
+
+
+__all__ = ["LikelihoodFigure", "LikelihoodResult", "likelihood_metrics", "mixture_weights"]

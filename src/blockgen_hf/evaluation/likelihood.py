@@ -1,0 +1,259 @@
+"""How likely a model finds a data set: bounds for each block size and for the mixture (BlockGen, Suppl. C)."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers.modeling_utils import unwrap_model
+from transformers.utils import logging
+
+from ..modeling.configuration_blockgen import BlockGenConfig
+from ..modeling.objective_blockgen import SMALLEST_TIME
+from .draws import evaluation_rows, is_exact, make_draw
+from .figures import LikelihoodResult, likelihood_metrics, mixture_weights
+from .rows import Collator, check_batch, collated
+
+
+@torch.no_grad()
+def sequence_nll(
+    model: nn.Module,
+    batch: Mapping[str, torch.Tensor],
+    block_sizes: Sequence[int] | None = None,
+    monte_carlo_samples: int = 8,
+    *,
+    seed: int = 0,
+    smallest_time: float = SMALLEST_TIME,
+) -> torch.Tensor:
+    """
+    Negative log-likelihood bounds of the rows of a batch: NLL_s(t_k, z_k) of Eq. 18 for block sizes s and draws k.
+
+    The noise is keyed by the seed, the block size, the draw and what a row says (see `draws.py`), so that a row gets
+    the same figures in every batch, up to rounding. No global random number is used, and the model is left in the mode
+    it was in.
+
+    Args:
+        model ([`BlockGenForDiffusionLM`]): also wrapped, as for training in several processes.
+        batch (mapping): `input_ids`, long `[B, L]`, and as the case may be, of the same shape, `labels` (-100 where
+            not scored; without them every token is scored that is not padding), `attention_mask` (0 for padding, which
+            is never scored) and `document_ids`. On any device; other entries are ignored.
+        block_sizes (`Sequence[int]`, *optional*): S sizes. Default: those of the configuration.
+        monte_carlo_samples (`int`): K. The first K // 2 draws are independent of the others.
+        seed (`int`): of the noise.
+        smallest_time (`float`): t is uniform on (smallest_time, 1].
+
+    Returns:
+        `torch.DoubleTensor` of shape `[B, S, K]`, on the model's device: nats, summed over the scored tokens of a row.
+        With a block size of 1 a masked model is exact, in one forward pass for all draws; else each takes one.
+
+    Raises:
+        ValueError: block sizes, number of draws or smallest time that cannot be evaluated.
+    """
+    unwrapped = unwrap_model(model)
+    config: BlockGenConfig = unwrapped.config
+    sizes = checked_block_sizes(config, block_sizes)
+    check_draws(monte_carlo_samples, smallest_time)
+    columns = ("input_ids", "labels", "attention_mask", "document_ids")
+    tensors = {name: batch[name].to(unwrapped.device) for name in columns if batch.get(name) is not None}
+    attention_mask, document_ids = tensors.get("attention_mask"), tensors.get("document_ids")
+    rows = evaluation_rows(tensors["input_ids"], tensors.get("labels"), attention_mask, document_ids, seed)
+    labels = torch.where(rows.scored, rows.tokens, -100)
+    nll = torch.zeros(
+        len(rows.tokens), len(sizes), monte_carlo_samples, dtype=torch.float64, device=rows.tokens.device
+    )
+    with _evaluation_mode(model):
+        for column, size in enumerate(sizes):
+            exact = is_exact(unwrapped.diffusion, size)
+            for k in range(1 if exact else monte_carlo_samples):
+                draw = make_draw(
+                    unwrapped.diffusion, rows, size, k, monte_carlo_samples, smallest_time, config.time_conditioning
+                )
+                losses = model(
+                    input_ids=rows.tokens,
+                    labels=labels,
+                    noisy_input_ids=draw.noisy_input_ids,
+                    noise_level=draw.noise_level,
+                    block_size=size,
+                    attention_mask=attention_mask,
+                    document_ids=document_ids,
+                    objective=draw.objective,
+                    skip_logits=unwrapped._has_plain_head,
+                ).token_losses
+                nll[:, column, k:] = (draw.weights * losses.double()).sum(-1, keepdim=True)
+    return nll
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """No dropout; afterwards every module is in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def check_draws(monte_carlo_samples: int, smallest_time: float) -> None:
+    """Raises a `ValueError` for numbers of draws, or smallest times, that mean nothing."""
+    is_count = isinstance(monte_carlo_samples, int) and not isinstance(monte_carlo_samples, bool)
+    if not is_count or monte_carlo_samples < 1:
+        raise ValueError(f"`monte_carlo_samples` must be a positive integer, but is {monte_carlo_samples!r}.")
+    if not 0 <= smallest_time < 1:
+        raise ValueError(f"`smallest_time` must be in [0, 1), but is {smallest_time!r}.")
+
+
+def checked_block_sizes(config: BlockGenConfig, block_sizes: Sequence[int] | None) -> list[int]:
+    """The block sizes to evaluate. Raises a `ValueError` for those that the model cannot evaluate."""
+    sizes = list(config.block_sizes if block_sizes is None else block_sizes)
+    for size in sizes:
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ValueError(f"`block_sizes` must be positive integers, but are {sizes!r}.")
+    if not sizes or len(set(sizes)) < len(sizes):
+        raise ValueError(f"`block_sizes` must be at least one size, each once, but are {sizes!r}.")
+    grid = config.block_sizes[0]
+    if config.clean_attention == "block_causal" and any(size % grid for size in sizes):
+        raise ValueError(
+            f"`block_sizes` must be multiples of {grid}, the blocks of a model with `clean_attention='block_causal'`, "
+            f"but are {sizes!r}: clean tokens would reveal the tokens to be predicted."
+        )
+    return sizes
+
+
+def evaluate_likelihood(
+    model: nn.Module,
+    dataset: Any,
+    block_sizes: Sequence[int] | None = None,
+    monte_carlo_samples: int = 8,
+    *,
+    batch_size: int = 8,
+    data_collator: Collator | None = None,
+    weights: Mapping[int, float] | Sequence[float] | None = None,
+    seed: int = 0,
+    smallest_time: float = SMALLEST_TIME,
+    accelerator: Any = None,
+    progress: bool = False,
+) -> LikelihoodResult:
+    r"""
+    Bounds of the negative log-likelihood of a data set, and perplexities, of each block size and of their mixture.
+
+    - Block size s: the ELBO, Eq. 15 or 16, by K draws a sequence (Eq. 18, 19), summed over the data set and divided by
+      its scored tokens (Eq. 13). With a block size of 1 it is the cross entropy with fully noised inputs: for masked
+      models the exact likelihood (Eq. 14), for uniform ones a mean over random inputs, by K draws.
+    - Mixture: `log_sum_exp` (Eq. 20), reduced a sequence, with a figure corrected for its bias, and `jensen` (Eq. 7).
+
+    The figures do not depend, but for rounding, on batch size, padding, order or number of processes: noise is keyed
+    by the seed and by what a row says. Rows that say the same get the same noise.
+
+    As in the paper's code, t is uniform on (smallest_time, 1], and what the bound has outside is left out: the little
+    that is left of the text at t = 1, where alpha is `noise_schedule_eps` (1e-3), and times below `smallest_time`, for
+    which the mean of the others stands in. For masked models either is about a part in a thousand. The latter may be
+    much for a uniform model that has not learnt to trust the tokens which it sees: `smallest_time=0` gives the whole
+    integral.
+
+    Args:
+        model ([`BlockGenForDiffusionLM`]): on its device, also wrapped by `accelerator.prepare`.
+        dataset: rows `{"input_ids", "labels", "attention_mask", "document_ids"}`, lists or tensors, all but the first
+            optional, as a sequence, a `Dataset` or an iterable; or token ids alone; or the columns that a tokenizer
+            returns; or a tensor of token ids `[N, L]`. Rows of unequal length are padded. Scored are the tokens whose
+            label is not -100 (without labels all), but not padding.
+        block_sizes (`Sequence[int]`, *optional*): what to evaluate, any positive sizes. Default: those of the
+            configuration.
+        monte_carlo_samples (`int`): K, draws of noise for each row and block size. The time taken is in proportion.
+        batch_size (`int`): rows a forward pass, and process.
+        data_collator (`Callable`, *optional*): makes a batch of tensors of a list of rows. Default: pads on the right.
+        weights (`Mapping[int, float]` or `Sequence[float]`, *optional*): gamma, by block size or in their order.
+            Default: those of the configuration; its block sizes only are in the mixture then. Where `block_sizes`
+            leave some of them out, the mixture is that of the others, with weights that add up to 1 again: see
+            `weights` of the result.
+        seed (`int`): of the noise.
+        smallest_time (`float`): in [0, 1).
+        accelerator (`accelerate.Accelerator`, *optional*): shares the rows among its processes; every process gets the
+            same result, and must be given the same data set. Default: made where several processes were launched.
+        progress (`bool`): whether the main process shows a bar, of rows.
+
+    Returns:
+        [`LikelihoodResult`].
+
+    Raises:
+        ValueError: a data set without a scored token; a bad row, by its number; a bad argument; or a likelihood that
+            is not finite, by row and block size.
+    """
+    config: BlockGenConfig = unwrap_model(model).config
+    sizes = checked_block_sizes(config, block_sizes)
+    check_draws(monte_carlo_samples, smallest_time)
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be positive, but is {batch_size!r}.")
+    gamma = mixture_weights(config.block_sizes, config.block_size_weights, sizes, weights)
+    processes = _Processes(accelerator)
+    found: list[tuple[torch.Tensor, ...]] = []  # numbers of rows, scored tokens, bounds
+    num_rows = num_skipped = 0
+    total = len(dataset) if hasattr(dataset, "__len__") and not isinstance(dataset, Mapping) else None
+    with logging.tqdm(total=total, unit="row", disable=not progress or processes.rank > 0) as bar:
+        for start, batch in collated(dataset, batch_size * processes.count, data_collator):
+            num_tokens = check_batch(batch, start, config)
+            scored_rows = num_tokens.nonzero().squeeze(-1)
+            num_rows, num_skipped = num_rows + len(num_tokens), num_skipped + len(num_tokens) - len(scored_rows)
+            own, is_spare = processes.share(scored_rows)
+            if len(own):
+                rows = {name: tensor[own] for name, tensor in batch.items()}
+                nll = sequence_nll(model, rows, sizes, monte_carlo_samples, seed=seed, smallest_time=smallest_time)
+                if not is_spare:
+                    found.append((start + own.cpu(), num_tokens[own].cpu(), nll.cpu()))
+            bar.update(len(num_tokens))
+    if num_rows == num_skipped:
+        raise ValueError(
+            "`dataset` must have rows with scored tokens (labels other than -100, outside of padding), but none of "
+            f"its {num_rows} rows has any."
+        )
+    numbers, num_tokens, nll = processes.gather(found)
+    _check_finite(nll, numbers, sizes)
+    return likelihood_metrics(nll, num_tokens, sizes, gamma, num_skipped=num_skipped)
+
+
+class _Processes:
+    """Who evaluates which rows, and how all learn of it: those of an `Accelerator`, or of the launch; or only this."""
+
+    def __init__(self, accelerator: Any) -> None:
+        is_initialized = dist.is_available() and dist.is_initialized()
+        is_launched = is_initialized or int(os.environ.get("WORLD_SIZE", "1")) > 1
+        if accelerator is None and is_launched:
+            from accelerate import PartialState
+
+            accelerator = PartialState()
+        self.rank: int = 0 if accelerator is None else accelerator.process_index
+        self.count: int = 1 if accelerator is None else accelerator.num_processes
+
+    def share(self, rows: torch.Tensor) -> tuple[torch.Tensor, bool]:
+        """
+        The rows of this process among `[n]`. Where there are too few it takes one that is another's, and True is
+        returned: sharded models are evaluated by all processes at once.
+        """
+        each = -(-len(rows) // self.count)
+        own = rows[self.rank * each : (self.rank + 1) * each]
+        return (own, False) if len(own) else (rows[:1], True)
+
+    def gather(self, found: list[tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
+        """What all processes found, the rows in their order: the same tensors everywhere."""
+        if self.count > 1:
+            from accelerate.utils import gather_object
+
+            found = gather_object(found)
+        columns = [torch.cat(column) for column in zip(*found, strict=True)]
+        order = columns[0].argsort()
+        return tuple(column[order] for column in columns)
+
+
+def _check_finite(nll: torch.Tensor, numbers: torch.Tensor, block_sizes: Sequence[int]) -> None:
+    for row, column, _ in (~nll.isfinite()).nonzero()[:1].tolist():
+        raise ValueError(
+            f"The likelihood of row {int(numbers[row])} of `dataset` at block size {block_sizes[column]} is not "
+            f"finite: {nll[row, column].tolist()} by draw. Are the weights of the model finite?"
+        )
+
+
+__all__ = ["evaluate_likelihood", "likelihood_metrics", "mixture_weights", "sequence_nll"]

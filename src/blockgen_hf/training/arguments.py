@@ -1,0 +1,81 @@
+"""The arguments of [`BlockGenTrainer`]."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from .draws import BLOCK_SIZE_SAMPLINGS, NOISE_LEVEL_SAMPLINGS
+
+
+BLOCK_SIZE_UNITS = ("micro_batch", "sequence")
+
+
+@dataclass
+class BlockGenTrainingArguments(TrainingArguments):
+    """
+    [`TrainingArguments`] with the settings of the mixture. The defaults are the paper's (Suppl. A.4): Adam (0.9,
+    0.999) without weight decay, learning rate 3e-4 after 2500 steps of warm-up, gradients clipped to norm 1, EMA of
+    0.9999. Batch size, steps and precision depend on the machine; the paper's are 512, one million, and bf16.
+
+    Raises:
+        ValueError: a value that is not accepted.
+    """
+
+    learning_rate: float = field(default=3e-4, metadata={"help": "The initial learning rate of the optimizer."})
+    lr_scheduler_type: str = field(
+        default="constant_with_warmup", metadata={"help": "Learning-rate schedule, a name of transformers."}
+    )
+    warmup_steps: float = field(
+        default=2500, metadata={"help": "Steps of linear warm-up; a number below 1 is a share of all steps."}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Off: the collator picks the columns, and hands on where a row comes from."}
+    )
+    include_num_input_tokens_seen: str | bool = field(
+        default="non_padding", metadata={"help": "Log the tokens seen: `all`, `non_padding` or `no`."}
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Off: a step uses all parameters, whatever it draws."}
+    )
+    block_size_sampling: str = field(
+        default="stratified",
+        metadata={
+            "help": "Block sizes of the slots of an optimizer step: `stratified` (Algorithm 2), `independent` draws, "
+            "or one draw `shared` by all."
+        },
+    )
+    block_size_unit: str = field(
+        default="micro_batch",
+        metadata={
+            "help": "A slot is a `micro_batch` (a rank and accumulation step, the paper), or every `sequence` of the "
+            "global batch: finer strata, and no difference between batch size and accumulation, but no mask is reused."
+        },
+    )
+    noise_level_sampling: str = field(
+        default="sequence", metadata={"help": "One noise level a `sequence` (the paper) or a `block` (BD3-LM)."}
+    )
+    ema_decay: float = field(
+        default=0.9999,
+        metadata={"help": "Decay of the average of the weights, which is what is saved and evaluated; 0 for none."},
+    )
+    eval_monte_carlo_samples: int = field(
+        default=8, metadata={"help": "Monte-Carlo draws of noise a sequence in evaluation (Eq. 19)."}
+    )
+
+    def __post_init__(self) -> None:
+        for name, accepted in (
+            ("block_size_sampling", BLOCK_SIZE_SAMPLINGS),
+            ("block_size_unit", BLOCK_SIZE_UNITS),
+            ("noise_level_sampling", NOISE_LEVEL_SAMPLINGS),
+        ):
+            value = getattr(self, name)
+            if value not in accepted:
+                raise ValueError(f"`{name}` must be one of {', '.join(accepted)}, but is {value!r}.")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"`ema_decay` must be in [0, 1), but is {self.ema_decay!r}.")
+        if self.eval_monte_carlo_samples < 1:
+            raise ValueError(f"`eval_monte_carlo_samples` must be positive, but is {self.eval_monte_carlo_samples!r}.")
+        super().__post_init__()
+
+
+__all__ = ["BlockGenTrainingArguments"]

@@ -1,0 +1,63 @@
+"""Folders that are complete or not there: written beside their place, then moved to it."""
+
+import os
+import shutil
+from pathlib import Path
+
+from transformers.trainer_utils import sort_checkpoints
+
+
+# Where things are written that are not complete; the upper bar keeps it out of what Trainer uploads to the Hub.
+UNFINISHED = "_unfinished"
+# A folder without these is no model for `from_pretrained`.
+_CONFIGS = ("config.json", "adapter_config.json")
+
+
+def replace_folder(source: Path, target: Path) -> None:
+    """Moves a folder to its place in one step; what stood there is deleted. Both are on one file system."""
+    if target.exists():
+        _delete(target, source.parent)
+    os.replace(source, target)
+
+
+def move_model(source: Path, target: Path) -> None:
+    """
+    Moves the files of a model into a folder that holds other things too, config.json last: until then, the folder is
+    no model, neither the old one nor the new one.
+    """
+    for name in _CONFIGS:
+        (target / name).unlink(missing_ok=True)
+    for path in sorted(source.iterdir(), key=lambda path: path.name in _CONFIGS):
+        if path.is_dir():
+            replace_folder(path, target / path.name)
+        else:
+            os.replace(path, target / path.name)
+    shutil.rmtree(source)
+
+
+def rotate_checkpoints(folder: Path, limit: int | None, best: str | None) -> None:
+    """
+    Deletes the oldest checkpoints of a folder until `limit` are left, never the latest nor the best: as Trainer does,
+    but a checkpoint that is being deleted is none any more.
+    """
+    if not limit or limit < 0:
+        return
+    checkpoints = [Path(path) for path in sort_checkpoints(str(folder), use_mtime=True)]
+    kept = {checkpoints[-1], *([Path(best)] if best is not None else [])} if checkpoints else set()
+    for checkpoint in checkpoints:
+        if len(checkpoints) <= max(limit, len(kept)):
+            break
+        if checkpoint not in kept:
+            _delete(checkpoint, folder / UNFINISHED)
+            checkpoints = [path for path in checkpoints if path != checkpoint]
+
+
+def _delete(folder: Path, unfinished: Path) -> None:
+    unfinished.mkdir(parents=True, exist_ok=True)
+    doomed = unfinished / f"deleted-{folder.name}"
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(folder, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+__all__ = ["UNFINISHED", "move_model", "replace_folder", "rotate_checkpoints"]

@@ -1,0 +1,274 @@
+"""
+Training on the mixture of block sizes with transformers' Trainer (BlockGen, Sec. 3.2 and Suppl. A.4).
+
+    dataset -> collator -> get_batch_samples (block sizes, noise levels, noise) -> model -> loss -> EMA -> checkpoint
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import EvalPrediction, Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from ..evaluation.likelihood import likelihood_metrics, sequence_nll
+from ..modeling.diffusion_blockgen import diffusion_from_config
+from .arguments import BlockGenTrainingArguments
+from .checkpointing import UNFINISHED, move_model, replace_folder, rotate_checkpoints
+from .collator import BlockGenDataCollator
+from .draws import StepDraws, corrupt_batch
+from .ema import TRAINING_WEIGHTS, EMACallback
+from .losses import LossesBySize
+
+
+class BlockGenTrainer(Trainer):
+    """
+    [`Trainer`] for [`BlockGenForDiffusionLM`]. Beyond what Trainer does:
+
+    - Block sizes are stratified over the slots of an optimizer step, that is over ranks and accumulation steps
+      (Algorithm 2), and noise levels over the global batch. All draws depend on the seed, the step and the place in
+      the global batch only.
+    - The average of the weights (EMA) is evaluated and saved. A checkpoint has the weights too, so that a run that is
+      resumed goes on as if it had not been interrupted.
+    - The loss is logged for each block size; a loss that is not finite ends the run before it spoils a checkpoint.
+    - `evaluate` gives the likelihood bounds of [`evaluate_likelihood`].
+    - Checkpoints and models are complete or not there, also when the process is killed while it writes them.
+
+    The arguments are those of [`Trainer`], `args` being [`BlockGenTrainingArguments`]. Default of the collator:
+    [`BlockGenDataCollator`].
+
+    Raises:
+        ValueError: a setting with which the average of the weights cannot be saved.
+    """
+
+    args: BlockGenTrainingArguments
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: BlockGenTrainingArguments | None = None,
+        data_collator: Any = None,
+        *arguments: Any,
+        **kwargs: Any,
+    ) -> None:
+        if args is None:
+            args = BlockGenTrainingArguments(output_dir="trainer_output")
+        super().__init__(model, args, data_collator, *arguments, **kwargs)
+        if data_collator is None:
+            pad_token_id = self.model.config.pad_token_id
+            self.data_collator = BlockGenDataCollator(self.processing_class, default_pad_token_id=pad_token_id or 0)
+        self._loss_shifts_labels = False  # every token is scored, the first too
+        self.compute_metrics: Any = self.compute_metrics or self._likelihood_metrics
+        self.diffusion = diffusion_from_config(self.model.config)
+        self.losses = LossesBySize(self.model.config.block_sizes)
+        self.ema = EMACallback(self.args.ema_decay)
+        if self.args.ema_decay > 0:
+            self._check_ema()
+            self.add_callback(self.ema)
+        self._is_saving_checkpoint = False
+
+    def _check_ema(self) -> None:
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if plugin is not None and "FULL_STATE_DICT" not in str(plugin.state_dict_type):
+            raise ValueError(
+                f"`fsdp_state_dict_type` is {plugin.state_dict_type}, but the average of the weights is saved as a "
+                "whole: use FULL_STATE_DICT, or `ema_decay=0`."
+            )
+        if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
+            raise ValueError(
+                "`ema_decay` needs the weights, which DeepSpeed's ZeRO-3 keeps to itself: use ZeRO-2 or FSDP2, or "
+                "`ema_decay=0`."
+            )
+
+    # The draws of a step
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, torch.Tensor | int | None]:
+        """The micro-batches of an optimizer step, with block sizes, noise levels and noisy tokens."""
+        batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        copies = self.get_tp_size() * self.get_cp_size() * self.get_sp_size()  # ranks that work on the same rows
+        num_ranks, rank = self.accelerator.num_processes // copies, self.accelerator.process_index // copies
+        num_slots = num_ranks * len(batches)
+        rows = self._train_batch_size
+        draws = StepDraws(self.args.seed, self.state.global_step, num_slots * rows)
+        config, args = self.model.config, self.args
+        per_row = args.block_size_unit == "sequence"
+        sizes: list[int] = []
+        if batches:
+            sizes = draws.block_sizes(
+                config.block_sizes,
+                config.block_size_weights,
+                num_slots * rows if per_row else num_slots,
+                args.block_size_sampling,
+            )
+        for step, batch in enumerate(batches):
+            slot = step * num_ranks + rank
+            first, count = slot * rows, len(batch["input_ids"])
+            places = first + torch.arange(count, device=batch["input_ids"].device)
+            block_size = tuple(sizes[first : first + count]) if per_row else sizes[slot]
+            batch.update(corrupt_batch(batch, self.diffusion, draws, places, block_size, args.noise_level_sampling))
+            batch["block_size"] = block_size
+        return batches, num_items_in_batch
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The mixture loss by the draws in `inputs`; the losses of tokens are kept to be logged."""
+        source = inputs.pop("source", None)
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if model.training:
+            self.losses.add(
+                inputs["block_size"], outputs["token_losses"], inputs["labels"], self.state.global_step, source
+            )
+        return (loss, outputs) if return_outputs else loss
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        if "attention_mask" not in inputs:  # nothing is padding, also where the tokenizer pads with a token of texts
+            inputs = {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}
+        super()._track_num_input_tokens(inputs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the loss of each block size to the training loss."""
+        if "loss" in logs:
+            logs.update(self.losses.drain(self.accelerator))
+        super().log(logs, start_time)
+
+    # Evaluation
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """
+        Returns:
+            the mean loss of the batch (Eq. 7), negative log-likelihoods `[B, block sizes, draws]` in nats a sequence,
+            and numbers of scored tokens `[B]`.
+        """
+        inputs = self._prepare_inputs(inputs)
+        inputs.pop("source", None)
+        samples = self.args.eval_monte_carlo_samples
+        nll = sequence_nll(model, inputs, self.model.config.block_sizes, samples, seed=self.args.seed)
+        num_tokens = (inputs["labels"] != -100).sum(-1)
+        gamma = torch.tensor(self._weights, dtype=nll.dtype, device=nll.device)
+        loss = (nll.mean(-1) @ gamma).sum() / num_tokens.sum().clamp(min=1)
+        return loss, nll, num_tokens
+
+    @property
+    def _weights(self) -> list[float]:
+        config = self.model.config
+        weights = config.block_size_weights or [1.0] * len(config.block_sizes)
+        return [weight / sum(weights) for weight in weights]
+
+    def _likelihood_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        """The bounds of [`evaluate_likelihood`]; `loss` is Jensen's (Eq. 7), of which training takes samples."""
+        result = likelihood_metrics(
+            prediction.predictions, prediction.label_ids, self.model.config.block_sizes, self._weights
+        )
+        metrics = result.metrics()
+        return {"loss": metrics["nll_jensen"], **metrics}
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Of the averaged weights."""
+        with self.ema.applied(self.model):
+            return super().evaluation_loop(*args, **kwargs)
+
+    # Checkpoints
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder: str = super()._get_output_dir(trial)
+        return os.path.join(folder, UNFINISHED) if self._is_saving_checkpoint else folder
+
+    @contextmanager
+    def _saving_checkpoint(self) -> Iterator[None]:
+        self._is_saving_checkpoint = True
+        try:
+            yield
+        finally:
+            self._is_saving_checkpoint = False
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.losses.check(self.accelerator)
+        folder = Path(self._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        unfinished, checkpoint = folder / UNFINISHED / name, folder / name
+        if self.args.local_process_index == 0:
+            shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        with self._saving_checkpoint():
+            super()._save_checkpoint(model, trial)
+        best = self.state.best_global_step
+        if best and (best == self.state.global_step or (folder / f"checkpoint-{best}").exists()):
+            self.state.best_model_checkpoint = str(folder / f"checkpoint-{best}")
+        if self.args.should_save:
+            self.state.save_to_json(str(unfinished / "trainer_state.json"))  # with the right path of the best one
+        self.accelerator.wait_for_everyone()
+        if self.args.local_process_index == 0 and unfinished.exists():
+            replace_folder(unfinished, checkpoint)
+            rotate_checkpoints(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
+            shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(checkpoint))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._is_saving_checkpoint:  # it is pushed when it is complete
+            return
+        for path in Path(checkpoint_folder).glob("*.py"):  # the code of the model
+            shutil.copy(path, self.args.output_dir)
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves the averaged weights."""
+        with self.ema.applied(self.model):
+            super().save_model(output_dir, _internal_call)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self._is_saving_checkpoint:
+            super()._save(output_dir, state_dict)
+            return
+        target = Path(output_dir if output_dir is not None else self.args.output_dir)
+        source = target / UNFINISHED / "model"
+        super()._save(str(source), state_dict)
+        if self.args.should_save:
+            move_model(source, target)
+            shutil.rmtree(target / UNFINISHED, ignore_errors=True)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        # FSDP keeps the weights among its own files.
+        if self.ema.averages and not self.is_fsdp_enabled and self.args.should_save:
+            self.ema.save(output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        model = self.model if model is None else model
+        if self.is_fsdp_enabled:
+            if self.args.ema_decay > 0:
+                self.ema.load_averages(resume_from_checkpoint, model)
+        elif (Path(resume_from_checkpoint) / TRAINING_WEIGHTS).exists():
+            self.ema.load(resume_from_checkpoint, model)
+            if self.args.ema_decay == 0:
+                self.ema.stop()
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.is_fsdp_enabled and self.args.ema_decay > 0:  # FSDP has loaded the weights, not their average
+            self.ema.load_averages(str(self.state.best_model_checkpoint), self.model)
+            self.ema.finish(self.model)
+        self.ema.stop()
+
+
+__all__ = ["BlockGenTrainer"]
