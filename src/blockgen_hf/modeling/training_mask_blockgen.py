@@ -39,7 +39,7 @@ class AttentionChunk:
 
     Args:
         queries (`slice`): the queries.
-        keys (`tuple[slice]`): runs of keys.
+        keys (`tuple[slice]`): clean keys, from the first on, and a run of noisy keys if they see any.
         mask (`torch.BoolTensor` of shape `[B or 1, 1, queries, keys]`, *optional*): which of these keys each query
             sees. None: causal, queries and keys being the same.
     """
@@ -176,13 +176,32 @@ def attend_in_chunks(
     Returns:
         `torch.Tensor` of shape `[B, 2 L, heads, head_dim]`, and no weights.
     """
-    outputs = []
-    for chunk in chunks:
-        keys = torch.cat([key[:, :, run] for run in chunk.keys], dim=2)
-        values = torch.cat([value[:, :, run] for run in chunk.keys], dim=2)
-        output, _ = attend(query[:, :, chunk.queries], keys, values, chunk.mask, is_causal=chunk.mask is None)
-        outputs.append(output)
+    # Splitting costs nothing in the backward pass, where each slice costs a tensor of zeros of the whole length.
+    queries = query.split([chunk.queries.stop - chunk.queries.start for chunk in chunks], dim=2)
+    keys, values = _select_keys(key, chunks), _select_keys(value, chunks)
+    outputs = [
+        attend(queries[number], keys[number], values[number], chunk.mask, is_causal=chunk.mask is None)[0]
+        for number, chunk in enumerate(chunks)
+    ]
     return torch.cat(outputs, dim=1), None
+
+
+def _select_keys(states: torch.Tensor, chunks: AttentionChunks) -> list[torch.Tensor]:
+    """The keys (or values) of every chunk: the first of the clean half, and a run of the noisy half if it has one."""
+    length = states.shape[2] // 2
+    clean, noisy = states.split(length, dim=2)
+    runs = [chunk.keys[1] for chunk in chunks if len(chunk.keys) > 1]
+    bounds = [length, *(run.stop for run in runs)]
+    if [run.start for run in runs] == bounds[:-1]:  # one behind the other
+        noisy_parts = iter(noisy.split([run.stop - run.start for run in runs], dim=2))
+    else:
+        noisy_parts = iter([noisy[:, :, run.start - length : run.stop - length] for run in runs])
+    selected = []
+    for chunk in chunks:
+        stop = chunk.keys[0].stop
+        clean_part = clean if stop == length else clean[:, :, :stop]
+        selected.append(clean_part if len(chunk.keys) == 1 else torch.cat([clean_part, next(noisy_parts)], dim=2))
+    return selected
 
 
 __all__ = ["AttentionChunks", "attend_in_chunks", "make_training_mask"]
