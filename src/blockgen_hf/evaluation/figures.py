@@ -35,8 +35,12 @@ class LikelihoodResult:
     Args:
         block_sizes (`dict[int, LikelihoodFigure]`): the bound of every block size evaluated.
         log_sum_exp ([`LikelihoodFigure`], *optional*): of the mixture, Eq. 20 as printed: reduced a sequence, and then
-            summed. With few draws it is too low, as it prefers the block sizes that were lucky.
-        log_sum_exp_corrected ([`LikelihoodFigure`], *optional*): without most of that; None if there is one draw only.
+            summed. On average it is too low, as it prefers the block sizes that were lucky: no bound of the likelihood
+            unless K is large.
+        log_sum_exp_corrected ([`LikelihoodFigure`], *optional*): less the part of that which falls as 1 / K. The best
+            guess where the error is small. None, as the next, if there is one draw only.
+        log_sum_exp_upper ([`LikelihoodFigure`], *optional*): on average no less than Eq. 20 with any number of draws,
+            and so a bound of the likelihood: some draws choose among the block sizes, others tell how good they are.
         jensen ([`LikelihoodFigure`], *optional*): of the mixture, the looser bound of Eq. 7: the mean of the block
             sizes' by weight.
         weights (`dict[int, float]`): gamma, of the block sizes in the mixture. They add up to 1. If there are none,
@@ -50,6 +54,7 @@ class LikelihoodResult:
     block_sizes: dict[int, LikelihoodFigure]
     log_sum_exp: LikelihoodFigure | None
     log_sum_exp_corrected: LikelihoodFigure | None
+    log_sum_exp_upper: LikelihoodFigure | None
     jensen: LikelihoodFigure | None
     weights: dict[int, float]
     num_sequences: int
@@ -67,6 +72,7 @@ class LikelihoodResult:
         mixture = {
             "log_sum_exp": self.log_sum_exp,
             "log_sum_exp_corrected": self.log_sum_exp_corrected,
+            "log_sum_exp_upper": self.log_sum_exp_upper,
             "jensen": self.jensen,
         }
         named.update({name: figure for name, figure in mixture.items() if figure is not None})
@@ -119,14 +125,15 @@ def likelihood_metrics(
     nll, total = nll[scored], int(num_tokens.sum())
     in_mixture = (gamma > 0).nonzero().squeeze(-1)
     gamma = gamma[in_mixture] / gamma.sum()
-    log_sum_exp = corrected = jensen = None
+    log_sum_exp = corrected = upper = jensen = None
     if len(in_mixture):
-        log_sum_exp, corrected = _log_sum_exp_figures(nll[:, in_mixture], gamma, total)
+        log_sum_exp, corrected, upper = _log_sum_exp_figures(nll[:, in_mixture], gamma, total)
         jensen = _figure((nll[:, in_mixture] * gamma[:, None]).sum(1), total)
     return LikelihoodResult(
         block_sizes={size: _figure(nll[:, column], total) for column, size in enumerate(block_sizes)},
         log_sum_exp=log_sum_exp,
         log_sum_exp_corrected=corrected,
+        log_sum_exp_upper=upper,
         jensen=jensen,
         weights={
             block_sizes[column]: weight for column, weight in zip(in_mixture.tolist(), gamma.tolist(), strict=True)
@@ -165,27 +172,40 @@ def mixture_weights(
 
 def _log_sum_exp_figures(
     nll: torch.Tensor, gamma: torch.Tensor, total: int
-) -> tuple[LikelihoodFigure, LikelihoodFigure | None]:
+) -> tuple[LikelihoodFigure, LikelihoodFigure | None, LikelihoodFigure | None]:
     """
-    Eq. 20 of `[N, S, K]`, and the same without its bias of first order in 1 / K.
+    Eq. 20 of `[N, S, K]`; the same without its bias of first order in 1 / K; and an upper bound of it.
 
-    The log-sum-exp is concave in the bounds: their errors lower it, by some c / K on average. By the halves of the
+    The log-sum-exp is concave in the bounds: their errors lower it, by some c / K on average. By either half of the
     draws it is lower by twice as much, so that twice the figure of all draws less the mean of the halves' is without.
+
+    It is the least, over distributions q of the block sizes, of sum_i q_i NLL_i + KL(q from gamma): no q gives less
+    than the truth. The best q by one half of the draws, with the bounds by the other, errs upwards on average.
     """
-    num_draws = nll.shape[-1]
+    num_draws, log_gamma = nll.shape[-1], gamma.log()
 
-    def reduce(draws: slice) -> torch.Tensor:
-        return -torch.logsumexp(gamma.log() - nll[..., draws].mean(-1), dim=-1)
+    def reduce(mean: torch.Tensor) -> torch.Tensor:
+        return -torch.logsumexp(log_gamma - mean, dim=-1)
 
-    whole = reduce(slice(None))
+    def choose(by: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+        log_q = (log_gamma - by).log_softmax(-1)
+        return (log_q.exp() * (mean + log_q - log_gamma)).sum(-1)
+
+    whole = reduce(nll.mean(-1))
     if num_draws < 2:
-        return _make_figure(whole.sum().item() / total, None), None
-    first = num_draws // 2
-    halves = reduce(slice(first)), reduce(slice(first, None))
-    share = first / num_draws
-    error = _standard_error(*halves, num_draws) / total
+        return _make_figure(whole.sum().item() / total, None), None, None
+    first, second = nll[..., : num_draws // 2].mean(-1), nll[..., num_draws // 2 :].mean(-1)
+    share = (num_draws // 2) / num_draws
+    halves = reduce(first), reduce(second)
+    crossed = choose(second, first), choose(first, second)
+    error, upper_error = (_standard_error(*pair, num_draws) / total for pair in (halves, crossed))
     corrected = 2 * whole - share * halves[0] - (1 - share) * halves[1]
-    return _make_figure(whole.sum().item() / total, error), _make_figure(corrected.sum().item() / total, error)
+    upper = share * crossed[0] + (1 - share) * crossed[1]
+    return (
+        _make_figure(whole.sum().item() / total, error),
+        _make_figure(corrected.sum().item() / total, error),
+        _make_figure(upper.sum().item() / total, upper_error),
+    )
 
 
 def _figure(nll: torch.Tensor, total: int) -> LikelihoodFigure:
