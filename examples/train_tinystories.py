@@ -12,7 +12,6 @@ checkpoint.
 import argparse
 import json
 import lzma
-import math
 import time
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from blockgen_hf import BlockGenConfig, BlockGenForDiffusionLM
+from blockgen_hf.evaluation import evaluate_likelihood
 
 
 END_OF_TEXT = "<|endoftext|>"
@@ -172,32 +172,6 @@ class ElapsedTime(TrainerCallback):
         self.path.write_text(json.dumps(self.before + time.time() - self.started))
 
 
-@torch.no_grad()
-def perplexities(model: BlockGenForDiffusionLM, rows: torch.Tensor, draws: int) -> dict[int, float]:
-    """
-    Perplexity bound of every block size (Eq. 13, 18, 19) over the rows: ELBO, exact cross entropy at block size 1.
-    """
-    model.eval()
-    set_seed(0)
-    config, diffusion = model.config, model.diffusion
-    nll = {size: torch.zeros(len(rows), dtype=torch.float64) for size in config.block_sizes}
-    for size in config.block_sizes:
-        num_draws = 1 if size == 1 else draws
-        for _ in range(num_draws):
-            # One noise level a sequence, stratified over the rows.
-            t = ((torch.randperm(len(rows)) + torch.rand(1).item()) / len(rows)).double()[:, None]
-            alpha = torch.zeros_like(t) if size == 1 else diffusion.schedule.alpha(t)
-            for start in range(0, len(rows), 16):
-                part = slice(start, start + 16)
-                noisy = diffusion.corrupt(rows[part], alpha[part])
-                logits = model(rows[part], noisy, block_size=size).logits
-                objective = "cross_entropy" if size == 1 else "elbo"
-                slope = diffusion.schedule.alpha_derivative(t[part])
-                loss = diffusion.loss(logits, rows[part], noisy, alpha[part], slope, objective)
-                nll[size][part] += loss.double().sum(-1) / num_draws
-    return {size: math.exp(values.mean().item() / rows.shape[1]) for size, values in nll.items()}
-
-
 def model_config(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> BlockGenConfig:
     return BlockGenConfig(
         vocab_size=len(tokenizer),
@@ -270,7 +244,8 @@ def main() -> None:
         trainer.train(resume_from_checkpoint=checkpoint)
 
     rows = valid_set.rows[: args.eval_rows]
-    results = perplexities(model, rows, args.eval_draws)
+    likelihood = evaluate_likelihood(model, rows, monte_carlo_samples=args.eval_draws, batch_size=16)
+    results = {size: figure.perplexity for size, figure in likelihood.block_sizes.items()}
     for name, value in results.items():
         print(f"validation perplexity, block size {name}: {value:.2f}")
     config = model.config
