@@ -3,6 +3,7 @@
 
 usage:
     python3 run.py generate "Once upon a time"    any command of blockgen-hf: `--help` behind it tells its options
+    python3 run.py train laptop --dry-run         so do `train` and `evaluate`, which need more packages
     python3 run.py test [pytest's options]        the tests but those marked slow, which `test -m slow` runs
     python3 run.py quality                        linters, formatter and type checker, changing nothing
     python3 run.py style                          mends what the linter and the formatter can
@@ -32,6 +33,9 @@ STAMP = VENV / "installed.txt"
 
 CPU_TORCH = "torch==2.13.0+cpu"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+
+EXTRAS = ["", "[train]", "[dev]"]  # each brings what those before it bring
+EXTRA_OF_COMMAND = {"train": "[train]", "evaluate": "[train]"}
 
 TASKS: dict[str, list[list[str]]] = {
     "setup": [],
@@ -78,7 +82,7 @@ def set_up(extra: str) -> None:
     """Creates .venv and installs the project in it, unless the stamp says that this was done."""
     key = hashlib.sha256(f"{ROOT}\n{PROJECT}".encode()).hexdigest()
     stamp = STAMP.read_text() if STAMP.exists() else ""
-    if stamp in (f"{key} {extra}", f"{key} [dev]"):
+    if stamp in [f"{key} {enough}" for enough in EXTRAS[EXTRAS.index(extra) :]]:
         return
     print(f"Setting up {VENV} (once, a few minutes) ...", flush=True)
     if call(sys.executable, "-m", "venv", str(VENV)):
@@ -103,7 +107,7 @@ def main(arguments: list[str]) -> None:
         return
     name, *options = arguments
     if name not in TASKS:
-        set_up("")
+        set_up(EXTRA_OF_COMMAND.get(name, ""))
         become([str(BIN / "blockgen-hf"), *arguments])
     set_up("[dev]")
     os.chdir(ROOT)

@@ -9,11 +9,11 @@ import os
 import sys
 from collections.abc import Sequence
 
-from . import generate
+from . import evaluate, generate, train
 from .parsing import PROGRAM, CommandError, Parser
 
 
-COMMANDS = {"generate": generate}
+COMMANDS = {"generate": generate, "train": train, "evaluate": evaluate}
 
 
 def make_parser() -> Parser:
@@ -32,6 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a model writes what it likes, also what a terminal has no sign for
     args, unknown = make_parser().parse_known_args(argv)
+    if "overrides" in args:  # argparse takes a list of words in one piece; those behind options are left over
+        args.overrides += [word for word in unknown if not word.startswith("-")]
+        unknown = [word for word in unknown if word.startswith("-")]
     if unknown:
         args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:

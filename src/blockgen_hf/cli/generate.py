@@ -5,7 +5,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from .parsing import CommandError, integer
+from .parsing import CommandError, add_loading_arguments, integer, loading_options
 
 
 if TYPE_CHECKING:
@@ -49,22 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_model_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--model", help="a folder or a model on the Hub (default: the small one of this package)")
-    group.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
-    group.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda if it is there"
-    )
-    group.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        default="auto",
-        help="of the weights (default: auto, as they were saved)",
-    )
-    group.add_argument(
-        "--attn-implementation", metavar="NAME", help="eager, sdpa, flex_attention, ... (default: transformers')"
-    )
-    group.add_argument(
-        "--trust-remote-code", action="store_true", help="run the code of the checkpoint instead of this package's"
-    )
+    add_loading_arguments(group)
 
 
 def _add_decoding_arguments(group: argparse._ArgumentGroup) -> None:
@@ -139,14 +124,7 @@ def _make_sampler(args: argparse.Namespace, prompt: str, settings: dict[str, Any
         BlockGenGenerationConfig(**settings)  # before a large model is loaded in vain
     except ValueError as error:
         raise CommandError(error) from error
-    model, tokenizer = load(
-        args.model,
-        revision=args.revision,
-        device=args.device,
-        dtype=args.dtype,
-        attn_implementation=args.attn_implementation,
-        trust_remote_code=args.trust_remote_code,
-    )
+    model, tokenizer = load(args.model, **loading_options(args))
     seed = randbelow(2**32) if args.seed is None else args.seed
     return Sampler(model, tokenizer, prompt, args.num_samples, seed)
 

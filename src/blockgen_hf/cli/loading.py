@@ -1,5 +1,6 @@
 """Model and tokenizer from the shipped checkpoint, a folder or the Hub, with errors of one line."""
 
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
+from transformers.utils import is_datasets_available, logging
 
 from ..checkpoints import shipped_checkpoint
 from ..modeling.configuration_blockgen import BlockGenConfig
@@ -29,7 +30,7 @@ from .parsing import CommandError
 # What transformers raises for files and names that it cannot load.
 _LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 # Models of fewer parameters run on one thread: their matrices are too small to share, and threads that wait for one
-# another on a busy machine are many times slower than one.
+# another on a busy machine are many times slower than one. OMP_NUM_THREADS says otherwise.
 _SINGLE_THREADED = 20_000_000
 
 
@@ -47,6 +48,33 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """What a user can mend ends as a `CommandError`; what is a mistake of ours as it is."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise CommandError(
+            "The device has not enough memory. In training: a smaller training.per_device_train_batch_size (the "
+            "global batch stays as it is), training.activation_checkpointing=true or training.bf16=true; else a "
+            "smaller --batch-size."
+        ) from error
+    except (ValueError, OSError, ImportError) as error:
+        raise CommandError(error) from error
+    except Exception as error:
+        if type(error).__module__.startswith("datasets."):  # which is slow to import, and may not be installed
+            raise CommandError(f"The data cannot be read: {error.__cause__ or error}") from error
+        raise
+
+
+def show_bars_of_datasets(shown: bool) -> None:
+    if not is_datasets_available():
+        return  # whoever needs it says so
+    from datasets import disable_progress_bars, enable_progress_bars
+
+    (enable_progress_bars if shown else disable_progress_bars)()
 
 
 def resolve_device(name: str) -> str:
@@ -98,9 +126,14 @@ def load(
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except _LOADING_ERRORS as error:
         raise CommandError(f"The tokenizer of {source} cannot be loaded: {_first_line(error)}") from error
-    if device == "cpu" and model.num_parameters() < _SINGLE_THREADED:
-        torch.set_num_threads(1)
+    set_num_threads(device, model.num_parameters())
     return model.to(device).eval(), tokenizer
+
+
+def set_num_threads(device: str, num_parameters: int) -> None:
+    """One thread for a small model on the CPU, unless the user has said how many."""
+    if device == "cpu" and num_parameters < _SINGLE_THREADED and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
 
 
 def _find_folder(name: str | None) -> str | None:

@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 PROGRAM = "blockgen-hf"
@@ -36,3 +36,29 @@ def integer(low: int, high: int | None = None) -> Callable[[str], int]:
         return value
 
     return parse
+
+
+def add_loading_arguments(group: argparse._ArgumentGroup) -> None:
+    """How a model is loaded, whatever it is called."""
+    group.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
+    group.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda if it is there"
+    )
+    group.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="of the weights (default: auto, as they were saved)",
+    )
+    group.add_argument(
+        "--attn-implementation", metavar="NAME", help="eager, sdpa, flex_attention, ... (default: transformers')"
+    )
+    group.add_argument(
+        "--trust-remote-code", action="store_true", help="run the code of the checkpoint instead of this package's"
+    )
+
+
+def loading_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Those of [`add_loading_arguments`], for `loading.load`."""
+    names = ("revision", "device", "dtype", "attn_implementation", "trust_remote_code")
+    return {name: getattr(args, name) for name in names}

@@ -9,7 +9,8 @@ from transformers.trainer_utils import sort_checkpoints
 
 # Where things are written that are not complete; the upper bar keeps it out of what Trainer uploads to the Hub.
 UNFINISHED = "_unfinished"
-# A folder without these is no model for `from_pretrained`.
+# A folder without one of these is no model for `from_pretrained`; without config.json it would be one of default size.
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 _CONFIGS = ("config.json", "adapter_config.json")
 
 
@@ -22,12 +23,12 @@ def replace_folder(source: Path, target: Path) -> None:
 
 def move_model(source: Path, target: Path) -> None:
     """
-    Moves the files of a model into a folder that holds other things too, config.json last: until then, the folder is
-    no model, neither the old one nor the new one.
+    Moves the files of a model into a folder that holds other things too, the weights, or the index of their shards,
+    last: until then, the folder is no model, neither the old one nor the new one.
     """
-    for name in _CONFIGS:
+    for name in (*_WEIGHTS, *_CONFIGS):
         (target / name).unlink(missing_ok=True)
-    for path in sorted(source.iterdir(), key=lambda path: path.name in _CONFIGS):
+    for path in sorted(source.iterdir(), key=lambda path: path.name in _WEIGHTS):
         if path.is_dir():
             replace_folder(path, target / path.name)
         else:
@@ -52,6 +53,16 @@ def rotate_checkpoints(folder: Path, limit: int | None, best: str | None) -> Non
             checkpoints = [path for path in checkpoints if path != checkpoint]
 
 
+def keep_checkpoint(folder: Path, best: str) -> None:
+    """Deletes all checkpoints of a folder but one, if that one is there."""
+    checkpoints = [Path(path) for path in sort_checkpoints(str(folder), use_mtime=True)]
+    if Path(best) in checkpoints:
+        for checkpoint in checkpoints:
+            if checkpoint != Path(best):
+                _delete(checkpoint, folder / UNFINISHED)
+        shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+
+
 def _delete(folder: Path, unfinished: Path) -> None:
     unfinished.mkdir(parents=True, exist_ok=True)
     doomed = unfinished / f"deleted-{folder.name}"
@@ -60,4 +71,4 @@ def _delete(folder: Path, unfinished: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-__all__ = ["UNFINISHED", "move_model", "replace_folder", "rotate_checkpoints"]
+__all__ = ["UNFINISHED", "keep_checkpoint", "move_model", "replace_folder", "rotate_checkpoints"]

@@ -47,6 +47,8 @@ class LossesBySize:
             self._sums = torch.zeros(len(self.block_sizes), 2, dtype=torch.float64, device=labels.device)
         self._sums.index_add_(0, rows, torch.stack([losses, (labels != -100).sum(-1).double()], dim=-1))
         self._recent.append((losses, block_size, step, source))
+        if len(self._recent) % 1000 == 0:  # a run that neither logs nor saves keeps the bad ones only
+            self._recent = [entry for entry in self._recent if not entry[0].isfinite().all()]
 
     def drain(self, accelerator: "Accelerator") -> dict[str, float]:
         """

@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import EvalPrediction, Trainer
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from ..evaluation.likelihood import likelihood_metrics, sequence_nll
 from ..modeling.diffusion_blockgen import diffusion_from_config
 from .arguments import BlockGenTrainingArguments
-from .checkpointing import UNFINISHED, move_model, replace_folder, rotate_checkpoints
+from .checkpointing import UNFINISHED, keep_checkpoint, move_model, replace_folder, rotate_checkpoints
 from .collator import BlockGenDataCollator
 from .draws import StepDraws, corrupt_batch
 from .ema import TRAINING_WEIGHTS, EMACallback
@@ -85,6 +86,12 @@ class BlockGenTrainer(Trainer):
                 "`ema_decay=0`."
             )
 
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As [`Trainer`] does; nothing is left of a training that was interrupted, or of another model."""
+        self.ema.stop()
+        self.losses = LossesBySize(self.model.config.block_sizes)
+        return super().train(*args, **kwargs)
+
     # The draws of a step
 
     def get_batch_samples(
@@ -100,6 +107,8 @@ class BlockGenTrainer(Trainer):
         config, args = self.model.config, self.args
         per_row = args.block_size_unit == "sequence"
         sizes: list[int] = []
+        if torch.is_tensor(num_items_in_batch):  # a step without a scored token has a loss of zero
+            num_items_in_batch = num_items_in_batch.clamp(min=1)
         if batches:
             sizes = draws.block_sizes(
                 config.block_sizes,
@@ -201,6 +210,7 @@ class BlockGenTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.losses.check(self.accelerator)
+        self._check_weights()
         folder = Path(self._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"
         unfinished, checkpoint = folder / UNFINISHED / name, folder / name
@@ -214,14 +224,39 @@ class BlockGenTrainer(Trainer):
             self.state.best_model_checkpoint = str(folder / f"checkpoint-{best}")
         if self.args.should_save:
             self.state.save_to_json(str(unfinished / "trainer_state.json"))  # with the right path of the best one
-        self.accelerator.wait_for_everyone()
-        if self.args.local_process_index == 0 and unfinished.exists():
-            replace_folder(unfinished, checkpoint)
-            rotate_checkpoints(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
-            shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+        # The main process first: nodes may share the folder, or each have one of its own.
+        for is_mine in (self.args.process_index == 0, self.args.local_process_index == 0):
+            self.accelerator.wait_for_everyone()
+            if is_mine and unfinished.exists():
+                replace_folder(unfinished, checkpoint)
+                rotate_checkpoints(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
+                shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(checkpoint))
+
+    def _check_weights(self) -> None:
+        """Raises a `ValueError` for weights that are not finite: a bad gradient spoils them before a loss tells."""
+        bad = [
+            name
+            for name, weight in self.model.named_parameters()
+            if not (weight.to_local() if isinstance(weight, DTensor) else weight).isfinite().all()
+        ]
+        num_bad = torch.tensor(len(bad), device=self.accelerator.device)
+        if self.accelerator.reduce(num_bad, reduction="sum") > 0:
+            where = f" after step {self.state.global_step}: {bad[0]}" if bad else " on another rank"
+            raise ValueError(
+                f"Weights are not finite{where}. They were not saved. A smaller learning rate, more warm-up, or bf16 "
+                "instead of fp16 may help; or the data."
+            )
+
+    def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As [`Trainer`] does, which would delete the last checkpoint, if another is the best one, file by file."""
+        self.losses.check(self.accelerator)
+        best, folder = self.state.best_model_checkpoint, Path(self._get_output_dir(trial))
+        if best is not None and self.args.save_total_limit == 1 and self.args.should_save:
+            keep_checkpoint(folder, best)
+        return super()._finalize_training(trial, *args, **kwargs)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._is_saving_checkpoint:  # it is pushed when it is complete

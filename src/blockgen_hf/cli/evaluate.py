@@ -1,0 +1,221 @@
+"""Tells how likely a model finds a data set: perplexity of each block size, and of their mixture."""
+
+import argparse
+import json
+import os
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .parsing import CommandError, add_loading_arguments, integer, loading_options
+
+
+if TYPE_CHECKING:
+    from ..evaluation.figures import LikelihoodResult
+    from ..training.data import DataArguments
+
+
+# Options that are fields of `DataArguments`.
+_DATA_FIELDS = (
+    "dataset",
+    "dataset_config",
+    "dataset_revision",
+    "text_column",
+    "prompt_column",
+    "completion_column",
+    "messages_column",
+    "prompt_separator",
+    "document_separator",
+    "max_documents",
+    "packing",
+    "isolate_documents",
+    "add_bos_token",
+    "streaming",
+    "num_proc",
+    "cache_dir",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", nargs="?", help="a folder or a model on the Hub (default: the small one of this package)"
+    )
+    add_loading_arguments(parser.add_argument_group("model"))
+    _add_data_arguments(parser.add_argument_group("data"))
+    group = parser.add_argument_group("evaluation")
+    group.add_argument(
+        "--block-sizes", type=_sizes, metavar="N,N,...", help="such as 1,4,16 (default: those of training)"
+    )
+    group.add_argument(
+        "--monte-carlo-samples", type=integer(1), default=8, metavar="K", help="draws of noise a row (default: 8)"
+    )
+    group.add_argument("--batch-size", type=integer(1), default=8, metavar="N", help="rows at a time (default: 8)")
+    group.add_argument(
+        "--seed", type=integer(0, 2**32 - 1), default=0, metavar="N", help="of the noise (default: 0, always the same)"
+    )
+    group.add_argument("--json", metavar="FILE", help="write everything to a file as JSON; '-' prints it instead")
+
+
+def _add_data_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--dataset",
+        required=True,
+        metavar="NAME",
+        help="a file, a glob or a folder (.txt, .jsonl, .parquet ...), or a data set on the Hub",
+    )
+    group.add_argument("--dataset-config", metavar="NAME", help="configuration of a data set on the Hub")
+    group.add_argument("--dataset-revision", metavar="NAME", help="branch, tag or commit of a data set on the Hub")
+    group.add_argument("--split", metavar="NAME", help="default: validation; files have none")
+    group.add_argument("--text-column", metavar="NAME", help="column of plain text (default: text)")
+    group.add_argument("--prompt-column", metavar="NAME", help="column of prompts, which are not scored")
+    group.add_argument("--completion-column", metavar="NAME", help="column of what follows prompts, which is scored")
+    group.add_argument("--messages-column", metavar="NAME", help="column of conversations (default: messages)")
+    group.add_argument("--prompt-separator", metavar="TEXT", help="stands between prompt and completion")
+    group.add_argument("--score-prompts", action="store_true", help="score prompts too")
+    group.add_argument(
+        "--document-separator", metavar="TEXT", help=r"between the documents of a .txt file: '<|endoftext|>', '\n' ..."
+    )
+    group.add_argument(
+        "--sequence-length", type=integer(1), metavar="N", help="tokens of a row (default: what the model takes)"
+    )
+    group.add_argument(
+        "--packing",
+        choices=("packed", "none"),
+        help="documents joined and cut into rows (default), or a document a row",
+    )
+    group.add_argument("--isolate-documents", action="store_true", help="packed documents do not see one another")
+    group.add_argument("--add-bos-token", action="store_true", help="begin documents with the BOS token")
+    group.add_argument("--max-documents", type=integer(1), metavar="N", help="the first documents only")
+    group.add_argument("--max-rows", type=integer(1), metavar="N", help="the first rows only")
+    group.add_argument("--streaming", action="store_true", help="read what is needed, and keep nothing on disk")
+    group.add_argument("--num-proc", type=integer(1), metavar="N", help="processes that prepare the data")
+    group.add_argument("--cache-dir", metavar="DIR", help="where prepared data are kept (default: that of datasets)")
+
+
+def _sizes(text: str) -> list[int]:
+    parse = integer(1)
+    return [parse(word) for word in text.split(",")]
+
+
+def run(args: argparse.Namespace) -> int:
+    _check_json(args.json)
+
+    from .loading import load, one_line_errors, quiet_transformers, show_bars_of_datasets
+
+    with one_line_errors():
+        process = _launched_process()
+        is_main = process is None or process.is_main_process
+        is_shown = is_main and sys.stderr.isatty()
+        data = _data_arguments(args)
+        with quiet_transformers():
+            model, tokenizer = load(args.model, **loading_options(args))
+            data.sequence_length = _sequence_length(args.sequence_length, model.config.max_position_embeddings)
+            _check_sizes(model.config, args.block_sizes)
+        show_bars_of_datasets(is_shown)
+        with nullcontext() if process is None else process.local_main_process_first():
+            rows = _load_rows(data, tokenizer, args.max_rows)
+
+        from ..evaluation.likelihood import evaluate_likelihood
+
+        started = time.perf_counter()
+        result = evaluate_likelihood(
+            model,
+            rows,
+            args.block_sizes,
+            args.monte_carlo_samples,
+            batch_size=args.batch_size,
+            seed=args.seed,
+            progress=is_shown,
+        )
+        seconds = time.perf_counter() - started
+        if is_main:
+            _report(args, model, data, result, seconds)
+    if process is not None:
+        process.destroy_process_group()
+    return 0
+
+
+def _launched_process() -> Any:
+    """Which of several processes this is, each on a device of its own; None if it is the only one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return None
+    from accelerate import PartialState
+
+    return PartialState()
+
+
+def _check_json(file: str | None) -> None:
+    """Refused before a model is loaded and evaluated in vain."""
+    if file in (None, "-"):
+        return
+    path = Path(str(file))
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise CommandError(f"--json {file}: {'is a folder' if path.is_dir() else 'its folder does not exist'}.")
+
+
+def _data_arguments(args: argparse.Namespace) -> "DataArguments":
+    from ..training.data import DataArguments
+    from ..training.documents import looks_like_a_path
+
+    given = {name: getattr(args, name) for name in _DATA_FIELDS if getattr(args, name) is not None}
+    is_file = Path(args.dataset).expanduser().is_file() or looks_like_a_path(args.dataset)
+    is_folder = Path(args.dataset).expanduser().is_dir()
+    split = args.split or ("train" if is_file and not is_folder else "validation")
+    return DataArguments(**given, dataset_split=split, train_on_prompt=args.score_prompts)
+
+
+def _sequence_length(given: int | None, positions: int) -> int:
+    if given is not None and given > positions:
+        raise CommandError(f"--sequence-length {given}: the model takes {positions} tokens at most.")
+    return positions if given is None else given
+
+
+def _check_sizes(config: Any, sizes: list[int] | None) -> None:
+    """Refused before the data are prepared."""
+    from ..evaluation.likelihood import checked_block_sizes
+
+    checked_block_sizes(config, sizes)
+
+
+def _load_rows(data: "DataArguments", tokenizer: Any, max_rows: int | None) -> Any:
+    from ..training.data import load_datasets
+
+    rows, _ = load_datasets(data, tokenizer)
+    if max_rows is None:
+        return rows
+    return rows.select(range(min(max_rows, len(rows)))) if hasattr(rows, "__len__") else rows.take(max_rows)
+
+
+def _report(
+    args: argparse.Namespace, model: Any, data: "DataArguments", result: "LikelihoodResult", seconds: float
+) -> None:
+    from dataclasses import asdict
+
+    from .figures import likelihood_table
+
+    everything = {
+        "model": model.name_or_path,
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "data": asdict(data),
+        "seed": args.seed,
+        "seconds": round(seconds, 3),
+        **result.to_dict(),
+    }
+    text = json.dumps(everything, indent=2, ensure_ascii=False)
+    if args.json == "-":
+        print(text)
+        return
+    if args.json is not None:
+        Path(args.json).write_text(text + "\n", encoding="utf-8")
+    kind = f"{model.config.diffusion_type}, {model.num_parameters() / 1e6:.1f}M parameters"
+    print(f"Model: {model.name_or_path} ({kind})")
+    skipped = f", {result.num_skipped:,} rows skipped" if result.num_skipped else ""
+    print(f"Data: {args.dataset}, {result.num_sequences:,} rows, {result.num_tokens:,} tokens scored{skipped}")
+    print(f"{result.num_draws} Monte-Carlo draws a row, seed {args.seed}, {seconds:.1f} s\n")
+    print("\n".join(likelihood_table(result.metrics())))
+    if result.weights:
+        weights = ", ".join(f"{size}: {weight:.3g}" for size, weight in result.weights.items())
+        print(f"\nMixture weights: {weights}. Standard errors are over the draws, on these data.")

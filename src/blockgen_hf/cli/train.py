@@ -1,0 +1,67 @@
+"""Trains a BlockGen model by a recipe: a YAML file, or one that the package brings."""
+
+import argparse
+import json
+import os
+
+from .parsing import CommandError, integer
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "recipe", help="a YAML file, or a recipe of the package: laptop, owt, lm1b, lm1b-wrapped or tinygsm"
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help="changes the recipe: data.dataset=my.txt, training.learning_rate=1e-3, model.block_sizes=[1,16] ...",
+    )
+    parser.add_argument("--output-dir", metavar="DIR", help="where the model goes; short for training.output_dir=DIR")
+    parser.add_argument(
+        "--max-steps", type=integer(1), metavar="N", help="optimizer steps; short for training.max_steps=N"
+    )
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "--resume", action="store_true", help="go on from the last checkpoint in the output folder, if there is one"
+    )
+    group.add_argument(
+        "--overwrite", action="store_true", help="replace the model and the checkpoints in the output folder"
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check everything, and print size, memory and time to expect; downloads and writes nothing",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    overrides = list(args.overrides)
+    if args.output_dir is not None:
+        overrides.append(f"training.output_dir={json.dumps(args.output_dir)}")
+    if args.max_steps is not None:
+        overrides.append(f"training.max_steps={args.max_steps}")
+    process = int(os.environ.get("RANK", "0"))
+
+    from .loading import quiet_transformers
+
+    try:
+        from .training import dry_run, prepare, train
+    except ImportError as error:
+        raise CommandError(f"Training needs more packages: pip install 'blockgen-hf[train]' ({error}).") from error
+
+    with quiet_transformers():
+        try:
+            prepared = prepare(args.recipe, overrides, args.resume, args.overwrite, args.dry_run)
+        except CommandError:
+            if process > 0:
+                return 1  # the main process says it: all find the same
+            raise
+        try:
+            if args.dry_run:
+                dry_run(prepared)
+            else:
+                train(prepared)
+        except CommandError as error:
+            raise CommandError(f"process {process}: {error}" if process > 0 else error) from error
+    return 0

@@ -1,0 +1,204 @@
+"""From a recipe to a trainer: tokenizer, configuration, rows, model."""
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
+
+from ..modeling.configuration_blockgen import BlockGenConfig
+from ..modeling.modeling_blockgen import BlockGenForDiffusionLM
+from .arguments import BlockGenTrainingArguments
+from .data import DataArguments, load_datasets
+from .recipe import Recipe, checkpoint_config
+from .sources import hold_out, load_documents
+from .tokenizers import MASK, train_tokenizer
+from .trainer import BlockGenTrainer
+
+
+TOKENIZER_FOLDER = "tokenizer"  # of one that is trained, in `output_dir`
+_TRAINED_DOCUMENTS = 100_000
+_PAD = "[PAD]"  # as in the published uniform models
+
+
+def build_trainer(
+    recipe: Recipe,
+    args: BlockGenTrainingArguments | None = None,
+    *,
+    keep_tokenizer: bool = False,
+    **trainer_options: Any,
+) -> BlockGenTrainer:
+    """
+    The trainer that a recipe describes, with its data and a new model, or one that goes on from a checkpoint.
+
+    Args:
+        recipe: from [`load_recipe`].
+        args: default: `recipe.training_arguments()`.
+        keep_tokenizer: do not train a tokenizer if `output_dir` has one, as when a run is resumed.
+        trainer_options: of [`BlockGenTrainer`].
+
+    Raises:
+        FileNotFoundError, ValueError, OSError, ImportError: what is missing or does not fit; in words.
+    """
+    args = recipe.training_arguments() if args is None else args
+    with args.main_process_first(desc="training the tokenizer"):
+        tokenizer = load_tokenizer(recipe, args, keep_tokenizer)
+    config = make_config(recipe, tokenizer)
+    with args.main_process_first(desc="preparing the data"):
+        train, validation = load_datasets(recipe.data, tokenizer, seed=args.seed)
+    set_seed(args.seed)  # of the weights, the same in every process
+    return BlockGenTrainer(
+        make_model(recipe, config),
+        args,
+        train_dataset=train,
+        eval_dataset=validation,
+        processing_class=tokenizer,
+        **trainer_options,
+    )
+
+
+# Tokenizer
+
+
+def load_tokenizer(
+    recipe: Recipe, args: BlockGenTrainingArguments, keep_tokenizer: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer, with the special tokens that data and diffusion need."""
+    name, arguments = recipe.tokenizer_name, recipe.tokenizer
+    revision = arguments.revision
+    if arguments.train:
+        folder = Path(str(args.output_dir)) / TOKENIZER_FOLDER
+        is_there = keep_tokenizer and (folder / "tokenizer.json").is_file()
+        if args.local_process_index == 0 and not is_there:
+            limit = arguments.train.get("max_documents", _TRAINED_DOCUMENTS)
+            texts = training_texts(recipe.data, limit)
+            trained = train_tokenizer(texts, arguments.train["vocab_size"], recipe.data.sequence_length)
+            trained.save_pretrained(folder)
+        name, revision = str(folder), None
+    elif arguments.name_or_path is None:
+        revision = recipe.model.get("revision")
+    tokenizer = _from_pretrained(AutoTokenizer, str(name), "tokenizer", revision=revision or "main")
+    special = {key: getattr(arguments, key) for key in ("bos_token", "eos_token", "pad_token", "mask_token")}
+    for key, token in special.items():
+        if token is None:
+            continue
+        if token not in tokenizer.get_vocab():
+            raise ValueError(f"{recipe.source}: `tokenizer.{key}` {token!r} is no token of {name}.")
+        setattr(tokenizer, key, token)
+    if recipe.checkpoint is None:
+        _complete(tokenizer, recipe.model.get("diffusion_type", "masked"))
+    return tokenizer
+
+
+def _complete(tokenizer: PreTrainedTokenizerBase, diffusion_type: str) -> None:
+    """Adds the token without which the model has no vocabulary: the mask, or a pad as in the published models."""
+    if diffusion_type == "masked" and tokenizer.mask_token_id is None:
+        tokenizer.add_special_tokens({"mask_token": MASK})
+    if diffusion_type == "uniform" and tokenizer.pad_token_id is None:
+        tokenizer.add_special_tokens({"pad_token": _PAD})
+
+
+def training_texts(data: DataArguments, limit: int) -> Iterator[str]:
+    """
+    The first documents of the training data as texts; of a long one the first piece counts as one.
+
+    Raises:
+        ValueError: they are conversations.
+    """
+    if data.validation_documents:
+        documents = load_documents(data, "dataset", data.dataset, data.dataset_split, None)
+        rows, _ = hold_out(documents.rows, data.validation_documents, data.max_documents, documents.where)
+    else:
+        documents = load_documents(data, "dataset", data.dataset, data.dataset_split, data.max_documents)
+        rows = documents.rows
+    if documents.form.conversational:
+        raise ValueError(
+            "`tokenizer.train` needs texts, and these data are conversations, which need a tokenizer with a chat "
+            "template: name one with `tokenizer.name_or_path`."
+        )
+    columns = documents.form.columns
+    return (data.prompt_separator.join(row[column] or "" for column in columns) for row in islice(rows, limit))
+
+
+# Model
+
+
+def make_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> BlockGenConfig:
+    """
+    The configuration, whose vocabulary is the tokenizer's.
+
+    Raises:
+        ValueError: fields that the tokenizer contradicts.
+    """
+    if recipe.checkpoint is not None:
+        config = checkpoint_config(recipe)
+        _check_tokenizer(recipe, config, tokenizer)
+        return config
+    fields = recipe.config_fields()
+    special = vocabulary(tokenizer, fields.get("diffusion_type", "masked"))
+    for name, value in special.items():
+        given = fields.get(name, value)
+        is_larger = name == "vocab_size" and given > value and fields.get("diffusion_type", "masked") == "masked"
+        if given != value and not is_larger:  # rows of a masked model that are never used cost nothing but memory
+            raise ValueError(
+                f"{recipe.source}: `model.{name}` is {given!r}, but the tokenizer makes it {value!r}: leave it out "
+                f"(model.{name}=null)."
+            )
+    try:
+        return BlockGenConfig(**{**special, **fields})
+    except ValueError as error:
+        raise ValueError(f"{recipe.source}, `model`: {error}") from error
+
+
+def vocabulary(tokenizer: PreTrainedTokenizerBase, diffusion_type: str) -> dict[str, Any]:
+    """Number of rows and ids of the special tokens. The mask of a masked model is a token of the tokenizer."""
+    return {
+        "vocab_size": len(tokenizer),
+        "mask_token_id": tokenizer.mask_token_id if diffusion_type == "masked" else None,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+
+
+def _check_tokenizer(recipe: Recipe, config: BlockGenConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    mask = tokenizer.mask_token_id
+    if len(tokenizer) > config.vocab_size:
+        problem = f"has {len(tokenizer)} tokens, and the model {config.vocab_size}"
+    elif config.diffusion_type == "masked" and mask is not None and mask != config.mask_token_id:
+        problem = f"has the mask token {mask}, and the model {config.mask_token_id}"
+    else:
+        return
+    raise ValueError(f"{recipe.source}: the tokenizer {tokenizer.name_or_path} {problem}: it is not the model's.")
+
+
+def make_model(recipe: Recipe, config: BlockGenConfig) -> BlockGenForDiffusionLM:
+    """A new model, or the checkpoint to go on from, in float32."""
+    attention = recipe.model.get("attn_implementation")
+    if recipe.checkpoint is None:
+        model = BlockGenForDiffusionLM._from_config(config, attn_implementation=attention)
+        return model
+    return _from_pretrained(
+        BlockGenForDiffusionLM,
+        recipe.checkpoint,
+        "model",
+        config=config,
+        revision=recipe.model.get("revision") or "main",
+        attn_implementation=attention,
+        dtype="float32",
+    )
+
+
+def _from_pretrained(kind: Any, name: str, what: str, **options: Any) -> Any:
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        name, options = str(folder), {**options, "local_files_only": True}
+    try:
+        return kind.from_pretrained(name, **options)
+    except Exception as error:  # transformers, tokenizers, safetensors and the Hub's client raise all kinds
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ValueError(f"The {what} {name} cannot be loaded: {first}") from error
+
+
+__all__ = ["build_trainer", "load_tokenizer", "make_config", "make_model", "training_texts", "vocabulary"]

@@ -1,0 +1,751 @@
+"""`BlockGenTrainer`: the same losses however the batch is cut, the EMA, the logs, and all that Trainer offers."""
+
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import record_forwards, tiny_config, tiny_model
+from training import (
+    LabelledRows,
+    Recorder,
+    StreamedRows,
+    TokenRows,
+    are_equal,
+    checkpoints,
+    logs,
+    losses,
+    make_trainer,
+    saved_model,
+    saved_weights,
+    weights,
+)
+from transformers import EarlyStoppingCallback
+
+from blockgen_hf import BlockGenForDiffusionLM
+from blockgen_hf.training import BlockGenTrainer, BlockGenTrainingArguments
+from blockgen_hf.training.draws import StepDraws
+
+
+pytest.importorskip("accelerate", reason="Trainer needs accelerate")
+
+
+# Arguments
+
+
+def test_the_defaults_are_the_papers(tmp_path: Path) -> None:
+    args = BlockGenTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    assert (args.learning_rate, args.warmup_steps, args.lr_scheduler_type) == (3e-4, 2500, "constant_with_warmup")
+    assert (args.adam_beta1, args.adam_beta2, args.weight_decay, args.max_grad_norm) == (0.9, 0.999, 0.0, 1.0)
+    assert args.optim.startswith("adamw_torch")
+    assert (args.ema_decay, args.noise_level_sampling, args.block_size_sampling) == (0.9999, "sequence", "stratified")
+    assert (args.block_size_unit, args.eval_monte_carlo_samples) == ("micro_batch", 8)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("block_size_sampling", "random"),
+        ("block_size_unit", "token"),
+        ("noise_level_sampling", "token"),
+        ("ema_decay", 1.0),
+        ("ema_decay", -0.1),
+        ("ema_decay", math.nan),
+        ("eval_monte_carlo_samples", 0),
+    ],
+)
+def test_values_that_are_not_accepted_are_named(name: str, value: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        BlockGenTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **{name: value})
+
+
+# The same losses however the batch is cut
+
+
+@pytest.mark.parametrize(
+    "variant, sampling",
+    [("masked", "sequence"), pytest.param("uniform", "block", marks=pytest.mark.slow)],
+)
+def test_with_a_size_a_sequence_batch_and_accumulation_are_one(variant: str, sampling: str, tmp_path: Path) -> None:
+    """Batch 8 x 1 = 4 x 2 = 1 x 8 over 20 steps, with rows of unequal length, so that the padding differs too."""
+    names = ("grad_norm", "num_input_tokens_seen")
+    runs = []
+    for batch_size, accumulation in [(8, 1), (4, 2), (1, 8)]:
+        trainer = make_trainer(
+            tmp_path,
+            tiny_model(variant),
+            TokenRows(shortest=9),
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            block_size_unit="sequence",
+            noise_level_sampling=sampling,
+            max_steps=20,
+        )
+        trainer.train()
+        runs.append((logs(trainer, *names), weights(trainer.model)))
+    assert len(runs[0][0]) == 20
+    for entries, parameters in runs[1:]:
+        for entry, expected in zip(entries, runs[0][0], strict=True):
+            assert entry == pytest.approx(expected, rel=1e-5, abs=1e-5)
+        for name, expected in runs[0][1].items():
+            torch.testing.assert_close(parameters[name], expected, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    ["stratified", *(pytest.param(name, marks=pytest.mark.slow) for name in ("independent", "shared"))],
+)
+def test_a_run_is_a_function_of_its_seed(sampling: str, tmp_path: Path) -> None:
+    """Block sizes are those of [`StepDraws`]; a second run is the same bit for bit, whatever was drawn before."""
+    runs = []
+    for _ in range(2):
+        model = tiny_model(block_size_weights=[0.4, 0.3, 0.2, 0.1])
+        trainer = make_trainer(
+            tmp_path,
+            model,
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=8,
+            max_steps=3,
+            block_size_sampling=sampling,
+        )
+        with record_forwards(model) as calls:
+            trainer.train()
+        runs.append((losses(trainer), weights(model), [call["block_size"] for call in calls]))
+        torch.rand(3)
+    assert runs[0][0] == runs[1][0] and runs[0][2] == runs[1][2]
+    assert are_equal(runs[0][1], runs[1][1])
+    expected = [
+        StepDraws(1, step, 8).block_sizes([1, 2, 4, 8], [0.4, 0.3, 0.2, 0.1], 8, sampling) for step in range(3)
+    ]
+    assert runs[0][2] == [size for sizes in expected for size in sizes]
+
+
+def test_another_seed_is_another_run(tmp_path: Path) -> None:
+    runs = []
+    for seed in (1, 2):
+        trainer = make_trainer(tmp_path, seed=seed, data_seed=0)
+        trainer.train()
+        runs.append(losses(trainer))
+    assert runs[0] != runs[1]
+
+
+# What is logged
+
+
+def test_losses_are_logged_for_each_block_size(tmp_path: Path) -> None:
+    """Means over the scored tokens since the last log, from what the model returned."""
+    model = tiny_model()
+    seen: list[tuple[int, float, int]] = []
+
+    def hook(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        seen.append(
+            (kwargs["block_size"], output.token_losses.double().sum().item(), (kwargs["labels"] != -100).sum())
+        )
+
+    handle = model.register_forward_hook(hook, with_kwargs=True)
+    trainer = make_trainer(
+        tmp_path, model, TokenRows(shortest=5), gradient_accumulation_steps=4, max_steps=6, logging_steps=2
+    )
+    trainer.train()
+    handle.remove()
+    entries = logs(trainer)
+    assert len(entries) == 3 and len(seen) == 24
+    for number, entry in enumerate(entries):
+        of_size: defaultdict[int, list[tuple[float, int]]] = defaultdict(list)
+        steps = []
+        for step in (2 * number, 2 * number + 1):
+            calls = seen[4 * step : 4 * step + 4]
+            steps.append(sum(total for _, total, _ in calls) / sum(int(count) for *_, count in calls))
+            for size, total, count in calls:
+                of_size[size].append((total, int(count)))
+        expected = {
+            f"loss_block_size_{size}": sum(total for total, _ in pairs) / sum(count for _, count in pairs)
+            for size, pairs in of_size.items()
+        }
+        expected["loss"] = sum(steps) / 2
+        assert entry == pytest.approx(expected, rel=1e-5)
+
+
+def test_with_a_size_a_sequence_every_row_counts_for_its_own(tmp_path: Path) -> None:
+    model = tiny_model()
+    sums: defaultdict[int, list[float]] = defaultdict(lambda: [0.0, 0.0])
+
+    def hook(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        for size, row, labels in zip(kwargs["block_size"], output.token_losses, kwargs["labels"], strict=True):
+            sums[size][0] += row.double().sum().item()
+            sums[size][1] += (labels != -100).sum().item()
+
+    model.register_forward_hook(hook, with_kwargs=True)
+    trainer = make_trainer(
+        tmp_path,
+        model,
+        TokenRows(shortest=5),
+        per_device_train_batch_size=8,
+        block_size_unit="sequence",
+        max_steps=2,
+        logging_steps=2,
+    )
+    trainer.train()
+    (entry,) = logs(trainer)
+    del entry["loss"]
+    assert entry == pytest.approx({f"loss_block_size_{s}": a / b for s, (a, b) in sums.items()}, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["non_padding", "all"])
+def test_tokens_seen_leave_padding_out(kind: str, tmp_path: Path) -> None:
+    rows = TokenRows(16, shortest=5)
+    trainer = make_trainer(
+        tmp_path,
+        rows=rows,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        max_steps=2,
+        include_num_input_tokens_seen=kind,
+    )
+    trainer.train()
+    (_, last) = logs(trainer, "num_input_tokens_seen")
+    if kind == "non_padding":
+        assert last["num_input_tokens_seen"] == sum(rows.lengths)
+    else:
+        assert sum(rows.lengths) < last["num_input_tokens_seen"] <= 16 * 16
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 0.1])
+def test_the_norm_of_the_gradient_is_logged_as_it_was_before_clipping(max_grad_norm: float, tmp_path: Path) -> None:
+    norms: list[float] = []
+
+    def measure(model: torch.nn.Module, state: Any) -> None:
+        norms.append(math.sqrt(sum(p.grad.double().pow(2).sum().item() for p in model.parameters())))
+
+    settings: dict[str, Any] = dict(max_steps=1, gradient_accumulation_steps=2)
+    trainer = make_trainer(
+        tmp_path,
+        callbacks=[Recorder(on_pre_optimizer_step=measure)],
+        max_grad_norm=0.0,
+        **settings,
+    )
+    trainer.train()
+    clipped = make_trainer(tmp_path, max_grad_norm=max_grad_norm, **settings)
+    clipped.train()
+    (entry,) = logs(clipped, "grad_norm")
+    assert norms[0] > 0.1
+    assert entry["grad_norm"] == pytest.approx(norms[0], rel=1e-5)
+
+
+# The average of the weights
+
+
+def averages_by_hand(history: list[dict[str, torch.Tensor]], decay: float) -> list[dict[str, torch.Tensor]]:
+    """The recursion in float64; the first weights are those before step 1."""
+    averages = [{name: value.double() for name, value in history[0].items()}]
+    for n, values in enumerate(history[1:], start=1):
+        d = min(decay, (1 + n) / (10 + n))
+        averages.append({name: d * average + (1 - d) * values[name] for name, average in averages[-1].items()})
+    return averages
+
+
+@pytest.mark.parametrize("decay", [0.4, 0.9999])
+def test_the_average_follows_its_recursion_with_warm_up(decay: float, tmp_path: Path) -> None:
+    """0.4 is reached in step 5, 0.9999 never. Checkpoints hold the average, and the weights beside it."""
+    history: list[dict[str, torch.Tensor]] = []
+    recorder = Recorder(
+        on_train_begin=lambda model, state: history.append(weights(model)),
+        on_step_end=lambda model, state: history.append(weights(model)),
+    )
+    trainer = make_trainer(
+        tmp_path,
+        callbacks=[recorder],
+        ema_decay=decay,
+        learning_rate=1e-2,
+        max_steps=12,
+        save_strategy="steps",
+        save_steps=4,
+    )
+    trainer.train()
+    assert len(history) == 13 and not are_equal(history[0], history[1])
+    expected = averages_by_hand(history, decay)
+    for step in (4, 8, 12):
+        saved = saved_model(tmp_path / f"checkpoint-{step}")
+        for name, value in expected[step].items():
+            torch.testing.assert_close(saved[name], value.float(), atol=1e-6, rtol=1e-5)
+        assert are_equal(saved_weights(tmp_path / f"checkpoint-{step}"), history[step])
+    assert are_equal(weights(trainer.model), saved_model(tmp_path / "checkpoint-12"))
+    trainer.save_model(str(tmp_path / "model"))
+    assert are_equal(saved_model(tmp_path / "model"), weights(trainer.model))
+    loaded = BlockGenForDiffusionLM.from_pretrained(tmp_path / "checkpoint-8")
+    assert are_equal(weights(loaded), saved_model(tmp_path / "checkpoint-8"))
+
+
+def test_without_an_average_the_weights_are_saved(tmp_path: Path) -> None:
+    last: dict[str, torch.Tensor] = {}
+    recorder = Recorder(on_step_end=lambda model, state: last.update(weights(model)))
+    trainer = make_trainer(
+        tmp_path, callbacks=[recorder], ema_decay=0.0, learning_rate=1e-2, save_strategy="steps", save_steps=4
+    )
+    trainer.train()
+    assert are_equal(saved_model(tmp_path / "checkpoint-4"), last)
+    assert are_equal(weights(trainer.model), last)
+    assert not (tmp_path / "checkpoint-4" / "training_weights.safetensors").exists()
+
+
+def test_a_second_training_begins_with_an_average_of_its_own(tmp_path: Path) -> None:
+    """As when the first one was interrupted, also by an error."""
+
+    def interrupt(model: torch.nn.Module, state: Any) -> None:
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+    recorder = Recorder(on_step_end=interrupt)
+    trainer = make_trainer(tmp_path, callbacks=[recorder], learning_rate=1e-2, ema_decay=0.99, max_steps=4)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.remove_callback(recorder)
+    history: list[dict[str, torch.Tensor]] = []
+    trainer.add_callback(
+        Recorder(
+            on_train_begin=lambda model, state: history.append(weights(model)),
+            on_step_end=lambda model, state: history.append(weights(model)),
+        )
+    )
+    trainer.train()
+    expected = averages_by_hand(history, 0.99)[-1]
+    for name, value in weights(trainer.model).items():
+        torch.testing.assert_close(value, expected[name].float(), atol=1e-6, rtol=1e-5)
+
+
+def test_a_new_model_has_an_average_of_its_own(tmp_path: Path) -> None:
+    """`model_init`, as a search over hyper-parameters uses it: an abandoned trial leaves nothing behind."""
+
+    def interrupt(model: torch.nn.Module, state: Any) -> None:
+        if state.global_step == 2:
+            raise KeyboardInterrupt
+
+    recorder = Recorder(on_step_end=interrupt)
+    args = make_trainer(tmp_path, learning_rate=1e-2).args
+    trainer = BlockGenTrainer(
+        model_init=lambda: tiny_model(), args=args, train_dataset=TokenRows(), callbacks=[recorder]
+    )
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.remove_callback(recorder)
+    trainer.train()
+    fresh = make_trainer(tmp_path, learning_rate=1e-2)
+    fresh.train()
+    assert are_equal(weights(trainer.model), weights(fresh.model))
+
+
+# Resuming
+
+
+@pytest.mark.parametrize(
+    "step, decay",  # within the first epoch, and at its end
+    [(3, 0.9), (4, 0.9), (3, 0.0), pytest.param(4, 0.0, marks=pytest.mark.slow)],
+)
+def test_a_resumed_run_goes_on_as_if_uninterrupted(step: int, decay: float, tmp_path: Path) -> None:
+    """Losses, averages and weights are equal bit for bit, dropout included; the model given on resuming is another."""
+    settings: dict[str, Any] = dict(
+        rows=TokenRows(16, shortest=9),
+        max_steps=7,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-2,
+        save_strategy="steps",
+        save_steps=1,
+        ema_decay=decay,
+    )
+    whole = make_trainer(tmp_path / "whole", tiny_model(hidden_dropout=0.1), **settings)
+    whole.train()
+    resumed = make_trainer(tmp_path / "resumed", tiny_model(seed=5, hidden_dropout=0.1), **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+    names = ("grad_norm", "learning_rate", "num_input_tokens_seen", "epoch", "step")
+    assert logs(resumed, *names) == logs(whole, *names)
+    assert are_equal(weights(resumed.model), weights(whole.model))
+    for later in range(step + 1, 8):
+        one, other = (tmp_path / run / f"checkpoint-{later}" for run in ("whole", "resumed"))
+        assert are_equal(saved_model(one), saved_model(other))
+        if decay:
+            assert are_equal(saved_weights(one), saved_weights(other))
+
+
+@pytest.mark.slow
+def test_an_average_may_begin_or_end_when_a_run_is_resumed(tmp_path: Path) -> None:
+    """Without one the weights go on, not the average that was saved; with one it begins with the weights."""
+    settings: dict[str, Any] = dict(max_steps=4, learning_rate=1e-2, save_strategy="steps", save_steps=2)
+    whole = make_trainer(tmp_path / "whole", ema_decay=0.0, **settings)
+    whole.train()
+    make_trainer(tmp_path / "averaged", ema_decay=0.9, **settings).train()
+    ended = make_trainer(tmp_path / "ended", tiny_model(seed=5), ema_decay=0.0, **settings)
+    ended.train(resume_from_checkpoint=str(tmp_path / "averaged" / "checkpoint-2"))
+    assert losses(ended) == losses(whole)
+    assert are_equal(weights(ended.model), weights(whole.model))
+    begun = make_trainer(tmp_path / "begun", tiny_model(seed=5), ema_decay=0.9, **settings)
+    begun.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert losses(begun) == losses(whole)
+    assert are_equal(saved_weights(tmp_path / "begun" / "checkpoint-4"), weights(whole.model))
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_the_model_alone_can_be_resumed(tmp_path: Path) -> None:
+    """`save_only_model`: the run goes on from the average."""
+    settings: dict[str, Any] = dict(max_steps=4, save_strategy="steps", save_steps=2, save_only_model=True)
+    make_trainer(tmp_path, **settings).train()
+    assert not (tmp_path / "checkpoint-2" / "optimizer.pt").exists()
+    resumed = make_trainer(tmp_path, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed.state.global_step == 4 and len(losses(resumed)) == 4
+
+
+# Evaluation
+
+
+def test_evaluation_is_of_the_average_and_gives_the_weights_back(tmp_path: Path) -> None:
+    before: list[dict[str, torch.Tensor]] = []
+    after: list[dict[str, torch.Tensor]] = []
+    recorder = Recorder(
+        on_step_end=lambda model, state: before.append(weights(model)),
+        on_evaluate=lambda model, state: after.append(weights(model)),
+    )
+    settings: dict[str, Any] = dict(
+        eval_rows=TokenRows(6, seed=1), per_device_eval_batch_size=4, eval_monte_carlo_samples=2
+    )
+    trainer = make_trainer(
+        tmp_path,
+        callbacks=[recorder],
+        learning_rate=3e-2,
+        max_steps=3,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        **settings,
+    )
+    trainer.train()
+    assert all(are_equal(a, b) for a, b in zip(before, after, strict=True))
+    during = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(during) == 3
+    for step, entry in enumerate(during, start=1):
+        saved = BlockGenForDiffusionLM.from_pretrained(tmp_path / f"checkpoint-{step}")
+        metrics = make_trainer(tmp_path, saved, **settings).evaluate()
+        timings = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time")
+        expected = {name: value for name, value in metrics.items() if name not in timings and name.startswith("eval")}
+        assert len(expected) >= 5
+        assert {name: entry[name] for name in expected} == pytest.approx(expected, rel=1e-6)
+    model = tiny_model()
+    model.load_state_dict(saved_weights(tmp_path / "checkpoint-3"), strict=False)
+    assert make_trainer(tmp_path, model, **settings).evaluate()["eval_loss"] != pytest.approx(
+        during[-1]["eval_loss"], rel=1e-3
+    )
+
+
+def test_evaluation_does_not_depend_on_the_batch_size(tmp_path: Path) -> None:
+    """Nor does the loss, with rows of unequal length; and the run is not disturbed by it."""
+    results = []
+    for batch_size in (1, 4, 7):
+        trainer = make_trainer(
+            tmp_path,
+            eval_rows=TokenRows(7, shortest=4, seed=1),
+            per_device_eval_batch_size=batch_size,
+            eval_monte_carlo_samples=2,
+        )
+        metrics = trainer.evaluate()
+        results.append(
+            {n: v for n, v in metrics.items() if "runtime" not in n and "per_second" not in n and "time" not in n}
+        )
+    assert "eval_loss" in results[0]
+    for result in results[1:]:
+        assert result == pytest.approx(results[0], rel=1e-5)
+
+
+def test_evaluating_does_not_change_the_run(tmp_path: Path) -> None:
+    runs = []
+    for strategy in ("no", "steps"):
+        trainer = make_trainer(
+            tmp_path,
+            eval_rows=TokenRows(4, seed=1),
+            eval_strategy=strategy,
+            eval_steps=1,
+            eval_monte_carlo_samples=1,
+        )
+        trainer.train()
+        runs.append((losses(trainer), weights(trainer.model)))
+    assert runs[0][0] == runs[1][0]
+    assert are_equal(runs[0][1], runs[1][1])
+
+
+def test_early_stopping_ends_with_the_average_of_the_best_checkpoint(tmp_path: Path) -> None:
+    scores = iter([0.1, 0.5, 0.4, 0.3, 0.9])
+    trainer = make_trainer(
+        tmp_path,
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=2)],
+        eval_rows=TokenRows(2, seed=1),
+        trainer_kwargs={"compute_metrics": lambda prediction: {"score": next(scores)}},
+        learning_rate=1e-2,
+        max_steps=10,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="score",
+        greater_is_better=True,
+        eval_monte_carlo_samples=1,
+    )
+    trainer.train()
+    assert trainer.state.global_step == 4
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+    assert are_equal(weights(trainer.model), saved_model(tmp_path / "checkpoint-2"))
+    assert not are_equal(saved_model(tmp_path / "checkpoint-2"), saved_weights(tmp_path / "checkpoint-2"))
+    trainer.save_model()
+    assert are_equal(saved_model(tmp_path), saved_model(tmp_path / "checkpoint-2"))
+
+
+# What else Trainer offers
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path: Path) -> None:
+    runs = []
+    for checkpointing in (False, True):
+        trainer = make_trainer(
+            tmp_path, tiny_model(hidden_dropout=0.1), gradient_checkpointing=checkpointing, max_steps=3
+        )
+        trainer.train()
+        runs.append(losses(trainer))
+    assert runs[1] == pytest.approx(runs[0], rel=1e-5)
+
+
+def test_bfloat16_autocast_trains_float32_weights(tmp_path: Path) -> None:
+    runs = []
+    for bf16 in (False, True):
+        trainer = make_trainer(tmp_path, bf16=bf16, max_steps=3, save_strategy="steps", save_steps=3)
+        trainer.train()
+        runs.append(losses(trainer))
+        assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
+        assert all(value.dtype == torch.float32 for value in saved_model(tmp_path / "checkpoint-3").values())
+    assert runs[1] == pytest.approx(runs[0], rel=0.05)
+    assert runs[1] != runs[0]
+
+
+@pytest.mark.slow
+def test_bfloat16_weights_are_averaged_in_float32(tmp_path: Path) -> None:
+    """The checkpoint keeps the average to the full precision, so that a resumed run has the same."""
+    settings: dict[str, Any] = dict(max_steps=4, learning_rate=1e-2, save_strategy="steps", save_steps=2)
+    whole = make_trainer(tmp_path / "whole", tiny_model().to(torch.bfloat16), **settings)
+    averages: list[dict[str, torch.Tensor]] = []
+    whole.add_callback(Recorder(on_step_end=lambda model, state: averages.append(dict(whole.ema.averages))))
+    whole.train()
+    assert all(value.dtype == torch.float32 for value in averages[0].values())
+    resumed = make_trainer(tmp_path / "resumed", tiny_model(seed=5).to(torch.bfloat16), **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert losses(resumed) == losses(whole)
+    one, other = (saved_weights(tmp_path / run / "checkpoint-4") for run in ("whole", "resumed"))
+    assert any(name.startswith("average.") for name in one)
+    assert are_equal(one, other)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_has_the_same_losses(tmp_path: Path) -> None:
+    runs = []
+    for compiled in (False, True):
+        trainer = make_trainer(
+            tmp_path,
+            tiny_model(block_sizes=[1, 4]),
+            torch_compile=compiled,
+            max_steps=3,
+            save_strategy="steps",
+            save_steps=3,
+        )
+        trainer.train()
+        runs.append((losses(trainer), saved_model(tmp_path / "checkpoint-3")))
+    assert runs[1][0] == pytest.approx(runs[0][0], rel=1e-4)
+    assert runs[0][1].keys() == runs[1][1].keys()
+    for name, expected in runs[0][1].items():
+        torch.testing.assert_close(runs[1][1][name], expected, atol=1e-3, rtol=1e-2)
+
+
+def test_losses_of_block_sizes_reach_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
+    trainer = make_trainer(tmp_path, gradient_accumulation_steps=4, max_steps=2, report_to="tensorboard")
+    trainer.train()
+    (file,) = (tmp_path / "logs").rglob("events.out.tfevents.*")
+    events = EventAccumulator(str(file))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {f"train/loss_block_size_{size}" for size in (1, 2, 4, 8)} <= tags
+    assert {"train/loss", "train/grad_norm", "train/num_input_tokens_seen"} <= tags
+    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(losses(trainer), rel=1e-5)
+
+
+def test_losses_of_block_sizes_reach_trackio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as its `log` function: what is behind it starts a server."""
+    trackio = pytest.importorskip("trackio")
+    logged: list[dict[str, Any]] = []
+    monkeypatch.setattr(trackio, "init", lambda **kwargs: None)
+    monkeypatch.setattr(trackio, "finish", lambda: None)
+    monkeypatch.setattr(trackio, "log", lambda values, *args, **kwargs: logged.append(values))
+    monkeypatch.setattr(trackio, "config", {}, raising=False)
+    trainer = make_trainer(tmp_path, gradient_accumulation_steps=4, max_steps=2, report_to="trackio")
+    trainer.train()
+    names = set().union(*logged)
+    assert {f"train/loss_block_size_{size}" for size in (1, 2, 4, 8)} <= names
+
+
+def lora_model(seed: int = 0) -> Any:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(seed)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_dropout=0.1)
+    return peft.get_peft_model(tiny_model(), config)
+
+
+def test_an_adapter_is_trained_saved_and_resumed(tmp_path: Path) -> None:
+    settings: dict[str, Any] = dict(max_steps=4, learning_rate=1e-2, save_strategy="steps", save_steps=2)
+    model = lora_model()
+    frozen = {name: value for name, value in weights(model).items() if "lora" not in name}
+    whole = make_trainer(tmp_path / "whole", model, **settings)
+    whole.train()
+    after = weights(whole.model)
+    assert all(torch.equal(after[name], value) for name, value in frozen.items())
+    assert any(value.abs().max() > 0 for name, value in after.items() if "lora_B" in name)
+    checkpoint = tmp_path / "whole" / "checkpoint-2"
+    assert (checkpoint / "adapter_config.json").exists() and (checkpoint / "adapter_model.safetensors").exists()
+    assert all("lora" in name for name in saved_weights(checkpoint))
+    resumed = make_trainer(tmp_path / "resumed", lora_model(seed=3), **settings)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert losses(resumed) == losses(whole)
+    assert are_equal(weights(resumed.model), after)
+
+
+def test_a_stream_of_rows_is_trained_on(tmp_path: Path) -> None:
+    rows = TokenRows(shortest=9)
+    trainer = make_trainer(tmp_path, rows=StreamedRows(rows), gradient_accumulation_steps=2, max_steps=3)
+    trainer.train()
+    assert logs(trainer, "num_input_tokens_seen")[-1]["num_input_tokens_seen"] == sum(rows.lengths[:12])
+
+
+def test_a_stream_that_ends_early_ends_the_run(tmp_path: Path) -> None:
+    """5 rows are 2.5 micro-batches: a whole step, then one with a single row, in the first pass over the stream."""
+    trainer = make_trainer(tmp_path, rows=StreamedRows(TokenRows(5)), gradient_accumulation_steps=2, max_steps=2)
+    trainer.train()
+    assert all(math.isfinite(loss) for loss in losses(trainer))
+
+
+def test_model_and_arguments_may_be_left_to_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    trainer = BlockGenTrainer(BlockGenForDiffusionLM(tiny_config()), train_dataset=TokenRows())
+    assert isinstance(trainer.args, BlockGenTrainingArguments)
+
+
+# Bad data and numbers
+
+
+@pytest.mark.parametrize("first", [0, 8])
+def test_rows_without_anything_to_learn_do_no_harm(first: int, tmp_path: Path) -> None:
+    """A micro-batch, and all rows of a step, whose labels are -100 throughout."""
+    rows = LabelledRows(24, unscored=[*range(first, 8), *range(8, 16)])  # with 8: step 2 has nothing; with 0: 1 and 2
+    trainer = make_trainer(
+        tmp_path,
+        rows=StreamedRows(rows),
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        max_steps=3,
+        learning_rate=1e-2,
+    )
+    trainer.train()
+    values = losses(trainer)
+    assert values[1] == 0 and values[2] > 0 and (values[0] > 0) == (first == 8)
+    assert all(value.isfinite().all() for value in weights(trainer.model).values())
+
+
+def test_a_micro_batch_without_anything_to_learn_does_no_harm(tmp_path: Path) -> None:
+    """The loss is that of the other micro-batch, by its own tokens."""
+    trainer = make_trainer(
+        tmp_path,
+        rows=StreamedRows(LabelledRows(8, unscored=range(4, 8))),
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        max_steps=1,
+    )
+    trainer.train()
+    (entry,) = logs(trainer)
+    (of_size,) = [value for name, value in entry.items() if name != "loss"]
+    assert entry["loss"] == pytest.approx(of_size, rel=1e-5)
+
+
+def spoil(step: int) -> Recorder:
+    """Sets a weight to NaN before a step, counted from 1."""
+
+    def on_step_begin(model: torch.nn.Module, state: Any) -> None:
+        if state.global_step == step - 1:
+            with torch.no_grad():
+                next(model.parameters()).fill_(math.nan)
+
+    return Recorder(on_step_begin=on_step_begin)
+
+
+@pytest.mark.parametrize("logging_steps", [1, 100])
+def test_a_loss_that_is_not_finite_ends_the_run_before_the_next_checkpoint(logging_steps: int, tmp_path: Path) -> None:
+    model = tiny_model()
+    trainer = make_trainer(
+        tmp_path,
+        model,
+        callbacks=[spoil(step=3)],
+        max_steps=8,
+        save_strategy="steps",
+        save_steps=2,
+        logging_steps=logging_steps,
+        lr_scheduler_type="constant",
+    )
+    with record_forwards(model) as calls, pytest.raises(ValueError, match="not finite") as caught:
+        trainer.train()
+    message = str(caught.value)
+    assert f"step 3: block size {calls[2]['block_size']}, rows [0, 1]" in message
+    assert "documents [" in message and len(calls) <= 4
+    assert checkpoints(tmp_path) == ["checkpoint-2"]
+    assert all(value.isfinite().all() for value in saved_model(tmp_path / "checkpoint-2").values())
+    assert all(value.isfinite().all() for value in saved_weights(tmp_path / "checkpoint-2").values())
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2"}
+
+
+def test_the_documents_of_a_bad_batch_are_named(tmp_path: Path) -> None:
+    """Rows of the batch and documents of the data, in the order that the stream has them."""
+
+    def poison(module: Any, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+        return torch.where((args[0] == 7)[..., None], math.nan, output)
+
+    rows = TokenRows(8)
+    rows.tokens[rows.tokens == 7] = 8
+    rows.tokens[5, 0] = 7  # the clean token at the front, which all later blocks see
+    model = tiny_model(block_sizes=[4])
+    model.model.embed_tokens.register_forward_hook(poison)
+    trainer = make_trainer(tmp_path, model, StreamedRows(rows), max_steps=4, ema_decay=0.0, max_grad_norm=0.0)
+    with pytest.raises(ValueError, match=r"step 3: block size 4, rows \[1\] of a batch, documents \[5\]"):
+        trainer.train()
+
+
+def test_a_loss_that_is_not_finite_is_told_without_checkpoints_and_logs(tmp_path: Path) -> None:
+    """At the end at the latest: what follows would save the model."""
+    trainer = make_trainer(tmp_path, callbacks=[spoil(step=2)], max_steps=3, logging_strategy="no")
+    with pytest.raises(ValueError, match="not finite"):
+        trainer.train()
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    """A step whose loss is finite and whose gradient is not spoils the weights that a checkpoint would hold."""
+
+    def spoil_gradient(model: torch.nn.Module, state: Any) -> None:
+        if state.global_step == 3:
+            next(model.parameters()).grad.fill_(math.nan)
+
+    trainer = make_trainer(
+        tmp_path,
+        callbacks=[Recorder(on_pre_optimizer_step=spoil_gradient)],
+        max_steps=6,
+        save_strategy="steps",
+        save_steps=2,
+    )
+    with pytest.raises(ValueError, match="not finite"):
+        trainer.train()
+    assert checkpoints(tmp_path) == ["checkpoint-2"]
