@@ -189,7 +189,7 @@ def test_figures_do_not_depend_on_batch_size_order_and_padding(variant: str) -> 
     padded = evaluate_likelihood(model, rows, [1, 4, 8], 3, batch_size=8, data_collator=pad_left)
     assert padded.metrics() == pytest.approx(one)
     other_seed = evaluate_likelihood(model, rows, [1, 4, 8], 3, seed=1).metrics()
-    assert other_seed["nll_block_8"] != pytest.approx(one["nll_block_8"])
+    assert other_seed["nll_block_size_8"] != pytest.approx(one["nll_block_size_8"])
 
 
 def test_noise_depends_on_all_that_a_row_says(model: BlockGenForDiffusionLM) -> None:
@@ -297,7 +297,7 @@ def test_figures_are_those_of_the_paper() -> None:
     assert result.block_sizes[1].nll_standard_error == pytest.approx(spread)
     assert result.block_sizes[1].perplexity_standard_error == pytest.approx(spread * math.exp(12 / 5))
     assert likelihood_metrics(nll.numpy(), np.array([2, 3]), [1, 4], [3, 1], num_skipped=2) == result
-    assert result.to_dict()["block_sizes"][4]["nll"] == result.metrics()["nll_block_4"]
+    assert result.to_dict()["block_sizes"][4]["nll"] == result.metrics()["nll_block_size_4"]
     assert result.metrics()["perplexity_jensen"] == pytest.approx(math.exp(12 / 5))
 
 
@@ -347,7 +347,7 @@ def test_standard_errors_are_the_spread_over_seeds(num_draws: int) -> None:
     """Of block sizes, and of the mixture's figures, with noise on grids."""
     model, rows = tiny_model(), words(24, 10)
     results = [evaluate_likelihood(model, rows, [1, 4], num_draws, batch_size=24, seed=seed) for seed in range(40)]
-    for name in ("block_4", "log_sum_exp", "jensen"):
+    for name in ("block_size_4", "log_sum_exp", "jensen"):
         figures = np.array([result.metrics()[f"nll_{name}"] for result in results])
         errors = np.array([result.metrics()[f"nll_standard_error_{name}"] for result in results])
         assert 0.7 < np.sqrt((errors**2).mean()) / figures.std(ddof=1) < 1.4

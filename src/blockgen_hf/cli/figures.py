@@ -11,7 +11,7 @@ _MIXTURE = {
     "log_sum_exp_upper": "mixture, the same, from above",
     "jensen": "mixture, Jensen (Eq. 7)",
 }
-_BLOCK = "block_"
+_BLOCK = "block_size_"
 
 
 def likelihood_table(metrics: Mapping[str, Any]) -> list[str]:
@@ -19,7 +19,7 @@ def likelihood_table(metrics: Mapping[str, Any]) -> list[str]:
     Lines of a table.
 
     Args:
-        metrics: of `LikelihoodResult.metrics()`: `nll_block_16`, `perplexity_jensen` ...
+        metrics: of `LikelihoodResult.metrics()`: `nll_block_size_16`, `perplexity_jensen` ...
     """
     names = [name.removeprefix("nll_") for name in metrics if name.startswith("nll_") and "standard_error" not in name]
     rows = [("", "nll", "perplexity", "")]

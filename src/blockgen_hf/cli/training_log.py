@@ -8,7 +8,7 @@ from transformers import ProgressCallback, TrainerCallback, TrainerControl, Trai
 
 
 _BY_SIZE = "loss_block_size_"
-_PERPLEXITY = "eval_perplexity_block_"
+_PERPLEXITY = "eval_perplexity_block_size_"
 
 
 class TrainingBar(ProgressCallback):

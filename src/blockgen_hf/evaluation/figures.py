@@ -67,8 +67,8 @@ class LikelihoodResult:
         return asdict(self)
 
     def metrics(self) -> dict[str, float]:
-        """The figures as a flat mapping, as `Trainer` logs them: `perplexity_block_16`, `nll_log_sum_exp` ..."""
-        named = {f"block_{size}": figure for size, figure in self.block_sizes.items()}
+        """The figures as a flat mapping, as `Trainer` logs them: `perplexity_block_size_16`, `nll_log_sum_exp` ..."""
+        named = {f"block_size_{size}": figure for size, figure in self.block_sizes.items()}
         mixture = {
             "log_sum_exp": self.log_sum_exp,
             "log_sum_exp_corrected": self.log_sum_exp_corrected,
