@@ -38,7 +38,7 @@ def free_port() -> int:
 
 
 def launch(config: str, num_processes: int, **specification: Any) -> None:
-    """`accelerate launch` of the script with a configuration of the examples."""
+    """`accelerate launch` of the script with a configuration, those of the examples by their name."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / config)]
     command += ["--num_processes", str(num_processes), "--main_process_port", str(free_port())]
     command += [str(TESTS / "trainer_script.py"), json.dumps(specification)]
@@ -161,7 +161,7 @@ def test_two_fsdp_processes_train_as_one_and_one_goes_on_from_their_checkpoint(t
     alone, two, resumed = (str(tmp_path / name) for name in ("alone.json", "two.json", "resumed.json"))
     assert run_in_process(tmp_path / "alone", settings=settings, result=alone, save=True) == 0
     launch(
-        "fsdp2_cpu.yaml",
+        str(TESTS / "fsdp2_cpu.yaml"),
         2,
         folder=str(tmp_path / "two"),
         settings={**settings, "gradient_accumulation_steps": 2},
