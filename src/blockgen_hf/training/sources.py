@@ -90,7 +90,8 @@ def hold_out(documents: "Dataset", count: int, limit: int | None, where: str) ->
         stops = np.arange(1, len(documents) + 1)
     if count >= len(stops):
         raise ValueError(
-            f"`validation_documents` holds out {count} documents, and {where} has {len(stops)}: none is left."
+            f"`validation_documents` holds out {count} documents, and {where} has {len(stops)}: none is left. Hold "
+            "out fewer (0: none), or say with `document_separator` what stands between the documents of a text."
         )
     border = int(stops[len(stops) - count - 1])
     train_stop = border if limit is None else min(border, int(stops[min(limit, len(stops)) - 1]))
