@@ -76,13 +76,13 @@ def make_training_mask(
         what the implementation takes as mask, or [`AttentionChunk`]s on CPUs with `sdpa`. Without padding, documents
         and block sizes a row it is built once for each length, block size and device.
     """
-    if valid is None and document_ids is None and isinstance(block_size, int):
+    # A compiled graph builds its mask itself: it cannot call what keeps masks.
+    if valid is None and document_ids is None and isinstance(block_size, int) and not torch.compiler.is_compiling():
         length, device = position_ids.shape[-1], position_ids.device
         return _plain_training_mask(length, block_size, clean_block_size, attn_implementation, dtype, device)
     return _render(position_ids, block_size, clean_block_size, attn_implementation, dtype, valid, document_ids)
 
 
-@torch.compiler.disable
 @lru_cache(maxsize=32)
 def _plain_training_mask(
     length: int,
@@ -125,9 +125,16 @@ def _render(
         overlap = 0 if isinstance(block_size, int) and CHUNK_SIZE % block_size == 0 else largest - 1
         return _chunks(layout, length, overlap, clean_block_size - 1, clean_block_size == 1)
     # Where padding stands between tokens, a block may be spread over the row.
-    has_gaps = valid is not None and bool((valid[:, 0] + (valid[:, 1:] > valid[:, :-1]).sum(-1)).gt(1).any())
+    has_gaps = valid is not None and _has_gaps(valid)
     overlap, clean_overlap = (length, length) if has_gaps else (largest - 1, clean_block_size - 1)
     return _chunks(layout, length, overlap, clean_overlap, False)
+
+
+def _has_gaps(valid: torch.Tensor) -> bool:
+    """Whether padding stands between the tokens of a row, `[B, L]`. A compiled graph cannot look: it may."""
+    if torch.compiler.is_compiling():
+        return True
+    return bool((valid[:, 0] + (valid[:, 1:] > valid[:, :-1]).sum(-1)).gt(1).any())
 
 
 def _chunks(
