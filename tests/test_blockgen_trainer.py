@@ -22,10 +22,10 @@ from training import (
     saved_weights,
     weights,
 )
-from transformers import EarlyStoppingCallback
+from transformers import EarlyStoppingCallback, HfArgumentParser
 
 from blockgen_hf import BlockGenForDiffusionLM
-from blockgen_hf.training import BlockGenTrainer, BlockGenTrainingArguments
+from blockgen_hf.training import BlockGenTrainer, BlockGenTrainingArguments, DataArguments
 from blockgen_hf.training.draws import StepDraws
 
 
@@ -749,3 +749,16 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not finite"):
         trainer.train()
     assert checkpoints(tmp_path) == ["checkpoint-2"]
+
+
+def test_arguments_are_flags_of_a_script() -> None:
+    """`HfArgumentParser` reads them together with those of the data, the paper's defaults included."""
+    parser = HfArgumentParser((BlockGenTrainingArguments, DataArguments))
+    flags = ["--output_dir", "runs", "--dataset", "a.txt", "--isolate_documents", "--ema_decay", "0.5", "--use_cpu"]
+    training, data = parser.parse_args_into_dataclasses(flags)
+    assert (training.ema_decay, training.warmup_steps, training.include_num_input_tokens_seen) == (
+        0.5,
+        2500,
+        "non_padding",
+    )
+    assert data.isolate_documents and data.dataset == ["a.txt"]

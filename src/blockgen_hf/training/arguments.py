@@ -31,7 +31,7 @@ class BlockGenTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Off: the collator picks the columns, and hands on where a row comes from."}
     )
-    include_num_input_tokens_seen: str | bool = field(
+    include_num_input_tokens_seen: str = field(  # `str | bool` is a flag for HfArgumentParser, which takes no words
         default="non_padding", metadata={"help": "Log the tokens seen: `all`, `non_padding` or `no`."}
     )
     ddp_find_unused_parameters: bool | None = field(
