@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 
 import torch
-from tokenizers import ByteLevelBPETokenizer
 from transformers import (
     PreTrainedTokenizerFast,
     Trainer,
@@ -30,6 +29,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from blockgen_hf import BlockGenConfig, BlockGenForDiffusionLM
 from blockgen_hf.evaluation import evaluate_likelihood
+from blockgen_hf.training import train_tokenizer
 
 
 END_OF_TEXT = "<|endoftext|>"
@@ -128,21 +128,6 @@ def read_stories(args: argparse.Namespace, split: str) -> list[str]:
 
     selection = f"train[:{args.max_stories}]" if split == "train" else "validation[:2000]"
     return [story.strip() for story in load_dataset(DATASET, split=selection)["text"] if story.strip()]
-
-
-def train_tokenizer(stories: list[str], vocab_size: int, length: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with end of text, padding and mask as the last three ids, the mask last of all."""
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(stories, vocab_size=vocab_size - 3, min_frequency=2)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe._tokenizer,
-        eos_token=END_OF_TEXT,
-        pad_token="<|pad|>",
-        mask_token="<|mask|>",
-        padding_side="left",
-        model_max_length=length,
-        model_input_names=["input_ids", "attention_mask"],
-    )
 
 
 class PackedStories(torch.utils.data.Dataset):

@@ -163,6 +163,19 @@ def test_documents_are_scored_as_if_alone(model: BlockGenForDiffusionLM) -> None
     assert together.block_sizes[1].nll == pytest.approx(alone.block_sizes[1].nll, rel=1e-6)
 
 
+def test_padding_with_the_id_of_a_document_does_not_move_its_blocks(model: BlockGenForDiffusionLM) -> None:
+    """Pads on the left that carry the id of the first document: blocks are cut as the attention mask cuts them."""
+    text, documents = words(1, 9), torch.tensor([[0] * 6 + [1] * 3])
+    pads = torch.zeros(1, 3, dtype=torch.long)
+    padded = {
+        "input_ids": torch.cat([pads, text], dim=1),
+        "document_ids": torch.cat([pads, documents], dim=1),
+        "attention_mask": torch.cat([pads, torch.ones_like(text)], dim=1),
+    }
+    expected = sequence_nll(model, {"input_ids": text, "document_ids": documents}, [1, 4], 3)
+    torch.testing.assert_close(sequence_nll(model, padded, [1, 4], 3), expected, rtol=1e-4, atol=1e-4)
+
+
 # ---- what the figures depend on
 @pytest.mark.parametrize("variant", ["masked", "uniform"])
 def test_figures_do_not_depend_on_batch_size_order_and_padding(variant: str) -> None:

@@ -73,7 +73,7 @@ def evaluation_rows(
     scored = valid if labels is None else valid & (labels != -100)
     tokens = input_ids if labels is None else torch.where(scored, labels, input_ids)
     places = (valid.long().cumsum(-1) - 1).clamp(min=0)
-    positions = places if document_ids is None else document_positions(document_ids)
+    positions = places if document_ids is None else document_positions(document_ids, attention_mask)
     said = CounterGenerator.from_seed(0, tokens.device).fold_in(tokens, places, scored.long(), positions).keys
     row_keys = (said * valid).sum(-1, keepdim=True)
     return EvaluationRows(

@@ -134,7 +134,7 @@ def check_batch(batch: Batch, start: int, config: BlockGenConfig) -> torch.Tenso
     scored = valid & (batch["labels"] != -100)
     positions = valid.long().cumsum(-1) - 1
     if "document_ids" in batch:
-        positions = torch.where(valid, document_positions(batch["document_ids"]), 0)
+        positions = torch.where(valid, document_positions(batch["document_ids"], batch["attention_mask"]), 0)
     tokens = torch.where(scored, batch["labels"], batch["input_ids"])
     for row in (positions >= config.max_position_embeddings).any(-1).nonzero().flatten().tolist():
         raise ValueError(

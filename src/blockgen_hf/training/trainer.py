@@ -17,7 +17,8 @@ from torch.distributed.tensor import DTensor
 from transformers import EvalPrediction, Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from ..evaluation.likelihood import likelihood_metrics, sequence_nll
+from ..evaluation.figures import likelihood_metrics, mixture_weights
+from ..evaluation.likelihood import sequence_nll
 from ..modeling.diffusion_blockgen import diffusion_from_config
 from .arguments import BlockGenTrainingArguments
 from .checkpointing import UNFINISHED, keep_checkpoint, move_model, replace_folder, rotate_checkpoints
@@ -172,14 +173,13 @@ class BlockGenTrainer(Trainer):
         nll = sequence_nll(model, inputs, self.model.config.block_sizes, samples, seed=self.args.seed)
         num_tokens = (inputs["labels"] != -100).sum(-1)
         gamma = torch.tensor(self._weights, dtype=nll.dtype, device=nll.device)
-        loss = (nll.mean(-1) @ gamma).sum() / num_tokens.sum().clamp(min=1)
+        loss = (nll.mean(-1) @ (gamma / gamma.sum())).sum() / num_tokens.sum().clamp(min=1)
         return loss, nll, num_tokens
 
     @property
     def _weights(self) -> list[float]:
         config = self.model.config
-        weights = config.block_size_weights or [1.0] * len(config.block_sizes)
-        return [weight / sum(weights) for weight in weights]
+        return mixture_weights(config.block_sizes, config.block_size_weights, config.block_sizes)
 
     def _likelihood_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """The bounds of [`evaluate_likelihood`]; `loss` is Jensen's (Eq. 7), of which training takes samples."""
