@@ -350,3 +350,25 @@ def test_loss_is_finite_where_padding_leaves_rows_empty(attn_implementation: str
     loss.backward()
     assert loss.isfinite()
     assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("variant", ["masked", "uniform_time_conditional"])
+def test_a_text_of_one_block_is_trained_without_a_clean_half(variant: str, attention: str, padded: bool) -> None:
+    """No noisy token of the first block sees a clean one: MDLM's and Duo's training is that of one long block."""
+    model = tiny_model(variant)
+    model.set_attn_implementation(attention)
+    text, noisy = words(2, 10), words(2, 10, seed=1)
+    mask = torch.ones_like(text)
+    if padded:
+        mask[1, 7:] = 0
+    arguments: dict[str, Any] = {"noisy_input_ids": noisy, "noise_level": torch.tensor([0.3, 0.7]), "block_size": 16}
+    arguments["attention_mask"] = mask if padded else None
+    embedded: list[torch.Tensor] = []
+    handle = model.model.embed_tokens.register_forward_hook(lambda module, args, output: embedded.append(output))
+    logits = model(text, labels=text.masked_fill(mask == 0, -100), **arguments).logits
+    handle.remove()
+    assert embedded[0].shape[1] == 10
+    expected = model(text, **arguments).logits
+    torch.testing.assert_close(logits[mask.bool()], expected[mask.bool()], atol=1e-5, rtol=1e-5)

@@ -6,7 +6,8 @@ from .modeling.configuration_blockgen import BlockGenConfig
 from .modeling.diffusion_blockgen import MaskedDiffusion, NoiseSchedule, UniformDiffusion, diffusion_from_config
 from .modeling.generation_blockgen import BlockGenGenerateOutput
 from .modeling.generation_configuration_blockgen import BlockGenGenerationConfig
-from .modeling.modeling_blockgen import BlockGenForDiffusionLM, BlockGenOutput
+from .modeling.modeling_blockgen import BlockGenForDiffusionLM
+from .modeling.outputs_blockgen import BlockGenOutput
 from .modeling.trunk_blockgen import BlockGenModel
 
 

@@ -66,21 +66,24 @@ def sequence_nll(
     )
     with _evaluation_mode(model):
         for column, size in enumerate(sizes):
-            exact = is_exact(unwrapped.diffusion, size)
+            exact = config.next_token_prediction or is_exact(unwrapped.diffusion, size)
             for k in range(1 if exact else monte_carlo_samples):
                 draw = make_draw(
                     unwrapped.diffusion, rows, size, k, monte_carlo_samples, smallest_time, config.time_conditioning
                 )
-                losses = model(
-                    input_ids=rows.tokens,
-                    labels=labels,
+                noise: dict[str, Any] = dict(
                     noisy_input_ids=draw.noisy_input_ids,
                     noise_level=draw.noise_level,
                     block_size=size,
+                    objective=draw.objective,
+                )
+                losses = model(
+                    input_ids=rows.tokens,
+                    labels=labels,
                     attention_mask=attention_mask,
                     document_ids=document_ids,
-                    objective=draw.objective,
                     skip_logits=unwrapped._has_plain_head,
+                    **({} if config.next_token_prediction else noise),
                 ).token_losses
                 nll[:, column, k:] = (draw.weights * losses.double()).sum(-1, keepdim=True)
     return nll
@@ -115,6 +118,10 @@ def checked_block_sizes(config: BlockGenConfig, block_sizes: Sequence[int] | Non
             raise ValueError(f"`block_sizes` must be positive integers, but are {sizes!r}.")
     if not sizes or len(set(sizes)) < len(sizes):
         raise ValueError(f"`block_sizes` must be at least one size, each once, but are {sizes!r}.")
+    if config.next_token_prediction and sizes != [1]:
+        raise ValueError(
+            f"`block_sizes` must be [1] for a model with `next_token_prediction=True`, but are {sizes!r}."
+        )
     grid = config.block_sizes[0]
     if config.clean_attention == "block_causal" and any(size % grid for size in sizes):
         raise ValueError(
@@ -143,7 +150,8 @@ def evaluate_likelihood(
 
     - Block size s: the ELBO, Eq. 15 or 16, by K draws a sequence (Eq. 18, 19), summed over the data set and divided by
       its scored tokens (Eq. 13). With a block size of 1 it is the cross entropy with fully noised inputs: for masked
-      models the exact likelihood (Eq. 14), for uniform ones a mean over random inputs, by K draws.
+      models the exact likelihood (Eq. 14), for uniform ones a mean over random inputs, by K draws. Models with
+      `next_token_prediction` are exact, and score no text's first token.
     - Mixture: `log_sum_exp` (Eq. 20), reduced a sequence, with a figure corrected for its bias, and `jensen` (Eq. 7).
 
     The figures do not depend, but for rounding, on batch size, padding, order or number of processes: noise is keyed

@@ -173,7 +173,8 @@ class BlockDecoder:
         generator = self._generator(1)
         prior = process.prior((state.active.numel(), 1), state.tokens.device, generator.fold_in(_Purpose.AR_QUERY))
         # Greedy decoding takes the model's own fixed queries: the text is then that of repeated `forward` calls.
-        queries = prior if self.settings.do_sample else None
+        has_queries = self.settings.do_sample and not self.model.config.next_token_prediction
+        queries = prior if has_queries else None
         outputs = self.model(
             input_ids=state.pending,
             query_input_ids=queries,

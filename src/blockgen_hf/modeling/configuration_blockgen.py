@@ -86,6 +86,10 @@ class BlockGenConfig(PreTrainedConfig):
         time_conditioning (`bool`, defaults to `False`):
             `False` feeds adaLN with the embedding of zero. `True` feeds the noisy half with the embedding of its noise
             level and the clean half with that of zero, so that its keys stay cacheable (Suppl. A.2).
+        next_token_prediction (`bool`, defaults to `False`):
+            `True` is the dense causal transformer of the paper's AR baseline: the hidden state of a clean token itself
+            predicts the next one. There is no noise then: `block_sizes` are [1], there is no mask token, and
+            `diffusion_type`, which means nothing, reads `"uniform"`.
 
     ```python
     >>> from blockgen_hf import BlockGenConfig, BlockGenForDiffusionLM
@@ -132,17 +136,21 @@ class BlockGenConfig(PreTrainedConfig):
     adaptive_layer_norm: bool = True
     cond_dim: int = 128
     time_conditioning: bool = False
+    next_token_prediction: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         self._check_sizes("vocab_size", "hidden_size")
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
+        if self.next_token_prediction is True and self.diffusion_type == "masked":
+            self.diffusion_type = "uniform"
         if self.block_sizes is None:
-            self.block_sizes = [1, 2, 4, 8, 16]
+            self.block_sizes = [1] if self.next_token_prediction else [1, 2, 4, 8, 16]
         if self.mask_token_id is None and self.diffusion_type == "masked":
             self.mask_token_id = self.vocab_size - 1
         if self.training_objective is None:
-            self.training_objective = "elbo" if self.diffusion_type == "uniform" else "cross_entropy"
+            has_elbo = self.diffusion_type == "uniform" and not self.next_token_prediction
+            self.training_objective = "elbo" if has_elbo else "cross_entropy"
         super().__post_init__(**kwargs)
         self._check()
 
@@ -166,6 +174,7 @@ class BlockGenConfig(PreTrainedConfig):
         )
         self._check_numbers()
         self._check_block_sizes()
+        self._check_next_token_prediction()
 
     def _check_choices(self) -> None:
         for name, accepted in (
@@ -177,7 +186,10 @@ class BlockGenConfig(PreTrainedConfig):
         ):
             if getattr(self, name) not in accepted:
                 raise ValueError(f"`{name}` must be one of {list(accepted)}, but is {getattr(self, name)!r}.")
-        for name in ("adaptive_layer_norm", "time_conditioning", "use_cache", "tie_word_embeddings"):
+        flags = (
+            "adaptive_layer_norm", "time_conditioning", "next_token_prediction", "use_cache", "tie_word_embeddings"
+        )  # fmt: skip
+        for name in flags:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"`{name}` must be True or False, but is {getattr(self, name)!r}.")
         if self.time_conditioning and not self.adaptive_layer_norm:
@@ -242,6 +254,24 @@ class BlockGenConfig(PreTrainedConfig):
                 f"`clean_attention='block_causal'` needs a single block size, but `block_sizes` is {sizes!r}: block "
                 "sizes share one cache only if no clean token sees a later one. Use `clean_attention='causal'`."
             )
+
+    def _check_next_token_prediction(self) -> None:
+        if not self.next_token_prediction:
+            return
+        needed: dict[str, Any] = {
+            "block_sizes": [1],
+            "clean_attention": "causal",
+            "diffusion_type": "uniform",
+            "training_objective": "cross_entropy",
+            "time_conditioning": False,
+            "mask_token_id": None,
+        }
+        for name, value in needed.items():
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"`{name}` must be {value!r} with `next_token_prediction=True`, a causal transformer without "
+                    f"noise, but is {getattr(self, name)!r}."
+                )
 
 
 def is_positive_int(value: Any) -> bool:

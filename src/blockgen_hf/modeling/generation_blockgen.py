@@ -126,6 +126,11 @@ class BlockGenGenerationMixin(GenerationMixin):
                     "`decoding='ar'`."
                 )
             generation_config.num_denoising_steps()
+        if self.config.next_token_prediction and generation_config.decoding != "ar":
+            raise ValueError(
+                f"`decoding={generation_config.decoding!r}` needs a diffusion model: one with "
+                "`next_token_prediction=True` has `decoding='ar'` only."
+            )
         self._validate_corrector(generation_config)
         self._validate_clean_attention(generation_config)
         super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
@@ -165,7 +170,7 @@ class BlockGenGenerationMixin(GenerationMixin):
         self, inputs: torch.Tensor | None, bos_token_id: torch.Tensor | None, model_kwargs: dict[str, Any]
     ) -> torch.Tensor:
         """Without a prompt the text starts from the prior at position 0: no BOS is forced."""
-        if inputs is None and not model_kwargs:
+        if inputs is None and not model_kwargs and not self.config.next_token_prediction:
             return torch.zeros(1, 0, dtype=torch.long, device=self.device)
         return super()._maybe_initialize_input_ids_for_generation(inputs, bos_token_id, model_kwargs)
 
@@ -221,6 +226,13 @@ class BlockGenGenerationMixin(GenerationMixin):
             )
 
     def _check_prompt(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+        if self.config.next_token_prediction:
+            is_empty = input_ids.shape[1] == 0
+            if is_empty or (attention_mask is not None and (attention_mask.sum(-1) == 0).any()):
+                raise ValueError(
+                    "`inputs` must hold a token in every row for a model with `next_token_prediction=True`: begin "
+                    "with the BOS token."
+                )
         if input_ids.numel() == 0:
             return
         if input_ids.min() < 0 or input_ids.max() >= self.config.vocab_size:

@@ -59,11 +59,11 @@ class BlockGenTimeEmbedding(nn.Module):
         self.linear_1 = nn.Linear(2 * self.num_frequencies, cond_dim)
         self.linear_2 = nn.Linear(cond_dim, cond_dim)
 
-    def forward(self, sigma: torch.Tensor) -> torch.Tensor:
+    def forward(self, sigma: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """`[...]` -> `[..., cond_dim]`."""
         steps = torch.arange(self.num_frequencies, dtype=torch.float32, device=sigma.device)
         angles = sigma.float()[..., None] * torch.exp(-math.log(10000) / self.num_frequencies * steps)
-        embedding = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.linear_1.weight.dtype)
+        embedding = torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype)
         return self.linear_2(nn.functional.silu(self.linear_1(embedding)))
 
 

@@ -98,8 +98,8 @@ def build_layout(
         clean_is_committed (`bool`): whether the call's clean tokens stand in the slots of the cache, instead of
             behind.
         clean_valid, noisy_valid (`torch.BoolTensor` of shape `[B, C]` and `[B, N]`, *optional*): False for padding.
-        document_ids (`torch.LongTensor` of shape `[B, C]`, *optional*): the documents of clean and noisy tokens, which
-            are as many; the positions restart with each document, and nothing is cached.
+        document_ids (`torch.LongTensor` of shape `[B, C]`, *optional*): the documents of the clean tokens, and of the
+            noisy ones, which are as many or none; the positions restart with each document, and nothing is cached.
     """
     num_clean = clean_positions.shape[-1]
     sizes: torch.Tensor | int
@@ -127,6 +127,9 @@ def build_layout(
     query_group = concat(clean_group, noisy_group)
     key_position = concat(clean_keys, unreachable(noisy_positions))
     key_group = query_group
+    documents = None
+    if document_ids is not None:
+        documents = concat(document_ids, document_ids[:, : noisy_positions.shape[-1]])
     if clean_is_committed:
         key_position, key_group = key_position[:, num_clean:], key_group[:, num_clean:]
     return AttentionLayout(
@@ -134,8 +137,8 @@ def build_layout(
         query_group=query_group,
         key_position=concat(cached_positions, key_position),
         key_group=concat(unreachable(cached_positions), key_group),
-        query_document=None if document_ids is None else concat(document_ids, document_ids),
-        key_document=None if document_ids is None else concat(document_ids, document_ids),
+        query_document=documents,
+        key_document=documents,
     )
 
 

@@ -14,7 +14,6 @@
 """BlockGen model: one denoiser that is an autoregressive, a block-diffusion and a full-sequence diffusion model."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,49 +21,29 @@ from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.utils import ModelOutput, auto_docstring, logging
+from transformers.utils import auto_docstring, logging
 
+from .block_size_blockgen import check_leak, checked_block_size
 from .configuration_blockgen import BlockGenConfig
 from .diffusion_blockgen import diffusion_from_config
 from .generation_blockgen import BlockGenGenerationMixin
 from .generation_configuration_blockgen import BlockGenGenerationConfig
 from .masking_blockgen import BlockSize
+from .next_token_blockgen import (
+    next_token_draw,
+    next_token_positions,
+    next_token_states,
+    refuse_noise,
+    shift_right,
+)
 from .objective_blockgen import chunked_mixture_loss, draw_training_noise, mixture_loss
+from .outputs_blockgen import BlockGenOutput, with_logits
 from .positions_blockgen import clean_positions, document_positions, following_position, last_columns
 from .sampling_blockgen import CounterGenerator
 from .trunk_blockgen import BlockGenModel, BlockGenPreTrainedModel
 
 
 logger = logging.get_logger(__name__)
-
-
-@auto_docstring
-@dataclass
-class BlockGenOutput(ModelOutput):
-    """
-    Output of [`BlockGenForDiffusionLM`].
-
-    Args:
-        loss (`torch.FloatTensor` of shape `[]`, *optional*, returned when `labels` is given):
-            The training loss of the mixture bound (Eq. 7), in nats a scored token.
-        logits (`torch.FloatTensor` of shape `[B, N, V]`):
-            Raw scores of the clean token at every noisy position. None where the loss was computed without them.
-        past_key_values (`Cache`, *optional*):
-            The cache, with the clean tokens of the call if `use_cache=True`.
-        hidden_states (`tuple(torch.FloatTensor)`, *optional*, returned with `output_hidden_states=True`):
-            Input of the first layer and output of every layer, each `[B, C + N, hidden_size]`, clean tokens first.
-        attentions (`tuple(torch.FloatTensor)`, *optional*, returned with `output_attentions=True`):
-            Attention weights of every layer, each `[B, heads, C + N, keys]`.
-        token_losses (`torch.FloatTensor` of shape `[B, L]`, *optional*, returned when `labels` is given):
-            The loss of every token, in nats; zero where it is not scored. Without gradients.
-    """
-
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
-    token_losses: torch.Tensor | None = None
 
 
 @auto_docstring
@@ -173,11 +152,16 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
         Returns:
             [`BlockGenOutput`]. With `input_ids` alone `logits[:, i]` predict the token at i + 1. With
             `noisy_input_ids` or `labels` `logits[:, l]` score the clean token at noisy position l, before the masked
-            parameterisation.
+            parameterisation. A model with `next_token_prediction` has one use: always `logits[:, i]` predict the
+            token at i + 1, and no label scores the first token of a text.
 
         Raises:
             ValueError: arguments that contradict one another, or attention that the implementation cannot compute.
         """
+        # CODEPATH: the paper's AR baseline has neither noise nor blocks.
+        if self.config.next_token_prediction:
+            refuse_noise(noisy_input_ids=noisy_input_ids, query_input_ids=query_input_ids, objective=objective)
+            refuse_noise(block_size=None if block_size == 1 else block_size, noise_level=noise_level)
         if labels is not None:
             return self._training_forward(
                 input_ids, labels, noisy_input_ids, block_size, noise_level, attention_mask, position_ids,
@@ -186,22 +170,28 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
         if noisy_input_ids is None:
             if input_ids is None:
                 raise ValueError("`forward` needs `input_ids`, `noisy_input_ids`, or both.")
-            if document_ids is not None:
+            if document_ids is not None and not self.config.next_token_prediction:
                 raise ValueError("`document_ids` serve training and the denoiser, not the causal language model.")
-            use_cache = self.config.use_cache if use_cache is None else use_cache
+            use_cache = self._causal_use_cache(use_cache)
+            # CODEPATH: the paper's AR baseline predicts the next token from the clean ones themselves.
+            if self.config.next_token_prediction:
+                return self._next_token_forward(
+                    input_ids, attention_mask, position_ids, past_key_values, use_cache, logits_to_keep, document_ids,
+                    **kwargs,
+                )  # fmt: skip
             return self._causal_forward(
                 input_ids, query_input_ids, attention_mask, position_ids, past_key_values, use_cache, logits_to_keep,
                 **kwargs,
             )  # fmt: skip
         if input_ids is None:
             input_ids = noisy_input_ids[:, :0]
-        block_size = self._check_block_size(block_size, len(noisy_input_ids))
+        block_size = checked_block_size(self.config, block_size, len(noisy_input_ids))
         outputs = self._denoise(
             input_ids, noisy_input_ids, block_size, noisy_position_ids, attention_mask, position_ids, past_key_values,
             bool(use_cache), noise_level, document_ids, **kwargs,
         )  # fmt: skip
         hidden_states = outputs.last_hidden_state[:, _kept(logits_to_keep)]
-        return _with_logits(outputs, self.lm_head(hidden_states))
+        return with_logits(outputs, self.lm_head(hidden_states))
 
     def _causal_forward(
         self,
@@ -215,12 +205,7 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
         **kwargs: Any,
     ) -> BlockGenOutput:
         """A fully noised query at the position behind every kept token: block size 1."""
-        self._check_block_size(1, warn=False)
-        if self.gradient_checkpointing_active and use_cache:
-            logger.warning_once(
-                "`use_cache=True` is incompatible with gradient checkpointing. Setting `use_cache=False`."
-            )
-            use_cache = False
+        check_leak(self.config, 1)
         position_ids = clean_positions(input_ids, attention_mask, position_ids, past_key_values)
         if query_input_ids is None and input_ids.shape[1] == 0:  # nothing precedes the one logit of an empty text
             query_positions = following_position(input_ids, attention_mask, position_ids, past_key_values)
@@ -260,7 +245,35 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
         if self.config.diffusion_type == "masked":
             # Samplers and log-likelihoods outside of this package do not know it.
             logits[..., self.config.mask_token_id] = torch.finfo(logits.dtype).min
-        return _with_logits(outputs, logits)
+        return with_logits(outputs, logits)
+
+    def _causal_use_cache(self, use_cache: bool | None) -> bool:
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if self.gradient_checkpointing_active and use_cache:
+            logger.warning_once(
+                "`use_cache=True` is incompatible with gradient checkpointing. Setting `use_cache=False`."
+            )
+            return False
+        return use_cache
+
+    def _next_token_forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        past_key_values: Cache | None,
+        use_cache: bool,
+        logits_to_keep: int | torch.Tensor,
+        document_ids: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> BlockGenOutput:
+        """As every causal language model: the last layer of a token predicts the next one."""
+        position_ids = next_token_positions(input_ids, attention_mask, position_ids, past_key_values, document_ids)
+        outputs = next_token_states(
+            self.model, input_ids, position_ids, attention_mask, past_key_values, use_cache, document_ids, **kwargs
+        )
+        hidden_states = outputs.last_hidden_state[:, _kept(logits_to_keep)]
+        return with_logits(outputs, self.lm_head(hidden_states))
 
     def _denoise(
         self,
@@ -308,7 +321,7 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
                 f"the shape {list(noisy_position_ids.shape)}."
             )
         if num_clean > 0 and num_noisy > 0:
-            self._check_leak(block_size, None if aligned else noisy_position_ids)
+            check_leak(self.config, block_size, None if aligned else noisy_position_ids)
         return self.model(
             input_ids,
             noisy_input_ids,
@@ -324,6 +337,27 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
             document_ids=document_ids,
             is_full=follows and num_clean == 0 and isinstance(block_size, int) and num_noisy <= block_size,
             is_aligned=ordered,
+            **kwargs,
+        )
+
+    def _denoise_whole(
+        self,
+        noisy_input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        noise_level: torch.Tensor,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """The whole text as one block, which sees no clean token: so there are none (MDLM, Duo)."""
+        position_ids = clean_positions(noisy_input_ids, attention_mask, None, None)
+        return self.model(
+            noisy_input_ids[:, :0],
+            noisy_input_ids,
+            block_size=noisy_input_ids.shape[1],
+            position_ids=position_ids[:, :0],
+            noisy_position_ids=position_ids,
+            noisy_mask=attention_mask,
+            noise_level=noise_level,
+            is_full=attention_mask is None,
             **kwargs,
         )
 
@@ -365,29 +399,47 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
         scored = labels != -100
         targets = torch.where(scored, labels, input_ids)
         if block_size is not None:
-            block_size = self._check_block_size(block_size, len(input_ids))
-        draw = draw_training_noise(
-            self.diffusion, self.config, targets, scored, block_size, noise_level, noisy_input_ids, objective
-        )
-        outputs = self._denoise(
-            targets, draw.noisy_input_ids, draw.block_size, None, attention_mask, position_ids, None, False,
-            draw.noise_level, document_ids, **kwargs,
-        )  # fmt: skip
-        if self._has_plain_head if skip_logits is None and self.training else skip_logits:
-            logits = None
-            head = (self.lm_head.weight, self.lm_head.bias)
-            total, losses = chunked_mixture_loss(self.diffusion, draw, outputs.last_hidden_state, *head)
+            block_size = checked_block_size(self.config, block_size, len(input_ids))
+        is_next_token = self.config.next_token_prediction
+        # CODEPATH: the paper's AR baseline draws nothing, and has no clean half besides.
+        if is_next_token:
+            position_ids = next_token_positions(targets, attention_mask, position_ids, None, document_ids)
+            draw = next_token_draw(targets, scored, position_ids)
+            outputs = next_token_states(
+                self.model, targets, position_ids, attention_mask, document_ids=document_ids, **kwargs
+            )
         else:
-            logits = self.lm_head(outputs.last_hidden_state)
-            total, losses = mixture_loss(self.diffusion, draw, logits)
-        loss = total / (scored.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
-        return _with_logits(outputs, logits, loss, losses)
+            draw = draw_training_noise(
+                self.diffusion, self.config, targets, scored, block_size, noise_level, noisy_input_ids, objective
+            )
+            is_one_block = isinstance(draw.block_size, int) and draw.block_size >= targets.shape[1]
+            if is_one_block and position_ids is None and document_ids is None:
+                outputs = self._denoise_whole(draw.noisy_input_ids, attention_mask, draw.noise_level, **kwargs)
+            else:
+                outputs = self._denoise(
+                    targets, draw.noisy_input_ids, draw.block_size, None, attention_mask, position_ids, None, False,
+                    draw.noise_level, document_ids, **kwargs,
+                )  # fmt: skip
+        states, logits = outputs.last_hidden_state, None
+        if self._has_plain_head if skip_logits is None and self.training else skip_logits:
+            head = (self.lm_head.weight, self.lm_head.bias)
+            states = shift_right(states) if is_next_token else states
+            total, losses = chunked_mixture_loss(self.diffusion, draw, states, *head)
+        else:
+            logits = self.lm_head(states)
+            total, losses = mixture_loss(self.diffusion, draw, shift_right(logits) if is_next_token else logits)
+        count = draw.scored.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        return with_logits(outputs, logits, total / count, losses)
 
     @property
     def _has_plain_head(self) -> bool:
-        """Not with an adapter, quantised, sharded by tensor parallelism, or gathered for its own forward only."""
+        """
+        Not with an adapter, quantised, sharded by tensor parallelism, or gathered, or fetched by a hook of accelerate,
+        for its own forward only.
+        """
         weight = self.lm_head.weight
         plain = type(self.lm_head) is nn.Linear and type(weight) in (nn.Parameter, torch.Tensor)
+        plain = plain and "forward" not in vars(self.lm_head)
         return plain and len(weight) == self.config.vocab_size
 
     def fixed_queries(self, position_ids: torch.Tensor) -> torch.Tensor:
@@ -412,67 +464,12 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
         }
         super().save_pretrained(save_directory, *args, **kwargs)
 
-    def _check_block_size(
-        self, block_size: int | Sequence[int] | None, num_rows: int | None = None, warn: bool = True
-    ) -> BlockSize:
-        trained = self.config.block_sizes
-        if block_size is None:
-            return max(trained)
-        if isinstance(block_size, (list, tuple)) and len(block_size) != num_rows:
-            raise ValueError(f"`block_size` must be one number, or {num_rows}, one for each row, but is {block_size}.")
-        sizes = block_size if isinstance(block_size, (list, tuple)) else (block_size,)
-        for size in sizes:
-            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                raise ValueError(f"`block_size` must be a positive integer, but is {block_size!r}.")
-            if warn and size not in trained:
-                logger.warning_once(
-                    f"`block_size={size}` is not one of the block sizes that the model was trained for: {trained}."
-                )
-        if block_size == 1 and not warn:
-            self._check_leak(1)
-        return sizes[0] if len(set(sizes)) == 1 else tuple(sizes)
-
-    def _check_leak(self, block_size: BlockSize, noisy_position_ids: torch.Tensor | None = None) -> None:
-        """Block-causal clean tokens see their whole block: no noisy block may start inside of one."""
-        # CODEPATH: BlockGen checkpoints have causal clean tokens, BD3-LM's are block-causal.
-        if self.config.clean_attention == "causal":
-            return
-        grid = self.config.block_sizes[0]
-        if noisy_position_ids is not None and (noisy_position_ids[:, 0] % grid != 0).any():
-            raise ValueError(
-                f"`noisy_position_ids` must start at a multiple of {grid}, the grid of a model with "
-                f"`clean_attention='block_causal'`, but start at {noisy_position_ids[:, 0].tolist()}."
-            )
-        sizes = (block_size,) if isinstance(block_size, int) else block_size
-        if any(size % grid != 0 for size in sizes):
-            raise ValueError(
-                f"`block_size={block_size}` is not possible with `clean_attention='block_causal'` and blocks of "
-                f"{grid}: clean tokens would reveal the tokens to be predicted. Autoregressive predictions and "
-                "verification need a model with `clean_attention='causal'`; other block sizes must be multiples."
-            )
-
 
 def _kept(logits_to_keep: int | torch.Tensor) -> slice | torch.Tensor:
     return slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
 
 
-def _with_logits(
-    outputs: BaseModelOutputWithPast,
-    logits: torch.Tensor | None,
-    loss: torch.Tensor | None = None,
-    token_losses: torch.Tensor | None = None,
-) -> BlockGenOutput:
-    return BlockGenOutput(
-        loss=loss,
-        logits=logits,
-        past_key_values=outputs.past_key_values,
-        hidden_states=outputs.hidden_states,
-        attentions=outputs.attentions,
-        token_losses=token_losses,
-    )
-
-
 BlockGenConfig.register_for_auto_class()
 BlockGenForDiffusionLM.register_for_auto_class("AutoModelForCausalLM")
 
-__all__ = ["BlockGenForDiffusionLM", "BlockGenOutput"]
+__all__ = ["BlockGenForDiffusionLM"]

@@ -124,7 +124,8 @@ class BlockGenModel(BlockGenPreTrainedModel):
                 follow the order of the tokens (in every document, if there are `document_ids`), and nothing is cached.
 
         Returns:
-            [`BaseModelOutputWithPast`], `last_hidden_state` of the noisy tokens only, `[B, N, hidden_size]`.
+            [`BaseModelOutputWithPast`], `last_hidden_state` of the noisy tokens only, `[B, N, hidden_size]`; with
+            `next_token_prediction` of the clean ones, `[B, C, hidden_size]`.
         """
         if noisy_input_ids is None or position_ids is None or noisy_position_ids is None:
             raise ValueError(
@@ -150,15 +151,16 @@ class BlockGenModel(BlockGenPreTrainedModel):
                 clean_is_committed=num_committed > 0,
                 clean_valid=None if attention_mask is None else last_columns(attention_mask, num_clean).bool(),
                 noisy_valid=None if noisy_mask is None else noisy_mask.bool(),
+                document_ids=document_ids,
             )
-            # Padding, and the free slots of a static cache, have to be masked in any case.
+            # Padding, documents, and the free slots of a static cache have to be masked in any case.
             static = read_cache is not None and read_cache.is_compileable
-            unpadded = attention_mask is None and not static
+            unpadded = attention_mask is None and document_ids is None and not static
             mask, is_causal = self._render(layout, is_causal and unpadded, is_full and unpadded)
 
         hidden_states = self.embed_tokens(torch.cat([input_ids, noisy_input_ids], dim=1))
         position_embeddings = self.rotary_emb(hidden_states, concat(position_ids, noisy_position_ids))
-        condition = self._condition(noise_level, num_clean, noisy_input_ids.shape)
+        condition = self._condition(noise_level, num_clean, hidden_states)
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
@@ -170,23 +172,29 @@ class BlockGenModel(BlockGenPreTrainedModel):
                 num_committed=num_committed,
                 **kwargs,
             )
-        hidden_states = self._final_norm(hidden_states[:, num_clean:], condition)
+        # CODEPATH: the paper's AR baseline has no noisy tokens: clean ones predict.
+        if not self.config.next_token_prediction:
+            hidden_states = hidden_states[:, num_clean:]
+        hidden_states = self._final_norm(hidden_states, condition)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
     def _final_norm(self, hidden_states: torch.Tensor, condition: torch.Tensor | None) -> torch.Tensor:
         hidden_states_normed = self.norm(hidden_states)
         if self.norm_modulation is None or condition is None:
             return hidden_states_normed
-        condition = condition if condition.shape[1] == 1 else last_columns(condition, hidden_states.shape[1])
-        return modulate(hidden_states_normed, *self.norm_modulation(condition).chunk(2, dim=-1))
+        # Of the clean tokens too: quantised layers do not take a tensor without tokens.
+        modulation = self.norm_modulation(condition)
+        modulation = modulation if modulation.shape[1] == 1 else last_columns(modulation, hidden_states.shape[1])
+        return modulate(hidden_states_normed, *modulation.chunk(2, dim=-1))
 
     def _condition(
-        self, noise_level: torch.Tensor | None, num_clean: int, noisy_shape: torch.Size
+        self, noise_level: torch.Tensor | None, num_clean: int, hidden_states: torch.Tensor
     ) -> torch.Tensor | None:
         """silu(time embedding): `[1, 1, cond_dim]`, or `[B, C + N, cond_dim]` with zero for the clean half."""
         if self.time_embedding is None:
             return None
-        sigma = torch.zeros(1, 1, device=self.embed_tokens.weight.device)
+        # As the hidden states are, not the weights: these may be on a disk or quantised to integers.
+        sigma = torch.zeros(1, 1, device=hidden_states.device)
         if self.config.time_conditioning:
             if noise_level is None:
                 raise ValueError(
@@ -195,9 +203,10 @@ class BlockGenModel(BlockGenPreTrainedModel):
                 )
             noise_level = torch.as_tensor(noise_level, dtype=torch.float64, device=sigma.device)
             noise_level = noise_level[:, None] if noise_level.ndim == 1 else noise_level
-            alpha = self.schedule.alpha(noise_level).clamp(min=1e-12).expand(noisy_shape)
-            sigma = torch.cat([sigma.expand(noisy_shape[0], num_clean), -alpha.log().float()], dim=1)
-        return nn.functional.silu(self.time_embedding(sigma))
+            num_rows, length, _ = hidden_states.shape
+            alpha = self.schedule.alpha(noise_level).clamp(min=1e-12).expand(num_rows, length - num_clean)
+            sigma = torch.cat([sigma.expand(num_rows, num_clean), -alpha.log().float()], dim=1)
+        return nn.functional.silu(self.time_embedding(sigma, hidden_states.dtype))
 
     def _check_checkpointing(self, past_key_values: Cache | None) -> None:
         if past_key_values is not None and self.gradient_checkpointing and self.training:

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ..modeling.positions_blockgen import document_positions
+
 
 IGNORED_LABEL = -100  # not scored, as everywhere in transformers
 
@@ -19,6 +21,8 @@ class BlockGenDataCollator:
             the end of text, which is as good: padding is neither attended to nor scored.
         pad_to_multiple_of (`int`, *optional*): makes the length of every batch a multiple of it.
         default_pad_token_id (`int`, *optional*): fills what is left where no tokenizer says with what.
+        score_first_token (`bool`): False for models with `next_token_prediction`, which cannot predict the first token
+            of a text.
 
     Raises:
         ValueError: `pad_to_multiple_of` below 1, or nothing to fill with.
@@ -29,6 +33,7 @@ class BlockGenDataCollator:
         tokenizer: PreTrainedTokenizerBase | None = None,
         pad_to_multiple_of: int | None = None,
         default_pad_token_id: int | None = None,
+        score_first_token: bool = True,
     ) -> None:
         if pad_to_multiple_of is not None and pad_to_multiple_of < 1:
             raise ValueError(f"`pad_to_multiple_of` is a positive number or None, not {pad_to_multiple_of}.")
@@ -41,6 +46,7 @@ class BlockGenDataCollator:
             )
         self.pad_token_id: int = found[0]
         self.pad_to_multiple_of = pad_to_multiple_of
+        self.score_first_token = score_first_token
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """
@@ -77,6 +83,9 @@ class BlockGenDataCollator:
             batch["document_ids"] = self._stack(rows, "document_ids", width, None)
         if all("source" in row for row in rows):
             batch["source"] = torch.tensor([int(row["source"]) for row in rows])
+        if not self.score_first_token:
+            documents = batch.get("document_ids", torch.zeros_like(input_ids))
+            batch["labels"] = batch["labels"].masked_fill(document_positions(documents) == 0, IGNORED_LABEL)
         return batch
 
     @staticmethod

@@ -70,7 +70,7 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """
     The formula, N being the parameters, h the width, f that of the MLP, T = 2 * rows * length the tokens of both
-    halves, and b the bytes of a value in the layers (4, or 2 in mixed precision):
+    halves (one with `next_token_prediction`), and b the bytes of a value in the layers (4, or 2 in mixed precision):
 
     - weights 4 N, gradients 4 N, Adam 8 N, their average 4 N, divided by the shards; and b N in mixed precision, for
       the copy in lower precision.
@@ -87,7 +87,7 @@ def estimate_memory(
         checkpointing: activation checkpointing.
         shards: processes that share weights, gradients and optimizer (FSDP).
     """
-    width, mlp, tokens = config.hidden_size, config.intermediate_size, 2 * rows * length
+    width, mlp, tokens = config.hidden_size, config.intermediate_size, _halves(config) * rows * length
     state = 4 * parameters.total // shards
     copy = bytes_per_value * parameters.total if bytes_per_value < 4 else 0
     layer = tokens * (13 * width + 2 * mlp) * bytes_per_value
@@ -105,19 +105,25 @@ def estimate_memory(
     )
 
 
+def _halves(config: BlockGenConfig) -> int:
+    """Clean and noisy half of a training step."""
+    return 1 if config.next_token_prediction else 2
+
+
 def step_operations(
     config: BlockGenConfig, parameters: ParameterCount, rows: int, length: int, *, checkpointing: bool = False
 ) -> float:
     """
     Floating-point operations of an optimizer step: 6 a parameter and token of both halves in the layers (8 with
     activation checkpointing), 6 a parameter of the head and scored token, which are half of all in a masked model, and
-    12 h L^2 a layer and row for attention, whose mask is three quarters empty.
+    12 h L^2 a layer and row for attention, whose mask is three quarters empty. A model with `next_token_prediction`
+    has one half, and half of the attention.
     """
     passes = 8 if checkpointing else 6
     scored = 0.5 if config.diffusion_type == "masked" else 1.0
-    layers = passes * parameters.layers * 2 * length
+    layers = passes * parameters.layers * _halves(config) * length
     head = 6 * parameters.head * scored * length
-    attention = 2 * passes * config.num_hidden_layers * config.hidden_size * length**2
+    attention = _halves(config) * passes * config.num_hidden_layers * config.hidden_size * length**2
     return float(rows * (layers + head + attention))
 
 

@@ -117,6 +117,8 @@ class Recipe:
         fields = {name: value for name, value in self.model.items() if name not in _MODEL_OPTIONS}
         if self.checkpoint is None:
             fields.setdefault("max_position_embeddings", self.data.sequence_length)
+        if fields.get("next_token_prediction"):  # its vocabulary has no mask either
+            fields.setdefault("diffusion_type", "uniform")
         return fields
 
     def training_arguments(self) -> BlockGenTrainingArguments:

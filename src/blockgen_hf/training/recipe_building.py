@@ -9,17 +9,17 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
 from ..modeling.configuration_blockgen import BlockGenConfig
 from ..modeling.modeling_blockgen import BlockGenForDiffusionLM
+from ..special_tokens import add_special_tokens
 from .arguments import BlockGenTrainingArguments
 from .data import DataArguments, load_datasets
 from .recipe import Recipe, checkpoint_config
 from .sources import hold_out, load_documents
-from .tokenizers import MASK, train_tokenizer
+from .tokenizers import train_tokenizer
 from .trainer import BlockGenTrainer
 
 
 TOKENIZER_FOLDER = "tokenizer"  # of one that is trained, in `output_dir`
 _TRAINED_DOCUMENTS = 100_000
-_PAD = "[PAD]"  # as in the published uniform models
 
 
 def build_trainer(
@@ -87,16 +87,8 @@ def load_tokenizer(
             raise ValueError(f"{recipe.source}: `tokenizer.{key}` {token!r} is no token of {name}.")
         setattr(tokenizer, key, token)
     if recipe.checkpoint is None:
-        _complete(tokenizer, recipe.model.get("diffusion_type", "masked"))
+        add_special_tokens(tokenizer, recipe.config_fields().get("diffusion_type", "masked"))
     return tokenizer
-
-
-def _complete(tokenizer: PreTrainedTokenizerBase, diffusion_type: str) -> None:
-    """Adds the token without which the model has no vocabulary: the mask, or a pad as in the published models."""
-    if diffusion_type == "masked" and tokenizer.mask_token_id is None:
-        tokenizer.add_special_tokens({"mask_token": MASK})
-    if diffusion_type == "uniform" and tokenizer.pad_token_id is None:
-        tokenizer.add_special_tokens({"pad_token": _PAD})
 
 
 def training_texts(data: DataArguments, limit: int) -> Iterator[str]:

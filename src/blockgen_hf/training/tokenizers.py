@@ -5,8 +5,10 @@ from collections.abc import Iterable
 from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
 
+from ..special_tokens import MASK
 
-END_OF_TEXT, PAD, MASK = "<|endoftext|>", "<|pad|>", "<|mask|>"
+
+END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
 _SPECIAL_TOKENS = (END_OF_TEXT, PAD, MASK)
 _NUM_BYTES = 256  # every byte is a token, so that any text can be written
 

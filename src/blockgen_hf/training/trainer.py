@@ -62,9 +62,13 @@ class BlockGenTrainer(Trainer):
             args = BlockGenTrainingArguments(output_dir="trainer_output")
         super().__init__(model, args, data_collator, *arguments, **kwargs)
         if data_collator is None:
-            pad_token_id = self.model.config.pad_token_id
-            self.data_collator = BlockGenDataCollator(self.processing_class, default_pad_token_id=pad_token_id or 0)
-        self._loss_shifts_labels = False  # every token is scored, the first too
+            config = self.model.config
+            self.data_collator = BlockGenDataCollator(
+                self.processing_class,
+                default_pad_token_id=config.pad_token_id or 0,
+                score_first_token=not config.next_token_prediction,
+            )
+        self._loss_shifts_labels = False  # labels stand where they are scored
         self.compute_metrics: Any = self.compute_metrics or self._likelihood_metrics
         self.diffusion = diffusion_from_config(self.model.config)
         self.losses = LossesBySize(self.model.config.block_sizes)
@@ -106,7 +110,7 @@ class BlockGenTrainer(Trainer):
         rows = self._train_batch_size
         draws = StepDraws(self.args.seed, self.state.global_step, num_slots * rows)
         config, args = self.model.config, self.args
-        per_row = args.block_size_unit == "sequence"
+        per_row = args.block_size_unit == "sequence" and not config.next_token_prediction
         sizes: list[int] = []
         if torch.is_tensor(num_items_in_batch):  # a step without a scored token has a loss of zero
             num_items_in_batch = num_items_in_batch.clamp(min=1)
@@ -121,9 +125,10 @@ class BlockGenTrainer(Trainer):
             slot = step * num_ranks + rank
             first, count = slot * rows, len(batch["input_ids"])
             places = first + torch.arange(count, device=batch["input_ids"].device)
-            block_size = tuple(sizes[first : first + count]) if per_row else sizes[slot]
-            batch.update(corrupt_batch(batch, self.diffusion, draws, places, block_size, args.noise_level_sampling))
-            batch["block_size"] = block_size
+            batch["block_size"] = block_size = tuple(sizes[first : first + count]) if per_row else sizes[slot]
+            if not config.next_token_prediction:
+                noise = corrupt_batch(batch, self.diffusion, draws, places, block_size, args.noise_level_sampling)
+                batch.update(noise)
         return batches, num_items_in_batch
 
     def compute_loss(
