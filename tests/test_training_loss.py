@@ -372,3 +372,25 @@ def test_a_text_of_one_block_is_trained_without_a_clean_half(variant: str, atten
     assert embedded[0].shape[1] == 10
     expected = model(text, **arguments).logits
     torch.testing.assert_close(logits[mask.bool()], expected[mask.bool()], atol=1e-5, rtol=1e-5)
+
+
+def test_targets_of_sequence_parallelism_are_refused() -> None:
+    text = words(1, 8)
+    with pytest.raises(ValueError, match="`shift_labels` come from sequence or context parallelism"):
+        tiny_model()(text, labels=text, shift_labels=text)
+
+
+@pytest.mark.parametrize("skip_logits", [False, True])
+@pytest.mark.parametrize("block_size", [1, 4])
+@pytest.mark.parametrize("objective", ["cross_entropy", "elbo"])
+def test_a_mask_token_as_a_target_is_impossible(objective: str, block_size: int, skip_logits: bool) -> None:
+    """Its loss is infinite, and has no gradient: it could be lowered without end."""
+    model, text = tiny_model(), words(1, 8)
+    text[0, 3] = MASK
+    outputs = model(
+        text, labels=text, block_size=block_size, noise_level=1.0, objective=objective, skip_logits=skip_logits
+    )
+    assert outputs.loss == float("inf")
+    assert outputs.token_losses.isinf().tolist() == [[position == 3 for position in range(8)]]
+    outputs.loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)

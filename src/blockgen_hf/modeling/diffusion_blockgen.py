@@ -185,6 +185,8 @@ class MaskedDiffusion(_Process):
         - `"cross_entropy"`: -log x_hat(x)
         - `"elbo"`: the integrand of Eq. 15, alpha'_t / (1 - alpha_t) log x_hat(x) >= 0
 
+        Both are infinite where x is the mask token, which is impossible.
+
         Raises:
             ValueError: unknown objective.
         """
@@ -193,6 +195,7 @@ class MaskedDiffusion(_Process):
         ids = torch.arange(self.vocab_size, device=logits.device)
         normalizer = logits.masked_fill(ids == self.mask_token_id, -math.inf).logsumexp(-1)
         nll = normalizer - logits.gather(-1, input_ids[..., None]).squeeze(-1)
+        nll = nll.masked_fill(input_ids == self.mask_token_id, math.inf)
         if objective == "elbo":
             alpha_t = _as_double(alpha_t, nll)
             weight = -_as_double(alpha_derivative, nll) / (1 - alpha_t).clamp(min=_TINY)

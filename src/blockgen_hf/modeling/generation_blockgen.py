@@ -170,7 +170,8 @@ class BlockGenGenerationMixin(GenerationMixin):
         self, inputs: torch.Tensor | None, bos_token_id: torch.Tensor | None, model_kwargs: dict[str, Any]
     ) -> torch.Tensor:
         """Without a prompt the text starts from the prior at position 0: no BOS is forced."""
-        if inputs is None and not model_kwargs and not self.config.next_token_prediction:
+        has_nothing = inputs is None and all(value is None for value in model_kwargs.values())  # pipelines pass Nones
+        if has_nothing and not self.config.next_token_prediction:
             return torch.zeros(1, 0, dtype=torch.long, device=self.device)
         return super()._maybe_initialize_input_ids_for_generation(inputs, bos_token_id, model_kwargs)
 

@@ -21,7 +21,8 @@ from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.utils import auto_docstring, logging
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, logging
 
 from .block_size_blockgen import check_leak, checked_block_size
 from .configuration_blockgen import BlockGenConfig
@@ -66,9 +67,20 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
         self.diffusion = diffusion_from_config(config)
         self.post_init()
 
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """As [`PreTrainedModel.resize_token_embeddings`]; the diffusion works on the new vocabulary."""
-        embeddings = super().resize_token_embeddings(*args, **kwargs)
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """
+        As [`PreTrainedModel.resize_token_embeddings`]; the diffusion works on the new vocabulary.
+
+        Raises:
+            ValueError: the mask token would be cut off.
+        """
+        mask_token_id = self.config.mask_token_id
+        if new_num_tokens is not None and mask_token_id is not None and new_num_tokens <= mask_token_id:
+            raise ValueError(
+                f"`new_num_tokens` must be at least {mask_token_id + 1}, as the mask token is {mask_token_id}, "
+                f"but is {new_num_tokens}."
+            )
+        embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
         self.diffusion = diffusion_from_config(self.config)
         return embeddings
 
@@ -81,6 +93,7 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
         else:
             super()._init_weights(module)
 
+    @can_return_tuple
     @auto_docstring
     def forward(
         self,
@@ -101,7 +114,7 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
         document_ids: torch.Tensor | None = None,
         objective: str | None = None,
         skip_logits: bool | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BlockGenOutput:
         r"""
         Args:
@@ -185,7 +198,7 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
             )  # fmt: skip
         if input_ids is None:
             input_ids = noisy_input_ids[:, :0]
-        block_size = checked_block_size(self.config, block_size, len(noisy_input_ids))
+        block_size = checked_block_size(self.config, block_size, noisy_input_ids.shape[0])
         outputs = self._denoise(
             input_ids, noisy_input_ids, block_size, noisy_position_ids, attention_mask, position_ids, past_key_values,
             bool(use_cache), noise_level, document_ids, **kwargs,
@@ -385,6 +398,11 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
         if past_key_values is not None or use_cache:
             raise ValueError(
                 "`past_key_values` and `use_cache=True` have no meaning with `labels`: training has no cache."
+            )
+        if kwargs.get("shift_labels") is not None:
+            raise ValueError(
+                "`shift_labels` come from sequence or context parallelism, which cuts the sequences that the loss "
+                "needs whole: train without it."
             )
         if noisy_input_ids is not None and noisy_input_ids.shape != input_ids.shape:
             raise ValueError(

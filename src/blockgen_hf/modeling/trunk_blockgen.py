@@ -241,7 +241,8 @@ class BlockGenModel(BlockGenPreTrainedModel):
             valid = nn.functional.pad(attention_mask, (0, slots - attention_mask.shape[1])).bool()
             positions = torch.where(valid, valid.long().cumsum(-1) - 1, unreachable(valid.long()))
         if num_committed:  # they may have been given
-            given = position_ids.gather(-1, (index - past).clamp(0, num_committed - 1).expand(len(position_ids), -1))
+            inside = (index - past).clamp(0, num_committed - 1)
+            given = position_ids.gather(-1, inside.expand(position_ids.shape[0], -1))
             positions = torch.where((index >= past) & (positions < length), given, positions)
         return torch.where(index < length, positions, unreachable(index))
 
