@@ -24,7 +24,8 @@ from training import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from blockgen_hf import BlockGenForDiffusionLM
-from blockgen_hf.training.checkpointing import keep_checkpoint, move_model, replace_folder, rotate_checkpoints
+from blockgen_hf.hub.files import move_model
+from blockgen_hf.training.checkpointing import keep_checkpoint, replace_folder, rotate_checkpoints
 
 
 pytest.importorskip("accelerate", reason="Trainer needs accelerate")
@@ -160,14 +161,15 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.s
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_the_weights_are_moved_last(weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Until then the folder is no model, neither the old one nor the new one, whatever kind they are of."""
-    target = make_folder(tmp_path / "model", "config.json", "adapter_config.json", *WEIGHTS, "notes.txt")
+    shard = "model-00001-of-00002.safetensors"
+    target = make_folder(tmp_path / "model", "config.json", "adapter_config.json", *WEIGHTS, shard, "notes.txt")
     source = make_folder(target / "_unfinished" / "model", "config.json", "a.json", weights, "z.json")
     (source / "folder").mkdir()
     moved: list[str] = []
     replace = os.replace
 
     def observe(one: Path, other: Path) -> None:
-        assert not any((target / name).exists() for name in (*WEIGHTS, "adapter_config.json"))
+        assert not any((target / name).exists() for name in (*WEIGHTS, shard, "adapter_config.json"))
         moved.append(Path(other).name)
         replace(one, other)
 

@@ -9,11 +9,11 @@ import os
 import sys
 from collections.abc import Sequence
 
-from . import evaluate, generate, train
+from . import convert, evaluate, generate, push, train
 from .parsing import PROGRAM, CommandError, Parser
 
 
-COMMANDS = {"generate": generate, "train": train, "evaluate": evaluate}
+COMMANDS = {"generate": generate, "train": train, "evaluate": evaluate, "convert": convert, "push": push}
 
 
 def make_parser() -> Parser:

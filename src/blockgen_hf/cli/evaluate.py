@@ -210,7 +210,8 @@ def _report(
         return
     if args.json is not None:
         Path(args.json).write_text(text + "\n", encoding="utf-8")
-    kind = f"{model.config.diffusion_type}, {model.num_parameters() / 1e6:.1f}M parameters"
+    noise = "autoregressive" if model.config.next_token_prediction else model.config.diffusion_type
+    kind = f"{noise}, {model.num_parameters() / 1e6:.1f}M parameters"
     print(f"Model: {model.name_or_path} ({kind})")
     skipped = f", {result.num_skipped:,} rows skipped" if result.num_skipped else ""
     print(f"Data: {args.dataset}, {result.num_sequences:,} rows, {result.num_tokens:,} tokens scored{skipped}")

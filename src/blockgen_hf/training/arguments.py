@@ -61,6 +61,9 @@ class BlockGenTrainingArguments(TrainingArguments):
     eval_monte_carlo_samples: int = field(
         default=8, metadata={"help": "Monte-Carlo draws of noise a sequence in evaluation (Eq. 19)."}
     )
+    hub_license: str | None = field(
+        default=None, metadata={"help": "Licence of the model that is pushed to the Hub, such as apache-2.0."}
+    )
 
     def __post_init__(self) -> None:
         for name, accepted in (

@@ -9,9 +9,6 @@ from transformers.trainer_utils import sort_checkpoints
 
 # Where things are written that are not complete; the upper bar keeps it out of what Trainer uploads to the Hub.
 UNFINISHED = "_unfinished"
-# A folder without one of these is no model for `from_pretrained`; without config.json it would be one of default size.
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
-_CONFIGS = ("config.json", "adapter_config.json")
 
 
 def replace_folder(source: Path, target: Path) -> None:
@@ -19,21 +16,6 @@ def replace_folder(source: Path, target: Path) -> None:
     if target.exists():
         _delete(target, source.parent)
     os.replace(source, target)
-
-
-def move_model(source: Path, target: Path) -> None:
-    """
-    Moves the files of a model into a folder that holds other things too, the weights, or the index of their shards,
-    last: until then, the folder is no model, neither the old one nor the new one.
-    """
-    for name in (*_WEIGHTS, *_CONFIGS):
-        (target / name).unlink(missing_ok=True)
-    for path in sorted(source.iterdir(), key=lambda path: path.name in _WEIGHTS):
-        if path.is_dir():
-            replace_folder(path, target / path.name)
-        else:
-            os.replace(path, target / path.name)
-    shutil.rmtree(source)
 
 
 def rotate_checkpoints(folder: Path, limit: int | None, best: str | None) -> None:
@@ -71,4 +53,4 @@ def _delete(folder: Path, unfinished: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-__all__ = ["UNFINISHED", "keep_checkpoint", "move_model", "replace_folder", "rotate_checkpoints"]
+__all__ = ["UNFINISHED", "keep_checkpoint", "replace_folder", "rotate_checkpoints"]

@@ -14,21 +14,23 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import EvalPrediction, Trainer
+from transformers import EvalPrediction
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from ..evaluation.figures import likelihood_metrics, mixture_weights
 from ..evaluation.likelihood import sequence_nll
+from ..hub.files import move_model
 from ..modeling.diffusion_blockgen import diffusion_from_config
 from .arguments import BlockGenTrainingArguments
-from .checkpointing import UNFINISHED, keep_checkpoint, move_model, replace_folder, rotate_checkpoints
+from .checkpointing import UNFINISHED, keep_checkpoint, replace_folder, rotate_checkpoints
 from .collator import BlockGenDataCollator
 from .draws import StepDraws, corrupt_batch
 from .ema import TRAINING_WEIGHTS, EMACallback
 from .losses import LossesBySize
+from .publishing import PublishingTrainer
 
 
-class BlockGenTrainer(Trainer):
+class BlockGenTrainer(PublishingTrainer):
     """
     [`Trainer`] for [`BlockGenForDiffusionLM`]. Beyond what Trainer does:
 
@@ -40,6 +42,7 @@ class BlockGenTrainer(Trainer):
     - The loss is logged for each block size; a loss that is not finite ends the run before it spoils a checkpoint.
     - `evaluate` gives the likelihood bounds of [`evaluate_likelihood`].
     - Checkpoints and models are complete or not there, also when the process is killed while it writes them.
+    - What is pushed to the Hub is what `blockgen-hf push` would upload, card included: see [`PublishingTrainer`].
 
     The arguments are those of [`Trainer`], `args` being [`BlockGenTrainingArguments`]. Default of the collator:
     [`BlockGenDataCollator`].
@@ -264,11 +267,8 @@ class BlockGenTrainer(Trainer):
         return super()._finalize_training(trial, *args, **kwargs)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._is_saving_checkpoint:  # it is pushed when it is complete
-            return
-        for path in Path(checkpoint_folder).glob("*.py"):  # the code of the model
-            shutil.copy(path, self.args.output_dir)
-        super()._push_from_checkpoint(checkpoint_folder)
+        if not self._is_saving_checkpoint:  # it is pushed when it is complete
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the averaged weights."""

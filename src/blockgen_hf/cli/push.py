@@ -1,0 +1,116 @@
+"""Uploads a folder to the Hub: a model with its card and its code, a data set of samples, or a Space."""
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from .parsing import CommandError
+
+
+if TYPE_CHECKING:
+    from ..hub.push import PushPlan
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="DIR", help="what to upload")
+    parser.add_argument("repo_id", metavar="ORG/NAME", help="where to; it is created if it is not there")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="show what would be uploaded, card and all, and contact nobody"
+    )
+    group = parser.add_argument_group("repository")
+    group.add_argument("--repo-type", choices=("model", "dataset", "space"), default="model", help="default: model")
+    group.add_argument("--private", action="store_true", default=None, help="a new repository is private")
+    group.add_argument("--revision", metavar="BRANCH", help="created if it is not there (default: main)")
+    group.add_argument("--create-pr", action="store_true", help="open a pull request")
+    group.add_argument("--commit-message", metavar="TEXT")
+    group = parser.add_argument_group("card (default: README.md of the folder, if there is one)")
+    group.add_argument("--license", metavar="ID", help="such as apache-2.0 (default: what README.md or LICENSE says)")
+    group.add_argument("--language", metavar="CODE", action="append", help="such as en; may be given several times")
+    group.add_argument(
+        "--evaluation",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="what `evaluate --json` wrote, or qualities of samples; may be given several times",
+    )
+    group.add_argument("--new-card", action="store_true", help="write the card anew where there is a README.md")
+    group = parser.add_argument_group("files")
+    group.add_argument(
+        "--ignore", metavar="GLOB", action="append", default=[], help="leave files out; may be given several times"
+    )
+    group.add_argument(
+        "--include",
+        metavar="GLOB",
+        action="append",
+        default=[],
+        help="take files that are not of a model, such as figures of the card; may be given several times",
+    )
+    group.add_argument(
+        "--update-code", action="store_true", help="publish this package's code where the folder has another version's"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..hub.push import plan_push
+
+    with _one_line_errors():
+        plan = plan_push(
+            args.folder,
+            args.repo_id,
+            repo_type=args.repo_type,
+            private=args.private,
+            revision=args.revision,
+            create_pr=args.create_pr,
+            commit_message=args.commit_message,
+            license=args.license,
+            language=args.language,
+            evaluations=args.evaluation,
+            ignore=args.ignore,
+            include=args.include,
+            new_card=args.new_card,
+            update_code=args.update_code,
+        )
+        _print_plan(plan)
+        if args.dry_run:
+            print(f"\nREADME.md:\n\n{plan.card}\nNothing was uploaded, and nobody contacted.")
+            return 0
+        commit = plan.upload()
+    print(f"\nUploaded: {commit.pr_url or commit.commit_url}")
+    return 0
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    from huggingface_hub.errors import HTTPError
+
+    from .loading import one_line_errors
+
+    try:
+        with one_line_errors():
+            yield
+    except HTTPError as error:  # of the client: no connection, or none in time
+        raise CommandError(f"The Hub does not answer: {error}") from error
+
+
+def _print_plan(plan: "PushPlan") -> None:
+    where = [plan.repo_type, *(["private"] if plan.private else []), f"branch {plan.revision}"]
+    if plan.create_pr:
+        where.append("as a pull request")
+    print(f"To {plan.repo_id} ({', '.join(where)}), in one commit: {plan.commit_message}")
+    width = max(len(file.path) for file in plan.files)
+    for file in plan.files:
+        print(f"  {file.path:<{width}}  {_size(file.size):>9}  {file.note}".rstrip())
+    print(f"{len(plan.files)} files, {_size(plan.size)}")
+    if plan.left_out:
+        print("Left out:")
+        width = max(len(path) for path, _ in plan.left_out)
+        for path, reason in plan.left_out:
+            print(f"  {path:<{width}}  {reason}")
+
+
+def _size(number: int) -> str:
+    if number < 1000:
+        return f"{number} B"
+    power = min(3, (len(str(number)) - 1) // 3)
+    return f"{number / 1000**power:.1f} {' kMG'[power]}B"

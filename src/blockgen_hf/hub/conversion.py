@@ -1,0 +1,262 @@
+"""Published checkpoints become folders that transformers loads, and folders of ours become published checkpoints."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from .. import __version__
+from ..modeling.configuration_blockgen import BlockGenConfig
+from ..modeling.modeling_blockgen import BlockGenForDiffusionLM
+from .conversion_back import write_published
+from .conversion_output import check_output, new_folder
+from .conversion_tokenizer import load_fitting_tokenizer
+from .families import Choices, choices_of_place, make_config, recognise_family, rope_theta, unused_settings
+from .files import CONVERSION
+from .layouts import PublishedTensor, buffer_names, embedding_name, inv_freq_name, published_tensors
+from .sources import Source, open_source
+from .weights import DTYPES, Weights, check_shapes
+
+
+TARGETS = ("transformers", "published")
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """
+    What [`convert_checkpoint`] did.
+
+    Attributes:
+        output: the folder that was written.
+        family: `"block-dit"`, `"dense-dit"`, `"ar"` or `"bd3lm"`.
+        config: the configuration on our side.
+        num_parameters: of the model.
+        dtype: of the weights that were written.
+        wrote_tokenizer: whether the folder has a tokenizer.
+        notes: what its user should know, a sentence each.
+    """
+
+    output: Path
+    family: str
+    config: BlockGenConfig
+    num_parameters: int
+    dtype: torch.dtype
+    wrote_tokenizer: bool
+    notes: tuple[str, ...]
+
+
+def convert_checkpoint(
+    source: str | Path,
+    output: str | Path,
+    *,
+    diffusion_type: str | None = None,
+    block_sizes: Sequence[int] | None = None,
+    block_size_weights: Sequence[float] | None = None,
+    time_conditioning: bool | None = None,
+    tokenizer: str | Path | None = None,
+    family: str | None = None,
+    to: str = "transformers",
+    dtype: str | None = None,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    max_shard_size: str | None = None,
+    overwrite: bool = False,
+) -> ConversionReport:
+    """
+    Turns a published checkpoint into a folder for `from_pretrained`, or the other way round. What the published files
+    do not say and `source`'s place in the release of BlockGen does not tell has to be given.
+
+    Args:
+        source: a folder, or `hf:org/repo` or `hf:org/repo/folder`: a published checkpoint, or one of this package with
+            `to="published"`.
+        output: the folder to be written, which must be empty or absent unless `overwrite`.
+        diffusion_type: `"masked"` or `"uniform"`.
+        block_sizes, block_size_weights: the mixture that a BlockGen was trained on.
+        time_conditioning: whether a full-sequence model knows the noise level. Default: uniform ones (Duo) do, masked
+            ones (MDLM) do not.
+        tokenizer: a folder or a name on the Hub; the folder gets it. Without one the folder has none.
+        family: `"block-dit"`, `"dense-dit"`, `"ar"` or `"bd3lm"`, if the files do not tell.
+        to: `"transformers"` or `"published"`.
+        dtype: `"float32"`, `"bfloat16"` or `"float16"`. Default: as in the source, bit by bit.
+        revision, cache_dir: of a source on the Hub.
+        max_shard_size: larger weights are written in several files. Default: 50 GB.
+        overwrite: replace the model in `output`; other files there stay.
+
+    Raises:
+        ValueError: an argument has a value that it does not accept, or contradicts the source; the source is
+            incomplete, of another architecture, or pickled; a published checkpoint cannot hold the model.
+        OSError: nothing can be written.
+    """
+    for name, value, accepted in (("to", to, TARGETS), ("dtype", dtype, (None, *DTYPES))):
+        if value not in accepted:
+            raise ValueError(f"`{name}` must be one of {list(accepted)}, but is {value!r}.")
+    for name, path in (("source", source), ("output", output)):
+        if not str(path):
+            raise ValueError(f"`{name}` must be the name of a folder, but is empty.")
+    chosen = Choices(
+        family,
+        diffusion_type,
+        None if block_sizes is None else list(block_sizes),
+        None if block_size_weights is None else list(block_size_weights),
+        time_conditioning,
+    )
+    target = Path(output).expanduser()
+    check_output(target, overwrite)
+    opened = open_source(source, revision, cache_dir)
+    if target.resolve() == opened.folder.resolve():
+        raise ValueError(f"`output` {target} is the source: name another folder.")
+    if to == "published":
+        unused = {"tokenizer": tokenizer, "max_shard_size": max_shard_size}
+        return _to_published(opened, target, chosen, unused, dtype, overwrite)
+    return _to_transformers(opened, target, chosen, tokenizer, dtype, max_shard_size, overwrite)
+
+
+def _to_transformers(
+    source: Source,
+    output: Path,
+    chosen: Choices,
+    tokenizer_name: str | Path | None,
+    dtype_name: str | None,
+    max_shard_size: str | None,
+    overwrite: bool,
+) -> ConversionReport:
+    if source.config.get("model_type") == BlockGenConfig.model_type:
+        raise ValueError(
+            f"{source.name} is a checkpoint of this package already; for the way back give `to='published'` (--to)."
+        )
+    weights = Weights(source.folder)
+    place = choices_of_place(source.parts)
+    family = recognise_family(weights.shapes, source.config, place, chosen.family)
+    vocabulary = embedding_name(family)
+    if not weights.shapes.get(vocabulary):
+        raise ValueError(f"The weights of {source.name} have no {vocabulary}: they are those of another architecture.")
+    rows = weights.shapes[vocabulary][0]
+    config = make_config(family, weights.shapes, rows, source.config, place, chosen)
+    tensors = published_tensors(family, config)
+    shapes = {tensor.name: tensor.shape for tensor in tensors}
+    check_shapes(shapes, weights.shapes, buffer_names(family), source.name)
+    dtype = weights.dtype(shapes, dtype_name)
+    buffers = {name: weights.read(name) for name in buffer_names(family) if name in weights.shapes}
+    if inv_freq_name(family) in buffers:
+        config.rope_parameters["rope_theta"] = rope_theta(
+            buffers[inv_freq_name(family)], config.hidden_size // config.num_attention_heads
+        )
+    tokenizer = None
+    if tokenizer_name is not None:
+        noise = None if family == "ar" else config.diffusion_type
+        tokenizer = load_fitting_tokenizer(tokenizer_name, rows, noise, config.max_position_embeddings)
+        _set_special_tokens(config, tokenizer)
+    provenance = {  # which is published: what folders a local source lies in is nobody's business
+        "source": source.name if source.commit else source.folder.resolve().name,
+        "revision": source.commit,
+        "family": family,
+        "source_config": source.config,
+        "buffers": {name: {"dtype": _name(value.dtype), "values": value.tolist()} for name, value in buffers.items()},
+        "blockgen_hf_version": __version__,
+    }
+    with new_folder(output, overwrite) as folder:
+        model = _build_model(config, tensors, weights, dtype)
+        num_parameters = model.num_parameters()
+        _set_generation(model, tokenizer)
+        model.save_pretrained(str(folder), max_shard_size=max_shard_size or "50GB")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        files = sorted([*(path.name for path in folder.iterdir()), CONVERSION])
+        (folder / CONVERSION).write_text(json.dumps({**provenance, "files": files}, indent=2) + "\n", encoding="utf-8")
+    notes = _notes(family, source, config, tokenizer)
+    return ConversionReport(output, family, config, num_parameters, dtype, tokenizer is not None, notes)
+
+
+def _build_model(
+    config: BlockGenConfig, tensors: list[PublishedTensor], weights: Weights, dtype: torch.dtype
+) -> BlockGenForDiffusionLM:
+    """The model around the tensors of the file, of which none is copied but the queries, keys and values."""
+    state: dict[str, torch.Tensor] = {}
+    for tensor in tensors:
+        if len(tensor.names_here) == 1:
+            state[tensor.names_here[0]] = weights.read(tensor.name).to(dtype)
+            continue
+        height = tensor.shape[0] // len(tensor.names_here)
+        for index, name in enumerate(tensor.names_here):
+            state[name] = weights.read(tensor.name, index * height, (index + 1) * height).to(dtype)
+    with torch.device("meta"):
+        model = BlockGenForDiffusionLM(config)
+    model.load_state_dict(state, strict=True, assign=True)
+    return model
+
+
+def _set_special_tokens(config: BlockGenConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    if config.diffusion_type == "masked":
+        config.mask_token_id = tokenizer.mask_token_id
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        setattr(config, name, getattr(tokenizer, name))
+
+
+def _set_generation(model: BlockGenForDiffusionLM, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """ARPC where the model verifies its own proposals, as in the paper; else the one decoding that it has."""
+    config, sizes = model.config, model.config.block_sizes
+    decoding = "ar" if max(sizes) == 1 else "arpc" if 1 in sizes else "block_diffusion"
+    model.generation_config.update(decoding=decoding, do_sample=True, top_k=0, temperature=1.0)
+    if config.next_token_prediction and tokenizer is not None and len(tokenizer) < config.vocab_size:
+        model.generation_config.update(suppress_tokens=list(range(len(tokenizer), config.vocab_size)))
+
+
+def _notes(
+    family: str, source: Source, config: BlockGenConfig, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[str, ...]:
+    notes = []
+    if tokenizer is None:
+        notes.append("No tokenizer was written: name the one of the training with `tokenizer` (--tokenizer).")
+        if config.diffusion_type == "masked":
+            notes.append(f"The mask token is taken to be the last one, {config.mask_token_id}.")
+    elif len(tokenizer) < config.vocab_size:
+        notes.append(
+            f"The last row, {config.vocab_size - 1}, is that of no token (published AR models have it for a mask "
+            "token that they never use): generation suppresses it."
+        )
+    unused = unused_settings(family, source.config)
+    if unused:
+        notes.append(f"Settings of the source that nothing here uses: {', '.join(unused)}.")
+    return tuple(notes)
+
+
+def _to_published(
+    source: Source,
+    output: Path,
+    chosen: Choices,
+    unused: dict[str, str | Path | None],
+    dtype_name: str | None,
+    overwrite: bool,
+) -> ConversionReport:
+    given = {
+        "diffusion_type": chosen.diffusion_type,
+        "block_sizes": chosen.block_sizes,
+        "block_size_weights": chosen.block_size_weights,
+        "time_conditioning": chosen.time_conditioning,
+        **unused,
+    }
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"`{name}` has no place in a published checkpoint: leave it out with `to='published'`.")
+    if source.config.get("model_type") != BlockGenConfig.model_type:
+        raise ValueError(
+            f"{source.name} is no checkpoint of this package, which `to='published'` starts from: leave `to` (--to) "
+            "out to convert a published one."
+        )
+    config = BlockGenConfig.from_dict(dict(source.config))
+    weights = Weights(source.folder)
+    with new_folder(output, overwrite) as folder:
+        written = write_published(source, config, weights, chosen.family, dtype_name, folder)
+    return ConversionReport(
+        output, written.family, config, written.num_parameters, written.dtype, False, written.notes
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+__all__ = ["TARGETS", "ConversionReport", "convert_checkpoint"]

@@ -1,0 +1,256 @@
+"""
+What of a folder goes to the Hub.
+
+Every file of the folder is one of three things: part of what is published, by the lists below; left by a training run,
+or by a tool, by the lists below, or named by the caller, which is left out, and said; or something else, which is
+refused.
+"""
+
+import fnmatch
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import blockgen_hf
+
+from .card_facts import read_model
+from .files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, CONVERSION, INDEX, README, SHARDS, WEIGHTS, read_json
+from .weights import check_shapes, model_shapes
+
+
+# Where files of the remote code and their like lie: DESIGN's closure, which `save_pretrained` copies.
+_CODE = Path(blockgen_hf.__file__).parent / "modeling"
+_CODE_SUFFIX = "_blockgen.py"
+AUTO_MAP = {
+    "AutoConfig": "configuration_blockgen.BlockGenConfig",
+    "AutoModel": "modeling_blockgen.BlockGenForDiffusionLM",
+    "AutoModelForCausalLM": "modeling_blockgen.BlockGenForDiffusionLM",
+}
+
+_EVERYWHERE = (README, "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", ".gitattributes")
+_KINDS: dict[str, tuple[str, ...]] = {
+    "model": (
+        *_EVERYWHERE,
+        CONFIG, "generation_config.json", WEIGHTS, INDEX, SHARDS, ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONVERSION,
+        "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+        "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json",
+        "additional_chat_templates/*.jinja", "recipe.yaml", f"*{_CODE_SUFFIX}",
+    ),
+    "dataset": (*_EVERYWHERE, "*.jsonl"),
+    "space": (*_EVERYWHERE, "app.py", "requirements.txt"),
+}  # fmt: skip
+# Left by a training run or a tool. Names of folders end with a bar.
+_LEFTOVERS = {
+    "checkpoint-*/": "a checkpoint of the training",
+    "_*/": "unfinished",
+    "runs/": "logs of the training",
+    "training_args.bin": "the training's arguments, a pickle",
+    "trainer_state.json": "the training's state",
+    "all_results.json": "the training's figures",
+    "train_results.json": "the training's figures",
+    "eval_results.json": "the training's figures",
+    ".git/": "version control",
+    ".cache/": "a cache",
+    "__pycache__/": "a cache",
+}
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz", ".h5")
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """
+    A file to upload.
+
+    Args:
+        path (`str`): in the repository.
+        source (`Path` or `bytes`): where it lies, or what it holds if it is not the folder's own.
+        note (`str`): why it is not the folder's own.
+    """
+
+    path: str
+    source: Path | bytes
+    note: str = ""
+
+    @property
+    def size(self) -> int:
+        return len(self.source) if isinstance(self.source, bytes) else self.source.stat().st_size
+
+    def read(self) -> bytes:
+        return self.source if isinstance(self.source, bytes) else self.source.read_bytes()
+
+
+@dataclass(frozen=True)
+class FolderContents:
+    """What is published, by path, and what is left out: path and reason."""
+
+    files: dict[str, PlannedFile] = field(default_factory=dict)
+    left_out: list[tuple[str, str]] = field(default_factory=list)
+
+    def with_file(self, file: PlannedFile) -> "FolderContents":
+        return replace(self, files={**self.files, file.path: file})
+
+
+def read_folder(
+    folder: Path,
+    repo_type: str = "model",
+    *,
+    ignore: Sequence[str] = (),
+    include: Sequence[str] = (),
+    update_code: bool = False,
+    strict: bool = True,
+) -> FolderContents:
+    """
+    The files of a folder that belong on the Hub, checked.
+
+    Args:
+        repo_type: `"model"`, `"dataset"` (of samples) or `"space"`.
+        ignore, include: globs of paths to leave out, and of others to take.
+        update_code: whether code of another version than this package's is replaced, instead of being refused.
+        strict: whether files that do not belong there are refused, instead of being left out.
+
+    Raises:
+        ValueError: files that do not belong there, links out of the folder, or a model that would not load.
+    """
+    if repo_type not in _KINDS:
+        raise ValueError(f"`repo_type` must be one of {list(_KINDS)}, but is {repo_type!r}.")
+    if not folder.is_dir():
+        raise ValueError(f"There is no folder {folder}.")
+    contents = _sort_files(folder, (*_KINDS[repo_type], *include), ignore, repo_type if strict else None)
+    if repo_type == "model":
+        return _with_code(folder, _checked_model(folder, contents), update_code)
+    needed = {"dataset": (), "space": ("app.py", README)}[repo_type]
+    missing = [name for name in needed if name not in contents.files]
+    if missing:
+        raise ValueError(f"{folder} is no {repo_type}: it lacks {' and '.join(missing)}.")
+    return contents
+
+
+def _sort_files(folder: Path, accepted: Sequence[str], ignore: Sequence[str], repo_type: str | None) -> FolderContents:
+    """Without a type, what is not accepted is left out."""
+    files: dict[str, PlannedFile] = {}
+    left_out: list[tuple[str, str]] = []
+    pickles, foreign = [], []
+    for path, source in _walk(folder, ignore, left_out):
+        if _matches(path, ignore):
+            left_out.append((path, "ignored, as asked"))
+        elif reason := _leftover(path):
+            left_out.append((path, reason))
+        elif repo_type is None and not _matches(path, accepted):
+            left_out.append((path, "not of the model"))
+        elif source.is_dir() or not source.is_file() or not source.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"{source} is a link out of the folder, or to a folder: put a copy there, or ignore it.")
+        elif path.lower().endswith(_PICKLES):
+            pickles.append(path)
+        elif _matches(path, accepted):
+            files[path] = PlannedFile(path, source)
+        else:
+            foreign.append(path)
+    if pickles:
+        raise ValueError(
+            f"{folder} holds files that may be pickles, which run code when they are read, and are not published: "
+            f"{_shown(pickles)}. Delete them, or leave them out with --ignore GLOB (`ignore=`)."
+        )
+    if foreign:
+        raise ValueError(
+            f"{folder} holds files that are not of a {repo_type}: {_shown(foreign)}. Leave them out with --ignore "
+            "GLOB (`ignore=`), or, if they belong there, take them with --include GLOB (`include=`)."
+        )
+    return FolderContents(files, sorted(left_out))
+
+
+def _shown(paths: list[str]) -> str:
+    return ", ".join(paths[:6]) + (f" and {len(paths) - 6} more" if len(paths) > 6 else "")
+
+
+def _walk(folder: Path, ignore: Sequence[str], left_out: list[tuple[str, str]]) -> Iterable[tuple[str, Path]]:
+    """Files, and links to folders; folders that are left out as a whole are noted, and not entered."""
+    for root, folders, names in os.walk(folder):
+        base = Path(root)
+        for name in sorted(folders):
+            path = (base / name).relative_to(folder).as_posix()
+            reason = "ignored, as asked" if _matches(path, ignore) else _leftover(f"{path}/")
+            if reason:
+                left_out.append((f"{path}/", reason))
+                folders.remove(name)
+            elif (base / name).is_symlink():
+                folders.remove(name)
+                yield path, base / name
+        folders.sort()
+        for name in sorted(names):
+            yield (base / name).relative_to(folder).as_posix(), base / name
+
+
+def _leftover(path: str) -> str | None:
+    """Why a path is left out. Training writes into the folder itself, tools anywhere."""
+    for pattern, reason in _LEFTOVERS.items():
+        if fnmatch.fnmatchcase(path, pattern) and path.count("/") == pattern.count("/"):
+            return reason
+    return _LEFTOVERS.get(f"{Path(path).name}/") if path.endswith("/__pycache__/") else None
+
+
+def _matches(path: str, patterns: Sequence[str]) -> bool:
+    """A pattern without a bar is one of the folder itself, as `*` does not cross bars here."""
+    parts = path.split("/")
+    for pattern in patterns:
+        wanted = pattern.rstrip("/").split("/")
+        if len(wanted) == len(parts) and all(map(fnmatch.fnmatchcase, parts, wanted)):
+            return True
+    return False
+
+
+def _checked_model(folder: Path, contents: FolderContents) -> FolderContents:
+    facts = read_model(folder)
+    for file in {tensor.file for tensor in facts.tensors.values()}:
+        if file not in contents.files:
+            raise ValueError(f"{file} is left out, but holds weights of the model.")
+    if facts.config is None:
+        return contents
+    if CONFIG not in contents.files:
+        raise ValueError("config.json is left out, but without it nobody can load the model.")
+    if getattr(facts.config, "quantization_config", None) is None:
+        expected, tied = model_shapes(facts.config)
+        check_shapes(expected, {name: tensor.shape for name, tensor in facts.tensors.items()}, tied, str(folder))
+    return contents
+
+
+def is_model_file(path: str) -> bool:
+    """Whether a file of this name belongs to a published model."""
+    return _matches(path, _KINDS["model"])
+
+
+def code_files() -> dict[str, Path]:
+    """The remote code of this package, by name."""
+    return {path.name: path for path in sorted(_CODE.glob(f"*{_CODE_SUFFIX}"))}
+
+
+def _with_code(folder: Path, contents: FolderContents, update: bool) -> FolderContents:
+    """With this package's code and the map to it, so that `trust_remote_code=True` loads it; adapters have none."""
+    if CONFIG not in contents.files:
+        return contents
+    own, code = {path for path in contents.files if path.endswith(_CODE_SUFFIX)}, code_files()
+    differing = sorted(
+        name for name in own if name not in code or contents.files[name].read() != code[name].read_bytes()
+    )
+    values = read_json(folder / CONFIG)
+    auto_map = values.get("auto_map")
+    if auto_map not in (None, AUTO_MAP):
+        differing.append("`auto_map` in config.json")
+    if differing and not update:
+        raise ValueError(
+            f"The code in {folder} is not that of this blockgen-hf ({blockgen_hf.__version__}): "
+            f"{', '.join(differing)}. Publish this package's instead with --update-code (`update_code=True`), or push "
+            "with the version that wrote the folder."
+        )
+    files = {path: file for path, file in contents.files.items() if path not in own or path not in differing}
+    for name, source in code.items():
+        if name not in files:
+            files[name] = PlannedFile(name, source, "this package's code")
+    if auto_map != AUTO_MAP:
+        text = json.dumps({**values, "auto_map": AUTO_MAP}, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        files[CONFIG] = PlannedFile(CONFIG, text.encode(), "`auto_map` names the code")
+    return replace(contents, files=dict(sorted(files.items())))
+
+
+__all__ = ["AUTO_MAP", "FolderContents", "PlannedFile", "code_files", "is_model_file", "read_folder"]

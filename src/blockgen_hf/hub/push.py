@@ -1,0 +1,226 @@
+"""
+From a folder to the Hub: checks, a card, and one commit.
+
+    folder -> read_folder (folders.py) -> card (cards.py) -> PushPlan -> HfApi.create_commit
+"""
+
+import fnmatch
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, RepoCard
+from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
+
+from .card_evaluation import Evaluation
+from .cards import model_card, samples_card
+from .files import INDEX, README, SHARDS, WEIGHTS, read_card
+from .folders import FolderContents, PlannedFile, read_folder
+from .licenses import find_license
+
+
+_BLANK = "[More Information Needed]"  # in the cards that huggingface_hub and PEFT begin with
+
+
+@dataclass(frozen=True)
+class PushPlan:
+    """
+    What a push uploads. Nothing was sent yet.
+
+    Args:
+        repo_id, repo_type, revision, private, create_pr, commit_message: where to, and how.
+        files (`tuple[PlannedFile]`): all that is uploaded, README.md among them.
+        left_out (`tuple[tuple[str, str]]`): what stays behind, and why.
+    """
+
+    repo_id: str
+    repo_type: str
+    revision: str
+    private: bool | None
+    create_pr: bool
+    commit_message: str
+    files: tuple[PlannedFile, ...]
+    left_out: tuple[tuple[str, str], ...]
+
+    @property
+    def card(self) -> str:
+        """The text of README.md."""
+        return next(file.read().decode() for file in self.files if file.path == README)
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return sum(file.size for file in self.files)
+
+    def upload(self, *, token: str | None = None) -> CommitInfo:
+        """
+        Creates the repository and the branch if they are not there, and uploads the files in one commit. Weights of
+        the branch that the plan does not have are deleted in that commit: another number of shards would leave some
+        of the old model behind.
+
+        Args:
+            token (`str`, *optional*): of the Hub. Default: that of `hf auth login`, or of HF_TOKEN.
+
+        Raises:
+            ValueError: the Hub refuses the card, or the repository is public and should be private.
+            OSError: no token, no right to write there, or an answer of the Hub that is an error.
+        """
+        api = HfApi(token=token)
+        api.whoami()  # first of all, since it says what to do without a token
+        RepoCard(self.card).validate(self.repo_type)
+        where: dict[str, Any] = {"repo_id": self.repo_id, "repo_type": self.repo_type}
+        if self.private:
+            _check_private(api, where)
+        sdk = "gradio" if self.repo_type == "space" else None
+        api.create_repo(**where, private=self.private, exist_ok=True, space_sdk=sdk)
+        if self.revision != "main":
+            api.create_branch(**where, branch=self.revision, exist_ok=True)
+        old = self._old_weights(api.list_repo_files(**where, revision=self.revision))
+        additions = [CommitOperationAdd(file.path, file.source) for file in self.files]
+        return api.create_commit(
+            **where,
+            operations=[*(CommitOperationDelete(path) for path in old), *additions],
+            commit_message=self.commit_message,
+            revision=self.revision,
+            create_pr=self.create_pr,
+        )
+
+    def upload_in_background(self, *, token: str | None = None) -> Future:
+        """As [`~PushPlan.upload`] in a thread: the commit, or the error, is the result of the future."""
+        return HfApi().run_as_future(self.upload, token=token)
+
+    def _old_weights(self, paths: Iterable[str]) -> list[str]:
+        new = {file.path for file in self.files}
+        if not any(map(_is_weight, new)):
+            return []
+        return [path for path in paths if _is_weight(path) and path not in new]
+
+
+def plan_push(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    repo_type: str = "model",
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    license: str | None = None,
+    language: str | Sequence[str] | None = None,
+    evaluations: Iterable[Evaluation] = (),
+    ignore: Sequence[str] = (),
+    include: Sequence[str] = (),
+    new_card: bool = False,
+    update_code: bool = False,
+    strict: bool = True,
+) -> PushPlan:
+    """
+    Checks a folder, and says what [`push_folder`] would upload. Contacts nobody, and changes nothing.
+
+    Args:
+        folder (`str` or `Path`): of a model or an adapter; a data set of samples; or a Space.
+        repo_id (`str`): `namespace/name`.
+        repo_type (`str`): `"model"`, `"dataset"` or `"space"`.
+        private (`bool`, *optional*): of a new repository. Default: as the namespace has it.
+        revision (`str`, *optional*): a branch, which is created if it is not there. Default: main.
+        create_pr (`bool`): open a pull request instead of writing to the branch.
+        commit_message (`str`, *optional*): Default: "Upload NAME with blockgen-hf".
+        license, language, evaluations: see [`model_card`]. The card is the folder's README.md, if it has one.
+        ignore, include (`list[str]`): globs of paths in the folder that stay behind, and of others to take.
+        new_card (`bool`): whether to write the card anew where there is a README.md.
+        update_code (`bool`): whether to publish this package's code instead of the folder's, if they differ.
+        strict (`bool`): False leaves files that do not belong there behind, instead of refusing them.
+
+    Raises:
+        ValueError: anything that should not be published.
+    """
+    if not str(folder):
+        raise ValueError("`folder` must be the name of a folder, but is empty.")
+    folder = Path(folder).expanduser()
+    _check_repo_id(repo_id)
+    contents = read_folder(folder, repo_type, ignore=ignore, include=include, update_code=update_code, strict=strict)
+    facts: dict[str, Any] = dict(license=license, language=language)
+    if repo_type == "model":
+        facts["evaluations"] = list(evaluations)
+    card = _card(folder, repo_id, repo_type, contents, new_card, facts)
+    return PushPlan(
+        repo_id=repo_id,
+        repo_type=repo_type,
+        revision=revision or "main",
+        private=private,
+        create_pr=create_pr,
+        commit_message=commit_message or f"Upload {repo_id.split('/')[-1]} with blockgen-hf",
+        files=tuple(file for _, file in sorted(contents.with_file(card).files.items())),
+        left_out=tuple(contents.left_out),
+    )
+
+
+def push_folder(folder: str | Path, repo_id: str, *, token: str | None = None, **options: Any) -> CommitInfo:
+    """
+    Uploads a folder to the Hub in one commit, with a card and with the code that `trust_remote_code=True` loads.
+
+    Args:
+        token (`str`, *optional*): of the Hub. Default: that of `hf auth login`, or of HF_TOKEN.
+        options: those of [`plan_push`].
+
+    Raises:
+        ValueError, OSError: see [`plan_push`] and [`PushPlan.upload`]. Nothing was uploaded then.
+    """
+    return plan_push(folder, repo_id, **options).upload(token=token)
+
+
+def _card(
+    folder: Path, repo_id: str, repo_type: str, contents: FolderContents, new: bool, facts: dict[str, Any]
+) -> PlannedFile:
+    """README.md as it is uploaded: the folder's, its metadata completed by the licence, or a new one."""
+    card = read_card(folder) if README in contents.files else None
+    is_template = card is not None and _BLANK in card.content
+    if card is None or ((new or is_template) and repo_type != "space"):
+        write: Callable[..., RepoCard] = model_card if repo_type == "model" else samples_card
+        note = "a new card; README.md is a template that nobody filled in" if is_template else "a new card"
+        return PlannedFile(README, str(write(folder, repo_id=repo_id, **facts)).encode(), note)
+    for name, option in (("evaluations", "--evaluation"), ("language", "--language")):
+        if facts.get(name):
+            raise ValueError(
+                f"{folder} has a README.md, which is uploaded as it is, without what {option} (`{name}`) says: write "
+                "it there, or have the card written anew with --new-card (`new_card=True`)."
+            )
+    found = find_license(folder, card.data.to_dict(), facts["license"]).metadata()
+    if all(card.data.get(key) == value for key, value in found.items()):
+        return contents.files[README]
+    for key, value in found.items():
+        card.data[key] = value
+    return PlannedFile(README, str(card).encode(), "the licence is added to its metadata")
+
+
+def _check_repo_id(repo_id: str) -> None:
+    """
+    Raises:
+        ValueError: it is not `namespace/name`.
+    """
+    validate_repo_id(repo_id)
+    if "/" not in repo_id:
+        raise ValueError(f"`repo_id` must be `namespace/name`, such as 'my-name/my-model', but is {repo_id!r}.")
+
+
+def _check_private(api: HfApi, where: dict[str, Any]) -> None:
+    """A repository that is there keeps its visibility, whatever `create_repo` is told."""
+    try:
+        is_private = api.repo_info(**where).private
+    except RepositoryNotFoundError:
+        return
+    if not is_private:
+        raise ValueError(
+            f"`private` is asked for, but {where['repo_id']} is there already, and public: make it private in its "
+            "settings first, or name another."
+        )
+
+
+def _is_weight(path: str) -> bool:
+    return path in (WEIGHTS, INDEX) or fnmatch.fnmatchcase(path, SHARDS)
+
+
+__all__ = ["PushPlan", "plan_push", "push_folder"]
