@@ -9,6 +9,7 @@ from tiny import MASK, generate, tiny_model, words
 
 from blockgen_hf import BlockGenForDiffusionLM
 from blockgen_hf.modeling.correctors_blockgen import penalties, worst_positions
+from blockgen_hf.modeling.logits_blockgen import Prediction
 
 
 AR_CORRECTORS = ["ar_surprisal", "ar_gap", "ar_entropy", "ar_kl", "ar_reverse_kl", "ar_tv"]
@@ -221,7 +222,8 @@ def test_scores_are_those_of_the_paper(corrector: str) -> None:
     """Suppl. B.1, by numpy."""
     log_d, log_ar = log_probabilities(2, 5, 7), log_probabilities(2, 5, 7, seed=1)
     proposal = torch.randint(7, (2, 5))
-    score = penalties(corrector, proposal, log_d, log_ar, torch.zeros(2, 5))
+    verification = Prediction(log_ar.flatten(0, 1), do_sample=True) if corrector in AR_CORRECTORS else None
+    score = penalties(corrector, proposal, log_d, verification, torch.zeros(2, 5))
     expected = score_by_hand(corrector, log_d.exp().numpy(), log_ar.exp().numpy(), proposal.numpy())
     np.testing.assert_allclose(score.numpy(), expected, atol=1e-12)
 
@@ -233,7 +235,7 @@ def test_scores_of_one_hot_predictions_are_finite_and_ordered(corrector: str) ->
     tokens = log_ar.argsort(-1)[..., -1].clone()  # the likeliest ...
     tokens[0, 2] = log_ar[0, 2].argmin()  # ... but for one
     log_d = torch.full((1, 4, 5), -torch.inf, dtype=torch.float64).scatter_(-1, tokens[..., None], 0.0)
-    score = penalties(corrector, tokens, log_d, log_ar, torch.zeros(1, 4))
+    score = penalties(corrector, tokens, log_d, Prediction(log_ar.flatten(0, 1), do_sample=True), torch.zeros(1, 4))
     assert score.isfinite().all()
     if corrector != "ar_entropy":
         assert score.argmax() == 2

@@ -11,6 +11,7 @@ from enumeration import Denoiser, Oracle, Process, Tokens, chi_square_p_value, f
 from tiny import generate, tiny_model
 
 from blockgen_hf import BlockGenForDiffusionLM
+from blockgen_hf.modeling.denoising_blockgen import TimeGrid
 
 
 VOCAB_SIZE, LENGTH = 4, 4
@@ -181,19 +182,27 @@ def test_more_laws(process: Process, block_size: int, steps: int) -> None:
     assert p_value(model, law, decoding="arpc", corrector_period=3, **settings) > SIGNIFICANCE
 
 
+def test_first_hitting_is_ancestral_sampling_with_many_steps() -> None:
+    """Zheng et al. (2025): the limit of T to infinity; 400 steps are as good with so many samples."""
+    model = law_model("masked", noise_schedule_eps=0.0)
+    law = oracle_of(model).block_diffusion_law(LENGTH, 4, 400)
+    assert p_value(model, law, decoding="block_diffusion", block_size=4, sampler="first_hitting") > SIGNIFICANCE
+
+
 # ---- the test notices what is wrong
 def test_a_wrong_masked_posterior_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unmasks with probability alpha_s / (1 - alpha_t): too much at a time, so that fewer tokens see others."""
+    """Reveals as if two of four steps were left out: too much at a time, so that fewer tokens see others."""
     model = law_model("masked")
     law = oracle_of(model).block_diffusion_law(LENGTH, 4, 4)
-    right = model.diffusion.sample_posterior
     settings = dict(decoding="block_diffusion", block_size=4, denoising_steps=4)
     assert p_value(model, law, **settings) > SIGNIFICANCE
+    right = TimeGrid.of
 
-    def wrong(x_probs: Any, z_t: Any, alpha_s: float, alpha_t: float, generator: Any = None) -> torch.Tensor:
-        return right(x_probs, z_t, min(1.0, alpha_s + alpha_t), alpha_t, generator)
+    def wrong(*args: Any) -> TimeGrid:
+        grid = right(*args)
+        return TimeGrid(grid.times, grid.alphas[[0, 3, 3, 3, 4]])
 
-    monkeypatch.setattr(type(model.diffusion), "sample_posterior", staticmethod(wrong))
+    monkeypatch.setattr(TimeGrid, "of", wrong)
     assert p_value(model, law, **settings) < SIGNIFICANCE
 
 

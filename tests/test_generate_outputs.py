@@ -37,8 +37,11 @@ SCHEDULES = [
 def test_an_arpc_block_costs_its_steps_and_its_informed_steps(
     block_size: int, steps: int, start: int, period: int, informed: int
 ) -> None:
-    """FACTS: T plus the informed steps that need an AR pass, the last step never; whole passes counted as they run."""
-    model = tiny_model()
+    """FACTS: T plus the informed steps that need an AR pass, the last step never; whole passes counted as they run.
+
+    A model that knows the time needs them all.
+    """
+    model = tiny_model("uniform_time_conditional")
     settings = dict(
         decoding="arpc",
         block_size=block_size,
@@ -109,7 +112,7 @@ def test_a_budget_gives_the_largest_number_of_steps(
 
     assert cost(steps) <= budget < cost(steps + 1)
     outputs = outputs_of(
-        tiny_model(),
+        tiny_model("uniform_time_conditional"),
         empty(),
         decoding=decoding,
         nfe_per_block=budget,
@@ -123,9 +126,10 @@ def test_a_budget_gives_the_largest_number_of_steps(
 
 def test_steps_default_to_the_block_size() -> None:
     """DESIGN section 6: `denoising_steps` = `block_size`, `block_size` = the largest trained."""
-    outputs = outputs_of(tiny_model(), empty(), decoding="block_diffusion", max_new_tokens=16)
+    model = tiny_model("uniform_time_conditional")
+    outputs = outputs_of(model, empty(), decoding="block_diffusion", max_new_tokens=16)
     assert outputs.num_function_evaluations.tolist() == [16]
-    outputs = outputs_of(tiny_model(), empty(), decoding="block_diffusion", max_new_tokens=16, block_size=2)
+    outputs = outputs_of(model, empty(), decoding="block_diffusion", max_new_tokens=16, block_size=2)
     assert outputs.num_function_evaluations.tolist() == [16]
 
 
@@ -135,7 +139,7 @@ def test_autoregressive_tokens_cost_one_evaluation_each() -> None:
     assert outputs.num_function_evaluations.tolist() == [9, 9]
     assert outputs.tokens_per_forward.tolist() == [1.0, 1.0]
     outputs = outputs_of(
-        tiny_model(),
+        tiny_model("uniform_time_conditional"),
         words(2, 3),
         decoding="block_diffusion",
         ar_seed_tokens=5,
@@ -344,6 +348,6 @@ def test_evaluations_are_counted_a_row_when_rows_stay() -> None:
 def test_stock_generation_config_can_ask_for_the_dictionary() -> None:
     """A plain `GenerationConfig` is upgraded."""
     config = GenerationConfig(max_new_tokens=5, return_dict_in_generate=True)
-    outputs = generate(tiny_model(), words(1, 3), generation_config=config)
+    outputs = generate(tiny_model("uniform_time_conditional"), words(1, 3), generation_config=config)
     assert outputs.sequences.shape == (1, 8)
     assert outputs.num_function_evaluations.tolist() == [8]

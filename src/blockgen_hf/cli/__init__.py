@@ -9,11 +9,18 @@ import os
 import sys
 from collections.abc import Sequence
 
-from . import convert, evaluate, generate, push, train
+from . import bench, convert, evaluate, generate, push, train
 from .parsing import PROGRAM, CommandError, Parser
 
 
-COMMANDS = {"generate": generate, "train": train, "evaluate": evaluate, "convert": convert, "push": push}
+COMMANDS = {
+    "generate": generate,
+    "train": train,
+    "evaluate": evaluate,
+    "convert": convert,
+    "push": push,
+    "bench": bench,
+}
 
 
 def make_parser() -> Parser:

@@ -18,7 +18,6 @@ verify, re-noise, commit.
 Draws are keyed by (seed, row, new token, step, purpose), see `sampling_blockgen`.
 """
 
-from enum import IntEnum
 from typing import Any
 
 import torch
@@ -31,28 +30,21 @@ from transformers.generation.stopping_criteria import (
     StoppingCriteriaList,
 )
 from transformers.generation.streamers import BaseStreamer
+from transformers.utils.generic import is_flash_attention_requested
 
+from .adaptive_sampling_blockgen import denoise_adaptively
 from .correctors_blockgen import penalties, worst_positions
 from .decoding_state_blockgen import DecodingState, row_generator
-from .generation_configuration_blockgen import AR_CORRECTORS
-from .logits_blockgen import process_logits
-from .sampling_blockgen import CounterGenerator, sample_categorical
+from .denoising_blockgen import Block, Purpose, TimeGrid, denoise, hit_first
+from .diffusion_blockgen import MaskedDiffusion
+from .generation_configuration_blockgen import AR_CORRECTORS, DISTRIBUTION_CORRECTORS
+from .logits_blockgen import BlockText, Prediction, process_logits
+from .sampling_blockgen import CounterGenerator
 
 
-# The grid of generation ends here, not at 0 (the last step goes to alpha = 1 whatever its time).
-_LAST_TIME = 1e-5
-
-
-class _Purpose(IntEnum):
-    """What a random number is for."""
-
-    PRIOR = 0
-    AR_QUERY = 1
-    AR_TOKEN = 2
-    DENOISE = 3
-    PROPOSE = 4
-    SCORE = 5
-    RENOISE = 6
+# So many clean tokens are committed by the first denoising pass of the block behind them. More are worth a pass of
+# their own, whose causal attention needs no mask.
+_MAX_RIDERS = 256
 
 
 class BlockDecoder:
@@ -89,7 +81,7 @@ class BlockDecoder:
         self.streamer = streamer
         self.block_size = generation_config.block_size
         config = model.config
-        self.grid = config.block_sizes[0] if config.clean_attention == "block_causal" else 1
+        self.block_grid = config.block_sizes[0] if config.clean_attention == "block_causal" else 1
         cache = past_key_values if use_cache else None
         max_new_tokens = generation_config.max_length - input_ids.shape[1]
         mask_length = attention_mask.shape[1] if attention_mask is not None else generation_config._mask_length
@@ -102,7 +94,7 @@ class BlockDecoder:
             max_new_tokens=max_new_tokens,
             spare=self.block_size,
             pad_token_id=self._pad_token_id(input_ids.shape[0]),
-            grid=self.grid,
+            grid=self.block_grid,
             keep_all_rows=getattr(cache, "_is_user_defined", False),
         )
         # Drawn from torch's default generator, so that `torch.manual_seed` and `set_seed` reproduce the text.
@@ -110,11 +102,10 @@ class BlockDecoder:
         self.rows = row_generator(seed, input_ids, attention_mask)
         self.num_seeded = max_new_tokens if generation_config.decoding == "ar" else generation_config.ar_seed_tokens
         self._trajectory: list[tuple[torch.Tensor, ...]] = []
+        self._modulations = model.base_model.constant_modulations()
         if generation_config.decoding != "ar":
-            self.num_steps = generation_config.num_denoising_steps()
-            times = torch.linspace(1, _LAST_TIME, self.num_steps + 1, dtype=torch.float64)
-            self.times: list[float] = times.tolist()
-            self.alphas: list[float] = [*self.process.schedule.alpha(times[:-1]).tolist(), 1.0]
+            num_steps = generation_config.num_denoising_steps()
+            self.grid = TimeGrid.of(self.process.schedule, num_steps, input_ids.device)
 
     def _pad_token_id(self, batch_size: int) -> int:
         pad = self.settings._pad_token_tensor
@@ -153,14 +144,13 @@ class BlockDecoder:
                 break
             self._accept(self._autoregressive_token())
         while not self.state.is_finished:
-            self._commit_pending()
             self._accept(self._denoise_block(self._block_length()))
         if self.streamer is not None:
             self.streamer.end()
 
     def _block_length(self) -> int:
         """The last block is as long as what is left; on the grid of a block-causal model every block is whole."""
-        return min(self.block_size, self.state.columns_left) if self.grid == 1 else self.block_size
+        return min(self.block_size, self.state.columns_left) if self.block_grid == 1 else self.block_size
 
     def _accept(self, tokens: torch.Tensor) -> None:
         new_tokens = self.state.accept(tokens, self.stopping_criteria)
@@ -169,12 +159,13 @@ class BlockDecoder:
 
     def _autoregressive_token(self) -> torch.Tensor:
         """The next token of every row by block size 1, `[A, 1]`."""
-        state, process = self.state, self.process
+        state, config = self.state, self.model.config
         generator = self._generator(1)
-        prior = process.prior((state.active.numel(), 1), state.tokens.device, generator.fold_in(_Purpose.AR_QUERY))
+        queries = None
         # Greedy decoding takes the model's own fixed queries: the text is then that of repeated `forward` calls.
-        has_queries = self.settings.do_sample and not self.model.config.next_token_prediction
-        queries = prior if has_queries else None
+        if self.settings.do_sample and not config.next_token_prediction:
+            shape, queries_of = (state.active.numel(), 1), generator.fold_in(Purpose.AR_QUERY)
+            queries = self.process.prior(shape, state.tokens.device, queries_of)
         outputs = self.model(
             input_ids=state.pending,
             query_input_ids=queries,
@@ -182,25 +173,157 @@ class BlockDecoder:
             past_key_values=state.cache,
             use_cache=state.cache is not None,
             logits_to_keep=1,
+            modulations=self._modulations,
         )
         state.count_evaluation()
         if state.cache is not None:
             state.mark_committed(state.pending.shape[1])
-        log_probs = self._log_probs(outputs.logits, prior, prior, state.columns(1))
-        if not self.settings.do_sample:
-            return log_probs.argmax(-1)
-        return sample_categorical(log_probs.exp(), generator.fold_in(_Purpose.AR_TOKEN).uniform())
+        canvas = state.tokens[state.active[:, None], state.columns(1)]
+        everywhere = torch.ones_like(canvas, dtype=torch.bool)
+        prediction = self._predicted(outputs.logits.flatten(0, 1), everywhere, canvas)
+        return prediction.sample(generator.fold_in(Purpose.AR_TOKEN).uniform().flatten())[:, None]
 
-    def _commit_pending(self) -> None:
-        """Writes finished tokens to the cache."""
+    def _denoise_block(self, length: int) -> torch.Tensor:
+        """Algorithm 1: from a fully noised block to a clean one, `[A, length]`."""
+        state, settings = self.state, self.settings
+        columns = state.columns(length)
+        fixed = state.fixed(columns)
+        free = torch.ones_like(columns, dtype=torch.bool) if fixed is None else ~fixed
+        generator = self._generator(length)
+        z_t = self.process.prior(columns.shape, columns.device, generator.fold_in(Purpose.PRIOR))
+        z_t = torch.where(free, z_t, state.tokens[state.active[:, None], columns])
+        states = [z_t] if settings.output_trajectory else None
+        greedy_end = settings.noise_removal == "greedy"
+        time_conditioning = self.model.config.time_conditioning
+        block = Block(self.process, self.grid, self._denoise, generator, free, greedy_end, time_conditioning, states)
+        if settings.sampler == "first_hitting":
+            z_t = hit_first(block, z_t)
+        elif settings.sampler != "ancestral":
+            z_t = denoise_adaptively(block, z_t, settings.sampler, settings.acceptance_bound())
+        else:
+            z_t = self._denoise_by_steps(block, z_t)
+        if states is not None:
+            self._trajectory.append(tuple(self._all_rows(z) for z in states))
+        return z_t
+
+    def _denoise_by_steps(self, block: Block, z_t: torch.Tensor) -> torch.Tensor:
+        """Ancestral steps, and between them the informed ones."""
+        num_steps = self.grid.num_steps
+        informed = [step for step in range(num_steps) if self.settings.is_informed(step, num_steps)]
+        first = 0
+        for step in [*informed, num_steps]:
+            if first < step:
+                z_t = denoise(block, z_t, first, step)
+            if step < num_steps:
+                z_t = self._informed_step(block, z_t, step)
+                if block.states is not None:
+                    block.states.append(z_t)
+            first = step + 1
+        return z_t
+
+    def _informed_step(self, block: Block, z_t: torch.Tensor, step: int) -> torch.Tensor:
+        """A clean proposal, and its k worst tokens back to the prior, k matching the noise level of time s."""
+        settings, generator = self.settings, block.generator.fold_in(step)
+        needs_whole = settings.corrector in DISTRIBUTION_CORRECTORS
+        proposal, prediction = self._propose(block, z_t, step, needs_whole)
+        corrector, verification, diffusion_log_probs = settings.corrector, None, None
+        if needs_whole and prediction is not None:
+            logits = prediction.logits.unflatten(0, z_t.shape)
+            diffusion_log_probs = self.process.log_probs(logits.double(), z_t)
+        if corrector in AR_CORRECTORS:
+            verification = self._verify(proposal, generator.fold_in(Purpose.AR_QUERY))
+        scores = generator.fold_in(Purpose.SCORE).uniform()
+        penalty = penalties(corrector, proposal, diffusion_log_probs, verification, scores)
+        count = max(1, round((1 - float(self.grid.alphas[step + 1])) * proposal.shape[1]))
+        worst = worst_positions(penalty, count, ~block.free)
+        noise = self.process.prior(proposal.shape, proposal.device, generator.fold_in(Purpose.RENOISE))
+        return torch.where(worst, noise, proposal)
+
+    def _propose(
+        self, block: Block, z_t: torch.Tensor, step: int, needs_whole: bool
+    ) -> tuple[torch.Tensor, Prediction | None]:
+        """A draw at alpha_s = 1, `[A, n]`, and what it was drawn from: at the masked positions, or everywhere."""
+        everywhere = torch.ones_like(block.free)
+        is_masked = isinstance(self.process, MaskedDiffusion)
+        rows = everywhere[:, 0]
+        masked = block.masked(z_t)
+        where = everywhere
+        if is_masked and not needs_whole:
+            where, rows = masked, masked.any(-1)
+            if not rows.any():
+                return z_t, None
+        prediction = block.predict(z_t, where, rows, self.grid.times[step].expand(len(z_t)))
+        generator = block.generator.fold_in(step, Purpose.PROPOSE)
+        if is_masked:
+            tokens = prediction if where is masked else prediction[masked.flatten()]
+            return z_t.masked_scatter(masked, tokens.sample(generator.uniform()[masked])), prediction
+        z_prob = prediction.prob(z_t.flatten()).view_as(z_t)
+        proposal = self.process.sample_transition(
+            z_prob, prediction.sample_at, z_t, 1.0, self.grid.alphas[step], generator
+        )
+        return torch.where(block.free, proposal, z_t), prediction
+
+    # forward passes
+
+    def _denoise(self, z_t: torch.Tensor, where: torch.Tensor, rows: torch.Tensor, time: torch.Tensor) -> Prediction:
+        """One denoiser pass, as [`Predict`] says; the first of a block commits the tokens before it."""
+        state = self.state
+        self._commit_what_cannot_ride()
+        has_drafts = hasattr(self.streamer, "put_draft")
+        everywhere = torch.ones_like(where)
+        wanted = everywhere if has_drafts else where
+        # How many tokens are wanted differs from pass to pass, and would be compiled anew each time.
+        is_compiled = self.model._compiled_call_impl is not None
+        outputs = self.model(
+            input_ids=state.pending,
+            noisy_input_ids=z_t,
+            noisy_position_ids=state.next_positions(z_t.shape[1]) if state.pending.shape[1] else None,
+            block_size=self.block_size,
+            attention_mask=state.context_mask,
+            past_key_values=state.cache,
+            use_cache=state.cache is not None,
+            noise_level=time if self.model.config.time_conditioning else None,
+            logits_to_keep=0 if is_compiled or wanted.all() else wanted,
+            modulations=self._modulations,
+        )
+        if state.cache is not None:
+            state.mark_committed(state.pending.shape[1])
+        state.count_evaluation(rows)
+        logits = outputs.logits if outputs.logits.ndim == 2 else outputs.logits[wanted]
+        prediction = self._predicted(logits, wanted, z_t)
+        if has_drafts:
+            self._put_draft(self.streamer, prediction, z_t)
+            prediction = prediction[where.flatten()]
+        return prediction
+
+    def _verify(self, proposal: torch.Tensor, generator: CounterGenerator) -> Prediction:
+        """One AR pass over the proposal: p_AR at each of its positions."""
+        state = self.state
+        length = proposal.shape[1]
+        outputs = self.model(
+            input_ids=torch.cat([state.pending, proposal], dim=1),
+            noisy_input_ids=self.process.prior(proposal.shape, proposal.device, generator),
+            noisy_position_ids=state.next_positions(length) if state.pending.shape[1] else None,
+            block_size=1,
+            attention_mask=state.mask_with(length),
+            past_key_values=state.cache,
+            noise_level=1.0,
+            modulations=self._modulations,
+        )
+        state.count_evaluation()
+        return self._predicted(outputs.logits.flatten(0, 1), torch.ones_like(proposal, dtype=torch.bool), proposal)
+
+    def _commit_what_cannot_ride(self) -> None:
+        """Writes finished tokens to the cache, but for those that the next pass commits."""
         state = self.state
         if state.cache is None:
             return
         # Tokens of a block see one another under block-causal attention: they are committed together.
-        chunk = self.settings.prefill_chunk_size if self.grid == 1 else None
-        chunk = chunk or max(1, state.pending.shape[1])
-        while state.pending.shape[1] > 0:
-            tokens = state.pending[:, :chunk]
+        chunk = self.settings.prefill_chunk_size if self.block_grid == 1 else None
+        # A pass that commits and denoises needs a mask.
+        riders = 0 if is_flash_attention_requested(self.model.config) else min(chunk or _MAX_RIDERS, _MAX_RIDERS)
+        while state.pending.shape[1] > riders:
+            tokens = state.pending[:, : chunk or state.pending.shape[1]]
             length = state.num_cached + tokens.shape[1]
             self.model(
                 input_ids=tokens,
@@ -209,95 +332,9 @@ class BlockDecoder:
                 past_key_values=state.cache,
                 use_cache=True,
                 noise_level=1.0,
+                modulations=self._modulations,
             )
             state.mark_committed(tokens.shape[1])
-
-    def _denoise_block(self, length: int) -> torch.Tensor:
-        """Algorithm 1: from a fully noised block to a clean one, `[A, length]`."""
-        state = self.state
-        columns = state.columns(length)
-        fixed = state.fixed(columns)
-        canvas = state.tokens[state.active[:, None], columns]  # prompt tokens where `fixed`
-        z_t = self.process.prior(columns.shape, columns.device, self._generator(length).fold_in(_Purpose.PRIOR))
-        z_t = z_t if fixed is None else torch.where(fixed, canvas, z_t)
-        states = [z_t]
-        for step in range(self.num_steps):
-            z_t = self._step(step, z_t, columns, fixed)
-            z_t = z_t if fixed is None else torch.where(fixed, canvas, z_t)
-            states.append(z_t)
-        if self.settings.output_trajectory:
-            self._trajectory.append(tuple(self._all_rows(z) for z in states))
-        return z_t
-
-    def _step(self, step: int, z_t: torch.Tensor, columns: torch.Tensor, fixed: torch.Tensor | None) -> torch.Tensor:
-        """From z_t to z_s: a draw of the posterior, the removal of noise, or an informed step."""
-        alpha_t, alpha_s = self.alphas[step], self.alphas[step + 1]
-        generator = self._generator(columns.shape[1]).fold_in(step)
-        log_probs = self._denoise(z_t, self.times[step], columns)
-        if hasattr(self.streamer, "put_draft"):
-            # Tokens of the prompt that stand in the block (block-causal models) were streamed already.
-            known = 0 if fixed is None else int(fixed.all(0).sum())
-            self._put_draft(self.streamer, log_probs[:, known:])
-        if step == self.num_steps - 1 and self.settings.noise_removal == "greedy":
-            return log_probs.argmax(-1)
-        x_probs = log_probs.exp() if self.settings.do_sample else _one_hot_arg_max(log_probs)
-        if not self.settings.is_informed(step, self.num_steps):
-            return self.process.sample_posterior(x_probs, z_t, alpha_s, alpha_t, generator.fold_in(_Purpose.DENOISE))
-        proposal = self.process.sample_posterior(x_probs, z_t, 1.0, alpha_t, generator.fold_in(_Purpose.PROPOSE))
-        if fixed is not None:
-            proposal = torch.where(fixed, z_t, proposal)
-        return self._renoise(proposal, log_probs, alpha_s, columns, fixed, generator)
-
-    def _denoise(self, z_t: torch.Tensor, time: float, columns: torch.Tensor) -> torch.Tensor:
-        """One denoiser pass: log x_hat, `[A, n, V]`, float64."""
-        state = self.state
-        outputs = self.model(
-            input_ids=state.pending,
-            noisy_input_ids=z_t,
-            noisy_position_ids=state.next_positions(z_t.shape[1]) if state.pending.shape[1] else None,
-            block_size=self.block_size,
-            attention_mask=state.context_mask,
-            past_key_values=state.cache,
-            noise_level=time,
-        )
-        state.count_evaluation()
-        return self._log_probs(outputs.logits, z_t, z_t, columns)
-
-    def _verify(self, proposal: torch.Tensor, columns: torch.Tensor, generator: CounterGenerator) -> torch.Tensor:
-        """One AR pass over the proposal: log p_AR of each of its positions, `[A, n, V]`, float64."""
-        state = self.state
-        length = proposal.shape[1]
-        queries = self.process.prior(proposal.shape, proposal.device, generator.fold_in(_Purpose.AR_QUERY))
-        outputs = self.model(
-            input_ids=torch.cat([state.pending, proposal], dim=1),
-            noisy_input_ids=queries,
-            noisy_position_ids=state.next_positions(length) if state.pending.shape[1] else None,
-            block_size=1,
-            attention_mask=state.mask_with(length),
-            past_key_values=state.cache,
-            noise_level=1.0,
-        )
-        state.count_evaluation()
-        return self._log_probs(outputs.logits, queries, proposal, columns)
-
-    def _renoise(
-        self,
-        proposal: torch.Tensor,
-        log_probs: torch.Tensor,
-        alpha_s: float,
-        columns: torch.Tensor,
-        fixed: torch.Tensor | None,
-        generator: CounterGenerator,
-    ) -> torch.Tensor:
-        """The k worst tokens of the proposal back to the prior, k matching the noise level of time s."""
-        corrector = self.settings.corrector
-        ar_log_probs = self._verify(proposal, columns, generator) if corrector in AR_CORRECTORS else None
-        scores = generator.fold_in(_Purpose.SCORE).uniform()
-        penalty = penalties(corrector, proposal, log_probs, ar_log_probs, scores)
-        count = max(1, round((1 - alpha_s) * proposal.shape[1]))
-        worst = worst_positions(penalty, count, fixed)
-        noise = self.process.prior(proposal.shape, proposal.device, generator.fold_in(_Purpose.RENOISE))
-        return torch.where(worst, noise, proposal)
 
     # helpers
 
@@ -306,18 +343,23 @@ class BlockDecoder:
         new_index = self.state.columns(length) - self.state.prompt_width
         return self.rows.select(self.state.active).fold_in(new_index)
 
-    def _log_probs(
-        self, logits: torch.Tensor, z_t: torch.Tensor, canvas: torch.Tensor, columns: torch.Tensor
-    ) -> torch.Tensor:
-        """Logits through the logits processors, then log x_hat in float64."""
-        config = self.model.config
-        mask_token_id = config.mask_token_id if config.diffusion_type == "masked" else None
-        context = self.state.clean_context()
-        logits = process_logits(logits, context, canvas, columns, self.logits_processor, mask_token_id)
-        return self.process.log_probs(logits.double(), z_t)
+    def _predicted(self, logits: torch.Tensor, where: torch.Tensor, canvas: torch.Tensor) -> Prediction:
+        """x_hat from the raw logits `[M, V]` of some positions of the next block, through the logits processors."""
+        config, state = self.model.config, self.state
+        logits = logits.float()
+        if config.diffusion_type == "masked":  # impossible, and it must not fill a place of top-k or top-p
+            logits[:, config.mask_token_id] = -torch.inf
+        if self.logits_processor:
+            text = BlockText(state.clean_context(), canvas, state.columns(canvas.shape[1]))
+            logits = process_logits(logits, where, text, self.logits_processor)
+        return Prediction(logits, self.settings.do_sample)
 
-    def _put_draft(self, streamer: Any, log_probs: torch.Tensor) -> None:
+    def _put_draft(self, streamer: Any, prediction: Prediction, z_t: torch.Tensor) -> None:
         """The clean text as the model sees it now, to a streamer such as `TextDiffusionStreamer`."""
+        # Tokens of the prompt that stand in the block (block-causal models) were streamed already.
+        fixed = self.state.fixed(self.state.columns(z_t.shape[1]))
+        known = 0 if fixed is None else int(fixed.all(0).sum())
+        log_probs = self.process.log_probs(prediction.logits.unflatten(0, z_t.shape), z_t)[:, known:]
         if getattr(streamer, "_takes_logits", False):
             streamer.put_draft(logits=log_probs.cpu())
         else:
@@ -328,10 +370,6 @@ class BlockDecoder:
         rows = tokens.new_full((self.state.tokens.shape[0], tokens.shape[1]), self.state.pad_token_id)
         rows[self.state.active] = torch.where(self.state.done[:, None], self.state.pad_token_id, tokens)
         return rows
-
-
-def _one_hot_arg_max(log_probs: torch.Tensor) -> torch.Tensor:
-    return torch.zeros_like(log_probs).scatter_(-1, log_probs.argmax(-1, keepdim=True), 1.0)
 
 
 __all__ = ["BlockDecoder"]

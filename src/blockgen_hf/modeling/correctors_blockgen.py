@@ -18,7 +18,7 @@ Scores of the predictor-corrector's informed steps: which tokens of a clean prop
 
 import torch
 
-from .generation_configuration_blockgen import AR_CORRECTORS
+from .logits_blockgen import Prediction
 
 
 # A log-probability instead of log 0. The diffusion distribution of a masked model is one-hot at tokens that are fixed
@@ -29,8 +29,8 @@ _LOG_FLOOR = -100.0
 def penalties(
     corrector: str,
     proposal: torch.Tensor,
-    diffusion_log_probs: torch.Tensor,
-    ar_log_probs: torch.Tensor | None,
+    diffusion_log_probs: torch.Tensor | None,
+    verification: Prediction | None,
     uniform: torch.Tensor,
 ) -> torch.Tensor:
     """
@@ -39,8 +39,9 @@ def penalties(
     Args:
         corrector (`str`): name of the score.
         proposal (`torch.LongTensor` of shape `[B, n]`): the clean proposal x~.
-        diffusion_log_probs (`torch.Tensor` of shape `[B, n, V]`): log p_D, of the forward before the proposal.
-        ar_log_probs (`torch.Tensor` of shape `[B, n, V]`, *optional*): log p_AR of the proposal, for the `ar_` scores.
+        diffusion_log_probs (`torch.Tensor` of shape `[B, n, V]`, *optional*): log p_D, of the forward before the
+            proposal, for the scores that are made of it.
+        verification ([`Prediction`], *optional*): p_AR of all positions of the proposal, for the `ar_` scores.
         uniform (`torch.Tensor` of shape `[B, n]`): random numbers in [0, 1), for `"random"`.
 
     Returns:
@@ -53,26 +54,24 @@ def penalties(
         - `entropy`, `confidence`, `margin`: H(p_D), -max p_D, and minus the gap between its two largest
         - `random`: a random number
     """
-    if corrector == "random":
+    if verification is not None and corrector == "ar_surprisal":
+        return -verification.log_prob(proposal.flatten()).view(proposal.shape)
+    if verification is not None and corrector == "ar_gap":
+        tokens, best = proposal.flatten(), verification.best()
+        return (verification.log_prob(best) - verification.log_prob(tokens)).view(proposal.shape)
+    if verification is not None and corrector == "ar_entropy":
+        return _entropy(verification.log_probs()).view(proposal.shape)
+    if diffusion_log_probs is None:
         return uniform
-    if corrector in AR_CORRECTORS and ar_log_probs is not None:
-        return _ar_penalties(corrector, proposal, diffusion_log_probs, ar_log_probs)
+    if verification is not None:
+        return _divergences(corrector, diffusion_log_probs, verification.log_probs().view_as(diffusion_log_probs))
     if corrector == "entropy":
         return _entropy(diffusion_log_probs)
     largest = diffusion_log_probs.topk(2, dim=-1).values.exp()
     return -largest[..., 0] if corrector == "confidence" else largest[..., 1] - largest[..., 0]
 
 
-def _ar_penalties(
-    corrector: str, proposal: torch.Tensor, diffusion_log_probs: torch.Tensor, ar_log_probs: torch.Tensor
-) -> torch.Tensor:
-    token_log_probs = ar_log_probs.gather(-1, proposal[..., None]).squeeze(-1)
-    if corrector == "ar_surprisal":
-        return -token_log_probs
-    if corrector == "ar_gap":
-        return ar_log_probs.amax(-1) - token_log_probs
-    if corrector == "ar_entropy":
-        return _entropy(ar_log_probs)
+def _divergences(corrector: str, diffusion_log_probs: torch.Tensor, ar_log_probs: torch.Tensor) -> torch.Tensor:
     if corrector == "ar_tv":
         return (ar_log_probs.exp() - diffusion_log_probs.exp()).abs().sum(-1) / 2
     if corrector == "ar_kl":

@@ -128,8 +128,10 @@ class DecodingState:
             return (offsets + self.num_cached + self.pending.shape[1])[None]
         return self.context_mask.long().sum(-1, keepdim=True) + offsets
 
-    def count_evaluation(self) -> None:
-        self.num_function_evaluations[self.active] += (~self.done).long()
+    def count_evaluation(self, rows: torch.Tensor | None = None) -> None:
+        """A pass that these active rows `[A]` needed; default: all of them."""
+        needed = ~self.done if rows is None else rows & ~self.done
+        self.num_function_evaluations[self.active] += needed.long()
 
     def mark_committed(self, count: int) -> None:
         """The first `count` pending tokens are in the cache now."""

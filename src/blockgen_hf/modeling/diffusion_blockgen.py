@@ -21,6 +21,7 @@ L]`.
 """
 
 import math
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -59,6 +60,11 @@ class NoiseSchedule:
         """alpha_t, of the shape and dtype of `t`."""
         kept = 1 - t if self.name == "linear" else torch.cos(math.pi / 2 * t)
         return self.eps + (1 - self.eps) * kept
+
+    def time(self, alpha: torch.Tensor) -> torch.Tensor:
+        """The inverse of [`~NoiseSchedule.alpha`]: t at which alpha_t is so large."""
+        kept = ((alpha - self.eps) / (1 - self.eps)).clamp(0, 1)
+        return 1 - kept if self.name == "linear" else 2 / math.pi * torch.acos(kept)
 
     def alpha_derivative(self, t: torch.Tensor) -> torch.Tensor:
         """alpha'_t <= 0, of the shape and dtype of `t`."""
@@ -167,8 +173,8 @@ class MaskedDiffusion(_Process):
         unmask = self._unmasking_probability(alpha_s, alpha_t, uniform)
         changes = (z_t == self.mask_token_id) & (uniform < unmask)
         # Given that it is below `unmask`, the number divided by it is uniform again: it serves for the token too.
-        tokens = sample_categorical(x_probs.double(), uniform / unmask.clamp(min=_TINY))
-        return torch.where(changes, tokens, z_t)
+        tokens = sample_categorical(x_probs[changes], (uniform / unmask.clamp(min=_TINY))[changes])
+        return z_t.masked_scatter(changes, tokens)
 
     def loss(
         self,
@@ -238,7 +244,8 @@ class UniformDiffusion(_Process):
         alpha_t: torch.Tensor | float,
     ) -> torch.Tensor:
         """q(z_s | z_t, x_hat) of Eq. 3 as probabilities `[B, L, V]`."""
-        keep, denoise, noise = (w[..., None] for w in self._posterior_weights(x_probs, z_t, alpha_s, alpha_t))
+        z_prob = x_probs.gather(-1, z_t[..., None]).squeeze(-1)
+        keep, denoise, noise = (w[..., None] for w in self._posterior_weights(z_prob, alpha_s, alpha_t))
         stays = torch.nn.functional.one_hot(z_t, self.vocab_size)
         probs = keep * stays + denoise * x_probs + noise / self.vocab_size
         return (probs / (keep + denoise + noise)).to(x_probs.dtype)
@@ -256,13 +263,38 @@ class UniformDiffusion(_Process):
         three laws: keep z_t, draw x_hat, draw the prior. The number picks one, and what is left of it picks the
         token.
         """
-        keep, denoise, noise = self._posterior_weights(x_probs, z_t, alpha_s, alpha_t)
+        z_prob = x_probs.gather(-1, z_t[..., None]).squeeze(-1)
+
+        def draw(where: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+            return sample_categorical(x_probs[where], uniform)
+
+        return self.sample_transition(z_prob, draw, z_t, alpha_s, alpha_t, generator)
+
+    def sample_transition(
+        self,
+        z_prob: torch.Tensor,
+        draw: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        z_t: torch.Tensor,
+        alpha_s: torch.Tensor | float,
+        alpha_t: torch.Tensor | float,
+        generator: RandomSource = None,
+    ) -> torch.Tensor:
+        """
+        As [`~UniformDiffusion.sample_posterior`], for who does not have the whole x_hat at hand: most tokens are kept.
+
+        Args:
+            z_prob (`torch.Tensor` of shape `[B, L]`): x_hat(z_t).
+            draw (`Callable`): draws from x_hat at some positions: from a mask `[B, L]` and a uniform number for each
+                of the k positions in it to ids, `[k]`.
+        """
+        keep, denoise, noise = self._posterior_weights(z_prob, alpha_s, alpha_t)
         target = draw_uniform(z_t.shape, z_t.device, generator) * (keep + denoise + noise)
-        denoised = sample_categorical(x_probs.double(), ((target - keep) / denoise.clamp(min=_TINY)).clamp(0, 1))
-        noised = draw_token(((target - keep - denoise) / noise.clamp(min=_TINY)).clamp(0, 1), self.vocab_size)
         # A component of zero weight is never picked, whatever the rounding.
-        picked = torch.where((target < keep + denoise) | (noise <= 0), denoised, noised)
-        return torch.where((target < keep) | (denoise + noise <= 0), z_t, picked)
+        kept = (target < keep) | (denoise + noise <= 0)
+        denoised = ~kept & ((target < keep + denoise) | (noise <= 0))
+        noised = draw_token(((target - keep - denoise) / noise.clamp(min=_TINY)).clamp(0, 1), self.vocab_size)
+        place = ((target - keep) / denoise.clamp(min=_TINY)).clamp(0, 1)
+        return torch.where(kept, z_t, noised).masked_scatter(denoised, draw(denoised, place[denoised]))
 
     def loss(
         self,
@@ -329,17 +361,12 @@ class UniformDiffusion(_Process):
         return first + second + (self.vocab_size - 1) * log_z_term - others
 
     def _posterior_weights(
-        self,
-        x_probs: torch.Tensor,
-        z_t: torch.Tensor,
-        alpha_s: torch.Tensor | float,
-        alpha_t: torch.Tensor | float,
+        self, z_prob: torch.Tensor, alpha_s: torch.Tensor | float, alpha_t: torch.Tensor | float
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Masses of z_t, x_hat and the prior in Eq. 3, `[B, L]` each, float64; they add up to its denominator."""
-        alpha_s, alpha_t = _as_double(alpha_s, z_t), _as_double(alpha_t, z_t)
+        alpha_s, alpha_t = _as_double(alpha_s, z_prob), _as_double(alpha_t, z_prob)
         alpha_ts = alpha_t / alpha_s.clamp(min=_TINY)
-        z_prob = x_probs.gather(-1, z_t[..., None]).squeeze(-1).double()
-        keep = self.vocab_size * alpha_t * z_prob + (alpha_ts - alpha_t)
+        keep = self.vocab_size * alpha_t * z_prob.double() + (alpha_ts - alpha_t)
         denoise = (alpha_s - alpha_t).expand_as(keep)
         noise = ((1 - alpha_ts) * (1 - alpha_s)).expand_as(keep)
         return keep, denoise, noise

@@ -132,6 +132,7 @@ class BlockGenGenerationMixin(GenerationMixin):
                 "`next_token_prediction=True` has `decoding='ar'` only."
             )
         self._validate_corrector(generation_config)
+        self._validate_sampler(generation_config)
         self._validate_clean_attention(generation_config)
         super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
 
@@ -145,6 +146,13 @@ class BlockGenGenerationMixin(GenerationMixin):
             raise ValueError(
                 f"`corrector={corrector!r}` is not for masked models: their predictions at tokens that are fixed "
                 f"already were never trained (BlockGen, Suppl. B.1). Use one of {[*AR_CORRECTORS, 'random']}."
+            )
+
+    def _validate_sampler(self, generation_config: GenerationConfig) -> None:
+        is_used = generation_config.decoding != "ar"
+        if is_used and generation_config.sampler == "first_hitting" and self.config.diffusion_type != "masked":
+            raise ValueError(
+                "`sampler='first_hitting'` is for masked models, whose tokens change once: use 'ancestral'."
             )
 
     def _validate_clean_attention(self, generation_config: GenerationConfig) -> None:

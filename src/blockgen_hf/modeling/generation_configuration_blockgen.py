@@ -19,10 +19,12 @@ from transformers import GenerationConfig
 
 
 DECODINGS = ("ar", "block_diffusion", "arpc")
-SAMPLERS = ("ancestral",)
+SAMPLERS = ("ancestral", "first_hitting", "confidence", "entropy_bound")
 NOISE_REMOVALS = ("ancestral", "greedy")
 AR_CORRECTORS = ("ar_surprisal", "ar_gap", "ar_entropy", "ar_kl", "ar_reverse_kl", "ar_tv")
 DIFFUSION_CORRECTORS = ("entropy", "confidence", "margin")
+# Their scores are made of the whole diffusion distribution.
+DISTRIBUTION_CORRECTORS = ("ar_kl", "ar_reverse_kl", "ar_tv", *DIFFUSION_CORRECTORS)
 CORRECTORS = (*AR_CORRECTORS, *DIFFUSION_CORRECTORS, "random")
 
 # What `generate` assumes where neither the call nor the model's own generation config says anything.
@@ -33,6 +35,8 @@ _DEFAULTS: dict[str, Any] = {
     "corrector_period": 1,
     "noise_removal": "ancestral",
     "sampler": "ancestral",
+    "confidence_threshold": 0.9,
+    "entropy_bound": 0.1,
     "output_trajectory": False,
     # A diffusion model is sampled from, and from its whole distribution: transformers' default top_k=50 cuts it
     # silently.
@@ -77,7 +81,14 @@ class BlockGenGenerationConfig(GenerationConfig):
         noise_removal (`str`, defaults to `"ancestral"`):
             The last step: `"ancestral"` draws, `"greedy"` takes the arg-max.
         sampler (`str`, defaults to `"ancestral"`):
-            How a denoising step moves.
+            How a block is denoised. `"ancestral"`: T steps of the posterior. `"first_hitting"`: masked models only,
+            the same law for T to infinity, a function evaluation for each token. `"confidence"` and `"entropy_bound"`:
+            at every step the tokens that the model is sure of, T steps at most.
+        confidence_threshold (`float`, defaults to 0.9):
+            Of `sampler="confidence"`: tokens whose most likely value has this probability are accepted.
+        entropy_bound (`float`, defaults to 0.1):
+            Of `sampler="entropy_bound"`: the most certain tokens are accepted whose entropies, but for the largest,
+            add up to so many nats at most.
         output_trajectory (`bool`, defaults to `False`):
             Whether to return the states of each step, with `return_dict_in_generate=True`.
         kwargs:
@@ -162,6 +173,14 @@ class BlockGenGenerationConfig(GenerationConfig):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < smallest):
                 raise ValueError(f"`{name}` must be an integer of at least {smallest}, but is {value!r}.")
+        if self.sampler not in (None, "ancestral") and self.decoding == "arpc":
+            raise ValueError(
+                f"`sampler={self.sampler!r}` does not go with `decoding='arpc'`, whose steps are ancestral."
+            )
+        for name, largest in (("confidence_threshold", 1.0), ("entropy_bound", float("inf"))):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, (int, float)) or not 0 <= value <= largest):
+                raise ValueError(f"`{name}` must be a number from 0 to {largest:g}, but is {value!r}.")
         if self.denoising_steps is not None and self.nfe_per_block is not None:
             raise ValueError(
                 f"`denoising_steps` ({self.denoising_steps}) and `nfe_per_block` ({self.nfe_per_block}) contradict "
@@ -178,6 +197,10 @@ class BlockGenGenerationConfig(GenerationConfig):
         """GUIDED(i) of Algorithm 1: from `corrector_start` on every `corrector_period`-th step, the last one never."""
         start, period = self.corrector_start, self.corrector_period
         return self.decoding == "arpc" and start <= step < num_steps - 1 and (step - start) % period == 0
+
+    def acceptance_bound(self) -> float:
+        """What the adaptive sampler compares with."""
+        return float(self.confidence_threshold if self.sampler == "confidence" else self.entropy_bound)
 
     def function_evaluations(self, num_steps: int) -> int:
         """Function evaluations of a block of T steps: T, and one more for each informed step that needs an AR pass."""

@@ -31,18 +31,25 @@ from .training_mask_blockgen import attend_in_chunks
 
 
 class BlockGenLayerNorm(nn.Module):
-    """Layer norm without bias, computed in float32."""
+    """Layer norm without bias, computed in float32; then shifted and scaled by the condition, if there is one."""
 
     def __init__(self, hidden_size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(hidden_size))
         self.eps = eps
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        normed = nn.functional.layer_norm(
-            hidden_states.float(), self.weight.shape, weight=self.weight.float(), eps=self.eps
-        )
-        return normed.to(hidden_states.dtype)
+    def forward(
+        self, hidden_states: torch.Tensor, shift: torch.Tensor | None = None, scale: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`[B, L, d]` -> `[B, L, d]`; shift and scale `[1 or B, 1 or L, d]`."""
+        weight, bias, shape = self.weight.float(), None, self.weight.shape
+        # One condition for all tokens is a part of the weights: fewer passes over the hidden states.
+        if shift is not None and scale is not None and shift.numel() == shape.numel():
+            weight, bias = weight * (1 + scale.float().view(shape)), shift.float().view(shape)
+            shift = scale = None
+        normed = nn.functional.layer_norm(hidden_states.float(), shape, weight=weight, bias=bias, eps=self.eps)
+        normed = normed.to(hidden_states.dtype)
+        return normed if shift is None or scale is None else normed * (1 + scale) + shift
 
 
 class BlockGenModulation(nn.Linear):
@@ -207,27 +214,27 @@ class BlockGenDecoderLayer(GradientCheckpointingLayer):
         self,
         hidden_states: torch.Tensor,
         condition: torch.Tensor | None = None,
+        modulation: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
+        """`modulation`: that of the condition, `[.., .., 6 d]`, where it is known already."""
+        if modulation is None and self.modulation is not None:
+            modulation = self.modulation(condition)
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (
-            (None,) * 6 if self.modulation is None else self.modulation(condition).chunk(6, dim=-1)
+            (None,) * 6 if modulation is None else modulation.chunk(6, dim=-1)
         )
         residual = hidden_states
-        hidden_states = modulate(self.input_layernorm(hidden_states), shift, scale)
+        hidden_states = self.input_layernorm(hidden_states, shift, scale)
         hidden_states, _ = self.self_attn(hidden_states, **kwargs)
-        hidden_states = residual + apply_gate(self.dropout(hidden_states), gate)
+        hidden_states = add_gated(residual, self.dropout(hidden_states), gate)
 
         residual = hidden_states
-        hidden_states = modulate(self.post_attention_layernorm(hidden_states), mlp_shift, mlp_scale)
-        return residual + apply_gate(self.dropout(self.mlp(hidden_states)), mlp_gate)
+        hidden_states = self.post_attention_layernorm(hidden_states, mlp_shift, mlp_scale)
+        return add_gated(residual, self.dropout(self.mlp(hidden_states)), mlp_gate)
 
 
-def modulate(hidden_states: torch.Tensor, shift: torch.Tensor | None, scale: torch.Tensor | None) -> torch.Tensor:
-    return hidden_states if shift is None or scale is None else hidden_states * (1 + scale) + shift
-
-
-def apply_gate(hidden_states: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
-    return hidden_states if gate is None else gate * hidden_states
+def add_gated(residual: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
+    return residual + branch if gate is None else torch.addcmul(residual, branch, gate)
 
 
 __all__ = ["BlockGenAttention", "BlockGenDecoderLayer"]

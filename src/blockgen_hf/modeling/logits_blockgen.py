@@ -13,9 +13,13 @@
 # limitations under the License.
 """transformers' logits processors, written for one next token a row, on the logits of a whole block."""
 
+from dataclasses import dataclass
+
 import torch
 from transformers.generation import logits_process
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
+
+from .sampling_blockgen import sample_categorical
 
 
 # They look at the length or at the end of the text: each position needs its own.
@@ -46,57 +50,102 @@ def looks_at_neighbours(processor: LogitsProcessor) -> bool:
     return isinstance(processor, logits_process.NoRepeatNGramLogitsProcessor)
 
 
-def process_logits(
-    logits: torch.Tensor,
-    context: torch.Tensor,
-    canvas: torch.Tensor,
-    columns: torch.Tensor,
-    processors: LogitsProcessorList,
-    mask_token_id: int | None,
-) -> torch.Tensor:
+@dataclass(frozen=True)
+class BlockText:
     """
-    Applies the processors to the logits of a block.
+    The text around the positions of a block, as logits processors see it.
 
     Args:
-        logits (`torch.Tensor` of shape `[A, n, V]`): raw logits.
         context (`torch.LongTensor` of shape `[A, length]`): clean text before the block.
         canvas (`torch.LongTensor` of shape `[A, n]`): the block as it stands.
         columns (`torch.LongTensor` of shape `[A, n]`): how many tokens stand before each position of the block.
+    """
+
+    context: torch.Tensor
+    canvas: torch.Tensor
+    columns: torch.Tensor
+
+
+def process_logits(
+    logits: torch.Tensor, where: torch.Tensor, text: BlockText, processors: LogitsProcessorList
+) -> torch.Tensor:
+    """
+    Applies the processors to the logits of some positions of a block.
+
+    Args:
+        logits (`torch.Tensor` of shape `[M, V]`): raw logits, float32. They may be overwritten.
+        where (`torch.BoolTensor` of shape `[A, n]`): the M positions, row by row.
+        text ([`BlockText`]): the text around them.
         processors (`LogitsProcessorList`): applied in order. They see the clean text; those that look at its length or
             at its end see, for each position, the block before it as it stands.
-        mask_token_id (`int`, *optional*): a token that is impossible, and must not fill a place of top-k or top-p.
 
     Returns:
-        `torch.Tensor` of shape `[A, n, V]`.
+        `torch.Tensor` of shape `[M, V]`.
     """
-    logits = logits.to(copy=True, dtype=torch.float32)
-    if mask_token_id is not None:
-        logits[..., mask_token_id] = -torch.inf
+    rows = where.nonzero()[:, 0]
     for processor in processors:
         if isinstance(processor, POSITION_PROCESSORS):
-            logits = _process_by_position(logits, context, canvas, columns, processor)
+            logits = _process_by_position(logits, rows, text.columns[where], text, processor)
         else:
-            rows = context.repeat_interleave(logits.shape[1], dim=0)
-            logits = processor(rows, logits.flatten(0, 1)).unflatten(0, logits.shape[:2])
+            logits = processor(text.context[rows], logits)
     return logits
 
 
 def _process_by_position(
-    logits: torch.Tensor,
-    context: torch.Tensor,
-    canvas: torch.Tensor,
-    columns: torch.Tensor,
-    processor: LogitsProcessor,
+    logits: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, text: BlockText, processor: LogitsProcessor
 ) -> torch.Tensor:
     """Calls the processor once a column, with the text that stands before it."""
-    first, last = int(columns.min()), int(columns.max())
-    text = torch.nn.functional.pad(context, (0, max(0, last + 1 - context.shape[1]))).scatter(1, columns, canvas)
-    for column in range(first, last + 1):
+    width = int(text.columns.max()) + 1
+    before = torch.nn.functional.pad(text.context, (0, max(0, width - text.context.shape[1])))
+    before = before.scatter(1, text.columns, text.canvas)
+    for column in columns.unique().tolist():
         here = columns == column
-        if here.any():
-            rows = here.any(-1).nonzero().squeeze(-1)
-            logits[here] = processor(text[rows, :column], logits[here])
+        logits[here] = processor(before[rows[here], :column], logits[here])
     return logits
 
 
-__all__ = ["process_logits"]
+class Prediction:
+    """
+    x_hat at M positions, from their logits, which are float32 `[M, V]`, processed, and minus infinity where a token is
+    impossible.
+
+    Args:
+        do_sample (`bool`): False: the whole mass is on the arg-max.
+    """
+
+    def __init__(self, logits: torch.Tensor, do_sample: bool) -> None:
+        self.logits = logits
+        self.do_sample = do_sample
+
+    def __getitem__(self, index: torch.Tensor) -> "Prediction":
+        return Prediction(self.logits[index], self.do_sample)
+
+    def sample(self, uniform: torch.Tensor) -> torch.Tensor:
+        """A token for each position, `[M]`, from uniform numbers `[M]`."""
+        return sample_categorical(self.logits.softmax(-1), uniform) if self.do_sample else self.best()
+
+    def sample_at(self, where: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+        """A token for k of the positions, `[k]`, from a mask over all, of any shape, and k uniform numbers."""
+        return self[where.flatten()].sample(uniform)
+
+    def best(self) -> torch.Tensor:
+        """The most likely token of each position, `[M]`."""
+        return self.logits.argmax(-1)
+
+    def prob(self, tokens: torch.Tensor) -> torch.Tensor:
+        """x_hat of a token for each position, `[M]`, float64."""
+        if not self.do_sample:
+            return (self.best() == tokens).double()
+        return self.log_prob(tokens).exp()
+
+    def log_prob(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Log-probability of a token for each position, `[M]`, float64; sampled from or not."""
+        chosen = self.logits.gather(-1, tokens[:, None]).squeeze(-1)
+        return chosen.double() - self.logits.logsumexp(-1).double()
+
+    def log_probs(self) -> torch.Tensor:
+        """The whole distribution, `[M, V]`, float64; sampled from or not."""
+        return self.logits.double().log_softmax(-1)
+
+
+__all__ = ["BlockText", "Prediction", "process_logits"]

@@ -144,7 +144,8 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
                 Time t of the noisy tokens, in [0, 1]. Needed by a time-conditional denoiser; drawn when `labels` are
                 given.
             logits_to_keep (`int` or `torch.Tensor`, defaults to 0):
-                As in every causal language model: how many of the last logits to compute (0: all), or which.
+                As in every causal language model: how many of the last logits to compute (0: all), or which. For the
+                denoiser also a mask of shape `[B, N]`: the logits of these M tokens alone, `[M, V]`, row by row.
             num_items_in_batch (`torch.Tensor` or `int`, *optional*):
                 Number of scored tokens in all micro-batches of an optimizer step: the loss is then the sum divided by
                 it.
@@ -203,7 +204,9 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
             input_ids, noisy_input_ids, block_size, noisy_position_ids, attention_mask, position_ids, past_key_values,
             bool(use_cache), noise_level, document_ids, **kwargs,
         )  # fmt: skip
-        hidden_states = outputs.last_hidden_state[:, _kept(logits_to_keep)]
+        is_mask = isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.dtype == torch.bool
+        hidden_states = outputs.last_hidden_state
+        hidden_states = hidden_states[logits_to_keep if is_mask else (slice(None), _kept(logits_to_keep))]
         return with_logits(outputs, self.lm_head(hidden_states))
 
     def _causal_forward(

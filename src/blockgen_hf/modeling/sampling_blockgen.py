@@ -104,37 +104,43 @@ def sample_categorical(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tens
     draw.
 
     The vocabulary is cut into about sqrt(V) chunks: a cumulative sum over the chunks' masses finds the chunk, one
-    within the chunk finds the token. In float64 the law is exact to 1e-15; Gumbel noise in float32 truncates the tail
-    of the distribution and lowers the entropy of the text (Zheng et al., 2025).
+    within the chunk finds the token. What is summed over many is summed in float64, so that every token, however
+    unlikely, has its probability up to the relative rounding of the masses themselves: 1e-6 for float32, 1e-15 for
+    float64. Gumbel noise in float32 truncates the tail of the distribution instead, and lowers the entropy of the text
+    (Zheng et al., 2025).
 
     Args:
-        probs (`torch.Tensor` of shape `[..., V]`): non-negative masses, in float64; they need not add up to 1.
+        probs (`torch.Tensor` of shape `[..., V]`): non-negative masses, computed with in float32 at least; they need
+            not add up to 1.
         uniform (`torch.Tensor` of shape `[...]`): numbers in [0, 1), float64.
 
     Returns:
         `torch.LongTensor` of shape `[...]`. A token of zero mass is never drawn.
     """
+    probs = probs.to(torch.promote_types(probs.dtype, torch.float32))
     vocab_size = probs.shape[-1]
     width = int(vocab_size**0.5) + 1
     num_chunks = -(-vocab_size // width)
     if num_chunks * width != vocab_size:
         probs = torch.nn.functional.pad(probs, (0, num_chunks * width - vocab_size))
     chunks = probs.unflatten(-1, (num_chunks, width))
-    chunk, target = _invert(chunks.sum(-1), uniform * chunks.sum((-1, -2)))
+    chunk, place = _invert(chunks.sum(-1), uniform)
     inside = torch.take_along_dim(chunks, chunk[..., None, None], dim=-2).squeeze(-2)
-    token, _ = _invert(inside, target)
+    token, _ = _invert(inside, place)
     return chunk * width + token
 
 
-def _invert(masses: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first index whose cumulative mass exceeds the target, and what of the target is left within that index."""
-    cumulative = masses.cumsum(-1)
+def _invert(masses: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The index into whose share of the masses the number in [0, 1) falls, and where in that share, in [0, 1]."""
+    cumulative = masses.cumsum(-1, dtype=torch.float64)
     total = cumulative[..., -1]
     # Rounding may lift the target to the total, behind the last index of positive mass.
-    target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total))).clamp_(min=0)
-    index = (cumulative <= target[..., None]).sum(-1)
-    before = torch.take_along_dim(torch.nn.functional.pad(cumulative, (1, 0)), index[..., None], dim=-1).squeeze(-1)
-    return index, target - before
+    target = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
+    index = (cumulative <= target[..., None]).sum(-1, keepdim=True)
+    end = cumulative.gather(-1, index)
+    start = torch.where(index > 0, cumulative.gather(-1, (index - 1).clamp(min=0)), 0.0)
+    place = ((target[..., None] - start) / (end - start)).clamp(0, 1)
+    return index.squeeze(-1), place.squeeze(-1)
 
 
 __all__ = ["CounterGenerator", "draw_token", "draw_uniform", "sample_categorical"]

@@ -13,6 +13,7 @@
 # limitations under the License.
 """The trunk of BlockGen: from clean and noisy tokens to the hidden states of the noisy ones."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,7 +34,6 @@ from .layers_blockgen import (
     BlockGenModulation,
     BlockGenRotaryEmbedding,
     BlockGenTimeEmbedding,
-    modulate,
 )
 from .masking_blockgen import AttentionLayout, BlockSize, build_layout, concat, make_attention_mask, unreachable
 from .positions_blockgen import last_columns
@@ -108,6 +108,7 @@ class BlockGenModel(BlockGenPreTrainedModel):
         is_causal: bool = False,
         is_full: bool = False,
         is_aligned: bool = False,
+        modulations: Sequence[torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """
@@ -122,6 +123,7 @@ class BlockGenModel(BlockGenPreTrainedModel):
             is_full (`bool`): the caller knows that every query sees every key.
             is_aligned (`bool`): the caller knows that clean and noisy tokens are as many, at the same positions, which
                 follow the order of the tokens (in every document, if there are `document_ids`), and nothing is cached.
+            modulations (`Sequence[torch.Tensor]`, *optional*): what [`~BlockGenModel.constant_modulations`] returned.
 
         Returns:
             [`BaseModelOutputWithPast`], `last_hidden_state` of the noisy tokens only, `[B, N, hidden_size]`; with
@@ -160,11 +162,14 @@ class BlockGenModel(BlockGenPreTrainedModel):
 
         hidden_states = self.embed_tokens(torch.cat([input_ids, noisy_input_ids], dim=1))
         position_embeddings = self.rotary_emb(hidden_states, concat(position_ids, noisy_position_ids))
-        condition = self._condition(noise_level, num_clean, hidden_states)
-        for layer in self.layers:
+        condition = None
+        if modulations is None:
+            condition = self._condition(noise_level, num_clean, hidden_states)
+        for index, layer in enumerate(self.layers):
             hidden_states = layer(
                 hidden_states,
                 condition,  # by position: reentrant checkpointing tracks no gradients of keywords
+                None if modulations is None else modulations[index],
                 position_embeddings=position_embeddings,
                 attention_mask=mask,
                 is_causal=is_causal,
@@ -175,17 +180,32 @@ class BlockGenModel(BlockGenPreTrainedModel):
         # CODEPATH: the paper's AR baseline has no noisy tokens: clean ones predict.
         if not self.config.next_token_prediction:
             hidden_states = hidden_states[:, num_clean:]
-        hidden_states = self._final_norm(hidden_states, condition)
+        modulation = None
+        if self.norm_modulation is not None:
+            modulation = self.norm_modulation(condition) if modulations is None else modulations[-1]
+        hidden_states = self._final_norm(hidden_states, modulation)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
-    def _final_norm(self, hidden_states: torch.Tensor, condition: torch.Tensor | None) -> torch.Tensor:
-        hidden_states_normed = self.norm(hidden_states)
-        if self.norm_modulation is None or condition is None:
-            return hidden_states_normed
-        # Of the clean tokens too: quantised layers do not take a tensor without tokens.
-        modulation = self.norm_modulation(condition)
+    def _final_norm(self, hidden_states: torch.Tensor, modulation: torch.Tensor | None) -> torch.Tensor:
+        if modulation is None:
+            return self.norm(hidden_states)
+        # That of the clean tokens was computed too: quantised layers do not take a tensor without tokens.
         modulation = modulation if modulation.shape[1] == 1 else last_columns(modulation, hidden_states.shape[1])
-        return modulate(hidden_states_normed, *modulation.chunk(2, dim=-1))
+        return self.norm(hidden_states, *modulation.chunk(2, dim=-1))
+
+    def constant_modulations(self) -> list[torch.Tensor] | None:
+        """
+        What the adaptive layer norms make of the condition, for many forward passes: a tensor `[1, 1, 6 d]` for each
+        layer, and `[1, 1, 2 d]` for the last norm. None if there are none, or if they depend on the noise level.
+        """
+        if self.time_embedding is None or self.norm_modulation is None or self.config.time_conditioning:
+            return None
+        weight = self.norm.weight
+        condition = self._condition(None, 0, weight.new_empty(1, 0, len(weight)))
+        return [
+            *(layer.get_submodule("modulation")(condition) for layer in self.layers),
+            self.norm_modulation(condition),
+        ]
 
     def _condition(
         self, noise_level: torch.Tensor | None, num_clean: int, hidden_states: torch.Tensor

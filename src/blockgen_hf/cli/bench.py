@@ -1,0 +1,229 @@
+"""Measures how fast a model generates, beside GPT-2 of the same size."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from .parsing import CommandError, add_loading_arguments, integer, loading_options
+
+
+if TYPE_CHECKING:
+    from ..evaluation.throughput import Case, Contender, Machine, Measurement
+    from ..evaluation.throughput_contenders import Decoding
+
+
+Value = TypeVar("Value")
+# Makes further contenders of a model and the decodings.
+MoreContenders = Callable[[Any, "list[Decoding]"], "list[Contender]"]
+
+_DECODINGS = "ar,block_diffusion:4,block_diffusion:16,block_diffusion:64,arpc:8,arpc:16"
+_DIFFUSION_TYPES = ("masked", "uniform")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", help="a folder or a model on the Hub (default: random weights)")
+    group.add_argument(
+        "--size", choices=("base", "tiny"), help="of random weights: base, the paper's (default), or tiny"
+    )
+    group.add_argument(
+        "--diffusion-types",
+        type=_list_of(_diffusion_type),
+        metavar="NAME,...",
+        help="of random weights (default: masked,uniform)",
+    )
+    add_loading_arguments(group)
+    group = parser.add_argument_group("cases")
+    group.add_argument(
+        "--decodings",
+        type=_list_of(str),
+        default=_DECODINGS,
+        metavar="NAME,...",
+        help="ar, block_diffusion:STEPS, arpc:EVALUATIONS a block; settings may follow, as in "
+        f"block_diffusion:16:top_k=50 (default: {_DECODINGS})",
+    )
+    group.add_argument(
+        "--block-size", type=integer(1), default=16, metavar="N", help="tokens of a block (default: 16)"
+    )
+    group.add_argument(
+        "--prefixes",
+        type=_list_of(integer(0)),
+        default="0,512",
+        metavar="N,...",
+        help="tokens of the prompts (default: 0,512)",
+    )
+    group.add_argument(
+        "--batch-sizes", type=_list_of(integer(1)), default="1,4,16", metavar="N,...", help="default: 1,4,16"
+    )
+    group.add_argument("--new-tokens", type=integer(1), default=64, metavar="N", help="of every row (default: 64)")
+    group = parser.add_argument_group("measurement")
+    group.add_argument("--contenders", type=_list_of(str), metavar="NAME,...", help="these only (default: all)")
+    group.add_argument("--repeats", type=integer(1), default=3, metavar="N", help="rounds (default: 3)")
+    group.add_argument("--threads", type=integer(1), metavar="N", help="of the CPU (default: torch's)")
+    group.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
+
+
+def _list_of(parse: Callable[[str], Value]) -> Callable[[str], list[Value]]:
+    def parse_list(text: str) -> list[Value]:
+        return [parse(word) for word in text.split(",")]
+
+    return parse_list
+
+
+def _diffusion_type(text: str) -> str:
+    if text not in _DIFFUSION_TYPES:
+        raise argparse.ArgumentTypeError(f"must be of {', '.join(_DIFFUSION_TYPES)}, but is {text!r}")
+    return text
+
+
+def run(args: argparse.Namespace, more_contenders: MoreContenders | None = None) -> int:
+    _check(args)
+
+    from .loading import one_line_errors, quiet_transformers
+
+    with quiet_transformers(), one_line_errors():
+        from ..evaluation.throughput_contenders import Decoding
+
+        decodings = [Decoding.parse(text, args.block_size) for text in args.decodings]
+        report = Report(args)
+        for model in _models(args):
+            _benchmark(args, model, decodings, more_contenders, report)
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuses options that would be ignored, and a file that could not be written."""
+    if args.model is not None:
+        for name in ("size", "diffusion_types"):
+            if getattr(args, name) is not None:
+                raise CommandError(f"--{name.replace('_', '-')} is for random weights: leave it out with --model.")
+    elif args.revision is not None or args.trust_remote_code:
+        raise CommandError("--revision and --trust-remote-code are for a --model.")
+    if args.json is not None and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
+        raise CommandError(f"--json {args.json}: is a folder, or in one that does not exist.")
+
+
+def _models(args: argparse.Namespace) -> Iterator[Any]:
+    """The models, one after the other."""
+    import torch
+    from transformers import set_seed
+
+    from ..evaluation.throughput_contenders import random_model
+    from .loading import load, resolve_device
+
+    length = max(args.prefixes) + args.new_tokens
+    if args.model is not None:
+        model, _ = load(args.model, **loading_options(args))
+        positions = model.config.max_position_embeddings
+        if length > positions:
+            raise CommandError(
+                f"--prefixes and --new-tokens make {length} tokens, but the model takes {positions} at most."
+            )
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    if args.model is not None:
+        yield model
+        return
+    dtype = torch.float32 if args.dtype == "auto" else getattr(torch, args.dtype)
+    for diffusion_type in args.diffusion_types or _DIFFUSION_TYPES:
+        set_seed(0)
+        model = random_model(args.size or "base", diffusion_type, max(1024, length))
+        if args.attn_implementation is not None:
+            model.set_attn_implementation(args.attn_implementation)
+        yield model.to(device=resolve_device(args.device), dtype=dtype)
+
+
+def _benchmark(
+    args: argparse.Namespace,
+    model: Any,
+    decodings: "list[Decoding]",
+    more_contenders: MoreContenders | None,
+    report: "Report",
+) -> None:
+    from ..evaluation.throughput import Case, Machine, measure
+    from ..evaluation.throughput_contenders import blockgen_contenders, gpt2_contender, gpt2_like
+
+    contenders = blockgen_contenders(model, decodings)
+    if more_contenders is not None:
+        contenders += more_contenders(model, decodings)
+    contenders.append(gpt2_contender(gpt2_like(model)))
+    names = [contender.name for contender in contenders]
+    unknown = [name for name in args.contenders or () if name not in names]
+    if unknown:
+        raise CommandError(f"--contenders: there are {', '.join(dict.fromkeys(names))}, but not {', '.join(unknown)}.")
+    contenders = [contender for contender in contenders if contender.name in (args.contenders or names)]
+    report.add_model(model)
+    for prefix in args.prefixes:
+        for batch_size in args.batch_sizes:
+            case = Case(model.config.diffusion_type, prefix, batch_size, args.new_tokens)
+            machine = Machine(model.device, model.dtype, *((256, 16) if args.size == "tiny" else ()))
+            found = measure(case, contenders, machine, args.repeats, args.block_size, _progress(case))
+            report.add_case(case, found, machine)
+
+
+def _progress(case: "Case") -> Callable[[str], None] | None:
+    if not sys.stderr.isatty():
+        return None
+
+    def show(what: str) -> None:
+        where = f"{case.diffusion_type}, prefix {case.prefix}, batch {case.batch_size}"
+        print(f"\r\033[K{where}: {what}", end="", file=sys.stderr, flush=True)
+
+    return show
+
+
+class Report:
+    """Prints a table a case, and keeps the file of figures complete up to it: a long run may be stopped."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.file: Path | None = args.json
+        settings = {name: value for name, value in vars(args).items() if name not in ("run", "parser", "json")}
+        self.figures: dict[str, Any] = {"settings": settings, "models": [], "cases": []}
+
+    def add_model(self, model: Any) -> None:
+        from ..evaluation.throughput_contenders import denoiser_entropy
+
+        config = model.config
+        facts = {
+            "model": model.name_or_path or "random weights",
+            "diffusion_type": config.diffusion_type,
+            "layers": config.num_hidden_layers,
+            "hidden_size": config.hidden_size,
+            "vocab_size": config.vocab_size,
+            "parameters": model.num_parameters(),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "denoiser_entropy": denoiser_entropy(model),
+        }
+        self.figures["models"].append(facts)
+        print(
+            "# {model}, {diffusion_type}: {layers} x {hidden_size}, V = {vocab_size:,}, {dtype}, x_hat of "
+            "{denoiser_entropy:.1f} nats".format(**facts),
+            flush=True,
+        )
+
+    def add_case(self, case: "Case", measurements: "list[Measurement]", machine: "Machine") -> None:
+        from dataclasses import asdict
+
+        from ..evaluation.throughput import table
+
+        if sys.stderr.isatty():
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+        results = [measurement.to_dict() for measurement in measurements]
+        self.figures["cases"].append({**asdict(case), "machine": machine.to_dict(), "results": results})
+        print(f"\n## Prefix {case.prefix}, batch {case.batch_size}, {case.new_tokens} new tokens a row\n")
+        print("\n".join(table(measurements)))
+        speed = "{gflops_per_second:,.0f} GFLOP/s, {gigabytes_per_second:.1f} GB/s"
+        where = "{name}, threads: {threads}, torch {torch}: "
+        print(f"\n{(where + speed).format(**machine.to_dict())}\n", flush=True)
+        self._write()
+
+    def _write(self) -> None:
+        if self.file is None:
+            return
+        unfinished = self.file.with_name(self.file.name + ".part")
+        unfinished.write_text(json.dumps(self.figures, indent=2) + "\n", encoding="utf-8")
+        os.replace(unfinished, self.file)
