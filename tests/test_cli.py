@@ -105,7 +105,10 @@ def test_text_and_cost(run: Command, options: tuple[str, ...], evaluations: int,
     assert empty == ""
     match = COST.fullmatch(cost)
     assert match is not None
-    assert match.groups() == ("16", str(evaluations), f"{16 / evaluations:.2f}", f"{settings}, seed 5")
+    count = int(match.group(2))
+    # At most: a pass that changes nothing is not run.
+    assert count == evaluations if settings == "ar" else 0 < count <= evaluations
+    assert match.groups() == ("16", str(count), f"{16 / count:.2f}", f"{settings}, seed 5")
 
 
 def test_the_models_own_settings_decide_what_is_not_passed(tmp_path: Path, run: Command) -> None:
@@ -131,8 +134,9 @@ def test_json(run: Command, checkpoint: str) -> None:
     (sample,) = result["samples"]
     assert sample["text"] == "a b" + sample["completion"]
     assert sample["num_new_tokens"] == result["num_new_tokens"] == 16
-    assert sample["num_function_evaluations"] == result["num_function_evaluations"] == 16
-    assert sample["tokens_per_forward"] == result["tokens_per_forward"] == 1
+    assert 0 < sample["num_function_evaluations"] == result["num_function_evaluations"] <= 16
+    expected = pytest.approx(16 / result["num_function_evaluations"], abs=1e-4)
+    assert sample["tokens_per_forward"] == result["tokens_per_forward"] == expected
     assert result["seconds"] > 0 and result["tokens_per_second"] > 0
     assert result["decoding"] == "arpc" and result["settings"]["informed_steps"] == [0, 3]
 
@@ -159,7 +163,11 @@ def test_several_samples(run: Command) -> None:
     assert result["num_new_tokens"] == 48
     *lines, cost = run("a", "--num-samples", "3", "--seed", "0").splitlines()
     assert lines == [line for i, text in enumerate(texts, 1) for line in (f"[{i}] {text}", "")]
-    assert cost.startswith("3 samples: 48 new tokens, 48 function evaluations, 1.00 tokens per forward")
+    count = result["num_function_evaluations"]
+    assert count == sum(sample["num_function_evaluations"] for sample in result["samples"]) <= 48
+    assert cost.startswith(
+        f"3 samples: 48 new tokens, {count} function evaluations, {48 / count:.2f} tokens per forward"
+    )
 
 
 @pytest.mark.parametrize("options", [(), ("--decoding", "ar"), ARPC, ("--compare",), ("--num-samples", "2")])
@@ -224,14 +232,17 @@ def test_compare(run: Command) -> None:
     out = run("a b", "--compare", "--seed", "0")
     assert max(map(len, out.splitlines())) <= 100
     rows = re.findall(r"^(ar|block_diffusion|arpc) +(.*?) +(\d+) +([\d.]+) +[\d.]+$", out, flags=re.MULTILINE)
-    assert rows == [
-        ("ar", "", "16", "1.00"),
-        ("block_diffusion", "block size 8, 16 steps", "32", "0.50"),
-        ("block_diffusion", "block size 8, 8 steps", "16", "1.00"),
-        ("block_diffusion", "block size 8, 4 steps", "8", "2.00"),
-        ("arpc", "block size 8, 12 steps, 4 with ar_surprisal", "32", "0.50"),
-        ("arpc", "block size 8, 6 steps, 2 with ar_surprisal", "16", "1.00"),
+    expected = [
+        ("ar", "", 16),
+        ("block_diffusion", "block size 8, 16 steps", 32),
+        ("block_diffusion", "block size 8, 8 steps", 16),
+        ("block_diffusion", "block size 8, 4 steps", 8),
+        ("arpc", "block size 8, 12 steps, 4 with ar_surprisal", 32),
+        ("arpc", "block size 8, 6 steps, 2 with ar_surprisal", 16),
     ]
+    assert [row[:2] for row in rows] == [row[:2] for row in expected]
+    for (*_, count, ratio), (*_, most) in zip(rows, expected, strict=True):
+        assert int(count) <= most and ratio == f"{16 / int(count):.2f}"
     compared = results(run, "a b", "--compare")
     assert [(row["decoding"], str(row["num_function_evaluations"])) for row in compared] == [
         (decoding, evaluations) for decoding, _, evaluations, _ in rows

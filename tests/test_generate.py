@@ -362,13 +362,12 @@ def test_generation_under_gradient_checkpointing_goes_without_a_cache(decoding: 
 
 # ---- cost
 def test_the_prompt_is_computed_once() -> None:
-    """Prefill commits it; denoising passes hold the block only; the last block is never committed."""
+    """The first pass commits it; the others hold the block only; the last block is never committed."""
     model = tiny_model()
     with record_forwards(model) as calls:
         generate(model, words(1, 9), max_new_tokens=8, denoising_steps=3, **DIFFUSION)
     assert sum(call["input_ids"].shape[1] for call in calls) == 9 + 4
-    denoising = [call for call in calls if call.get("noisy_input_ids") is not None and call["noisy_input_ids"].numel()]
-    assert len(denoising) == 6
+    assert [call["input_ids"].shape[1] > 0 for call in calls].count(True) == 2
     assert all(num_rows(call) == 1 for call in calls)
 
 

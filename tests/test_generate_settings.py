@@ -116,7 +116,7 @@ def test_a_call_changes_no_configuration() -> None:
 
 def test_budget_and_steps_replace_one_another() -> None:
     """The one that is said later counts; said together they contradict one another."""
-    model = tiny_model()
+    model = tiny_model("uniform_time_conditional")
     kwargs = dict(max_new_tokens=8, block_size=8, decoding="block_diffusion", return_dict_in_generate=True)
     model.generation_config.nfe_per_block = 5
     assert generate(model, words(1, 3), **kwargs).num_function_evaluations.item() == 5
@@ -182,7 +182,7 @@ VALUES: list[tuple[str, Any]] = [
     ("corrector_start", -1),
     ("corrector_period", 0),
     ("noise_removal", "argmax"),
-    ("sampler", "first_hitting"),
+    ("sampler", "gibbs"),
     ("sampler", "euler"),
     ("output_trajectory", "yes"),
 ]

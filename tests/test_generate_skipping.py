@@ -125,7 +125,7 @@ def test_a_masked_model_computes_logits_where_something_is_revealed() -> None:
 @pytest.mark.parametrize("variant", ["masked", "uniform_time_conditional", "without_adaln"])
 def test_modulations_that_are_known_give_the_same_logits(variant: str) -> None:
     model, clean = tiny_model(variant), words(2, 8)
-    modulations = model.model.constant_modulations()
+    modulations = model.model.constant_modulations(torch.device("cpu"))
     assert (modulations is None) == (variant != "masked")
     noisy = torch.full_like(clean, MASK)
     expected = model(clean, noisy, block_size=4, noise_level=1.0).logits

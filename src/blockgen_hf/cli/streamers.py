@@ -143,19 +143,19 @@ class DraftLog(DraftStreamer):
     def __init__(self, tokenizer: PreTrainedTokenizerBase, output: TextIO) -> None:
         super().__init__(tokenizer, output)
         self.block = 1
-        self.step = 0
+        self.passes = 0
         self.text = ""
 
     @_drawing
     def put(self, value: torch.Tensor) -> None:
         TextStreamer.put(self, value)
-        self.block += self.step > 0
-        self.step = 0
+        self.block += self.passes > 0
+        self.passes = 0
 
     def draw(self, tokens: list[int], decided: list[bool]) -> None:
-        self.step += 1
+        self.passes += 1
         text = one_line(printable(self.tokenizer.decode(tokens, **self.decode_kwargs)))
-        self.write(f"block {self.block}, step {self.step:2}, {sum(decided):2}/{len(decided)} decided | {text}\n")
+        self.write(f"block {self.block}, pass {self.passes:2}, {sum(decided):2}/{len(decided)} decided | {text}\n")
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         self.text += text

@@ -102,7 +102,7 @@ class BlockDecoder:
         self.rows = row_generator(seed, input_ids, attention_mask)
         self.num_seeded = max_new_tokens if generation_config.decoding == "ar" else generation_config.ar_seed_tokens
         self._trajectory: list[tuple[torch.Tensor, ...]] = []
-        self._modulations = model.base_model.constant_modulations()
+        self._modulations = model.base_model.constant_modulations(input_ids.device)
         if generation_config.decoding != "ar":
             num_steps = generation_config.num_denoising_steps()
             self.grid = TimeGrid.of(self.process.schedule, num_steps, input_ids.device)

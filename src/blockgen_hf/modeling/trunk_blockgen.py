@@ -193,15 +193,16 @@ class BlockGenModel(BlockGenPreTrainedModel):
         modulation = modulation if modulation.shape[1] == 1 else last_columns(modulation, hidden_states.shape[1])
         return self.norm(hidden_states, *modulation.chunk(2, dim=-1))
 
-    def constant_modulations(self) -> list[torch.Tensor] | None:
+    def constant_modulations(self, device: torch.device) -> list[torch.Tensor] | None:
         """
         What the adaptive layer norms make of the condition, for many forward passes: a tensor `[1, 1, 6 d]` for each
         layer, and `[1, 1, 2 d]` for the last norm. None if there are none, or if they depend on the noise level.
         """
         if self.time_embedding is None or self.norm_modulation is None or self.config.time_conditioning:
             return None
-        weight = self.norm.weight
-        condition = self._condition(None, 0, weight.new_empty(1, 0, len(weight)))
+        # The weights may be elsewhere: on a disk.
+        hidden_states = torch.empty(1, 0, self.config.hidden_size, dtype=self.norm.weight.dtype, device=device)
+        condition = self._condition(None, 0, hidden_states)
         return [
             *(layer.get_submodule("modulation")(condition) for layer in self.layers),
             self.norm_modulation(condition),

@@ -1,0 +1,186 @@
+"""
+Smaller weights for generation on CPUs, multiplied by the kernels that torch brings for them.
+
+What `quantization_config=` offers on CPUs (torchao, quanto, bitsandbytes) saves memory, but runs slower than float32
+without compilation. oneDNN's and FBGEMM's own products are several times faster: docs/speed.md has the figures.
+"""
+
+import platform
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .modeling.configuration_blockgen import BlockGenConfig
+
+
+# The matrices that every token meets. Those of the condition are multiplied once a text.
+_LAYER_MATRICES = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+_SMALLEST = 1e-30  # of what is divided by
+
+
+class PackedLinear(nn.Module):
+    """A linear layer for inference, `[..., in]` -> `[..., out]` in float32. Its weights cannot be read or saved."""
+
+    nbytes: int
+    """Of the weights."""
+
+    def train(self, mode: bool = True) -> "PackedLinear":
+        if mode:
+            raise ValueError("A model with packed weights cannot be trained: load it again for training.")
+        super().train(mode)
+        return self
+
+    def get_extra_state(self) -> NoReturn:
+        raise ValueError("Packed weights cannot be saved: save the model that they were made of.")
+
+    @staticmethod
+    def check(hidden_states: torch.Tensor) -> None:
+        """Refuses what the kernels do not take, or would silently compute without a gradient."""
+        if hidden_states.device.type != "cpu" or hidden_states.dtype != torch.float32:
+            raise ValueError(
+                "Packed weights serve float32 models on CPUs, but the hidden states are "
+                f"{hidden_states.dtype} on {hidden_states.device}: do not move or convert such a model."
+            )
+        if hidden_states.requires_grad:
+            raise ValueError("Packed weights pass no gradient on: call the model under `torch.no_grad()`.")
+
+
+class Int8Linear(PackedLinear):
+    """
+    Weights of 8 bits with a scale for each output, times hidden states of 8 bits with a scale for each token, summed
+    in integers. A token's result does not depend on the tokens beside it, to the last bit.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight = linear.weight.detach()
+        self.scale = weight.abs().amax(-1).clamp(min=_SMALLEST) / 127
+        self.zero_point = torch.zeros(len(weight), dtype=torch.int32)
+        self.weight = _pack_int8((weight / self.scale[:, None]).round().to(torch.int8))
+        self.bias = None if linear.bias is None else linear.bias.detach()
+        self.largest_level = 63 if _saturates() else 127
+        self.nbytes = weight.numel() + self.scale.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        self.check(hidden_states)
+        step = hidden_states.abs().amax(-1, keepdim=True).clamp_(min=_SMALLEST).div_(self.largest_level)
+        levels = (hidden_states / step).round_().add_(self.largest_level + 1).to(torch.uint8)
+        product = _multiply_int8(levels, self.largest_level + 1, self.weight, self.scale, self.zero_point)
+        return product.mul_(step) if self.bias is None else torch.addcmul(self.bias, product, step)
+
+
+class Float16Linear(PackedLinear):
+    """Weights of 16 bits, which are multiplied as float32 numbers."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight = torch.ops.quantized.linear_prepack_fp16(linear.weight.detach(), linear.bias)
+        self.nbytes = 2 * linear.weight.numel() + (0 if linear.bias is None else linear.bias.nbytes)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        self.check(hidden_states)
+        return torch.ops.quantized.linear_dynamic_fp16(hidden_states, self.weight)
+
+
+_FORMATS: dict[str, Callable[[nn.Linear], PackedLinear]] = {"int8": Int8Linear, "float16": Float16Linear}
+
+
+def quantize_for_cpu(model: PreTrainedModel, weights: str = "int8") -> PreTrainedModel:
+    """
+    Replaces the matrices of the layers and the output layer by packed ones, for inference on an x86 CPU.
+
+    Args:
+        model ([`BlockGenForDiffusionLM`]): float32, on the CPU, in evaluation mode. It is changed in place; its parameters
+            need no gradients any more. Embeddings, norms and what depends on the noise level stay as they are.
+        weights (`str`): `"int8"`: a quarter of the memory, products of 8 bits times 8 bits. `"float16"`: half of the
+            memory, the precision of float16 in the weights, that of float32 elsewhere.
+
+    Returns:
+        the model.
+
+    Raises:
+        ValueError: a format that there is not, another model, type, device or mode, layers that are adapted or
+            quantised already, or a CPU or a torch without the kernels.
+    """
+    if weights not in _FORMATS:
+        raise ValueError(f"`weights` must be one of {', '.join(map(repr, _FORMATS))}, but is {weights!r}.")
+    _check_machine(weights)
+    if not isinstance(model, PreTrainedModel) or model.config.model_type != BlockGenConfig.model_type:
+        raise ValueError(f"`model` must be a BlockGen model, but is a {type(model).__name__}.")
+    if model.training:
+        raise ValueError("`model` is in training mode, and packed weights cannot be trained: call `model.eval()`.")
+    names = [f"model.layers.{i}.{name}" for i in range(len(model.model.layers)) for name in _LAYER_MATRICES]
+    names.append("lm_head")
+    for name in names:  # all of them before the first is replaced
+        _check_linear(name, model.get_submodule(name))
+    model.requires_grad_(False)
+    for name in names:
+        packed = _FORMATS[weights](model.get_submodule(name))
+        model.set_submodule(name, packed.eval())
+    return model
+
+
+def _check_machine(weights: str) -> None:
+    has_kernels = {
+        "int8": torch.backends.mkldnn.is_available(),
+        "float16": torch.backends.quantized.engine in ("x86", "fbgemm"),
+    }
+    if platform.machine().lower() not in ("x86_64", "amd64") or not has_kernels[weights]:
+        raise ValueError(
+            f"`weights={weights!r}` needs an x86 CPU and a torch that was built with oneDNN and FBGEMM, as its wheels "
+            f"are, but this is {platform.machine()} with the engine {torch.backends.quantized.engine!r}."
+        )
+
+
+def _check_linear(name: str, module: nn.Module) -> None:
+    if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter:
+        raise ValueError(
+            f"`model` must have plain linear layers, but {name} is a {type(module).__name__}, wrapped or quantised "
+            "already: load it without `quantization_config`, and merge adapters first."
+        )
+    weight = module.weight
+    if weight.dtype != torch.float32 or weight.device.type != "cpu":
+        raise ValueError(
+            f"`model` must be float32 on the CPU, but {name} is {weight.dtype} on {weight.device}: load it with "
+            "`dtype=torch.float32`, and without `device_map`."
+        )
+
+
+def _pack_int8(weight: torch.Tensor) -> Any:
+    return torch.ops.onednn.qlinear_prepack(weight, None)
+
+
+def _multiply_int8(
+    levels: torch.Tensor, level_of_zero: int, weight: Any, scale: torch.Tensor, zero_point: torch.Tensor
+) -> torch.Tensor:
+    """`[..., in]` of uint8 times packed weights, `[..., out]` of float32, scaled by the weights' scale."""
+    return torch.ops.onednn.qlinear_pointwise(
+        levels, 1.0, level_of_zero, weight, scale, zero_point, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+
+
+@cache
+def _saturates() -> bool:
+    """
+    Whether the CPU adds pairs of products in 16 bits, as those without VNNI instructions do: then hidden states may
+    have 7 bits only.
+    """
+    length = 64
+    weight = torch.full((16, length), 127, dtype=torch.int8)
+    levels = torch.full((1, length), 255, dtype=torch.uint8)
+    product = _multiply_int8(levels, 0, _pack_int8(weight), torch.ones(16), torch.zeros(16, dtype=torch.int32))
+    return bool((product != length * 127 * 255).any())
+
+
+__all__ = ["Float16Linear", "Int8Linear", "PackedLinear", "quantize_for_cpu"]
