@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import MASK, VARIANTS, generate, left_padded, record_forwards, tiny_model, words
+from transformers import DynamicCache, StoppingCriteriaList
 
 from blockgen_hf.modeling import block_decoding_blockgen
 from blockgen_hf.modeling.denoising_blockgen import Block
@@ -80,6 +81,31 @@ def test_rows_pay_in_a_batch_what_they_pay_alone(variant: str, decoding: str) ->
     assert together.sequences[:, -16:].tolist() == [one.sequences[0, -16:].tolist() for one in alone]
     expected = [int(one.num_function_evaluations) for one in alone]
     assert together.num_function_evaluations.tolist() == expected
+
+
+def passes_behind_the_first_block(calls: list[dict[str, Any]]) -> int:
+    starts = [
+        number for number, call in enumerate(calls) if call["input_ids"].shape[1] > 0
+    ]  # commits of what was before
+    return len(calls) - starts[1]
+
+
+def test_rows_that_are_done_need_no_pass_where_they_stay_in_the_batch() -> None:
+    """The caller's cache keeps them; the rows that go on decide how many passes there are."""
+    model, prompts = tiny_model(), words(2, 4)
+    settings = dict(decoding="block_diffusion", block_size=4, denoising_steps=8, max_new_tokens=24)
+
+    def ends_the_first_row(input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return (input_ids[:, :4] == prompts[0]).all(-1)
+
+    with record_forwards(model) as alone:
+        expected = generate(model, prompts[1:], **settings)
+    with record_forwards(model) as together:
+        cache = DynamicCache(config=model.config)
+        criteria = StoppingCriteriaList([ends_the_first_row])
+        texts = generate(model, prompts, past_key_values=cache, stopping_criteria=criteria, **settings)
+    assert texts[1].tolist() == expected[0].tolist()
+    assert passes_behind_the_first_block(together) == passes_behind_the_first_block(alone) > 10
 
 
 # ---- commits

@@ -188,7 +188,8 @@ class BlockDecoder:
         state, settings = self.state, self.settings
         columns = state.columns(length)
         fixed = state.fixed(columns)
-        free = torch.ones_like(columns, dtype=torch.bool) if fixed is None else ~fixed
+        # Rows that are done, and stay for the sake of their cache, need no pass: their pads are fixed too.
+        free = (~state.done[:, None]).expand_as(columns) if fixed is None else ~(fixed | state.done[:, None])
         generator = self._generator(length)
         z_t = self.process.prior(columns.shape, columns.device, generator.fold_in(Purpose.PRIOR))
         z_t = torch.where(free, z_t, state.tokens[state.active[:, None], columns])

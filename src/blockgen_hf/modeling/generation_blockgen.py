@@ -26,6 +26,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
 from .block_decoding_blockgen import BlockDecoder
+from .cache_blockgen import make_growing
 from .generation_configuration_blockgen import AR_CORRECTORS, DIFFUSION_CORRECTORS, BlockGenGenerationConfig
 from .logits_blockgen import STATEFUL_PROCESSORS, looks_at_neighbours
 
@@ -279,6 +280,14 @@ class BlockGenGenerationMixin(GenerationMixin):
                 f"{generation_config.max_length - input_ids_length}."
             )
         super()._validate_generated_length(generation_config, input_ids_length, has_default_max_length)
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        given = model_kwargs.get("past_key_values")
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if given is None:
+            make_growing(model_kwargs.get("past_key_values"))
 
     # 3. forward passes of GenerationMixin's own loops (beams, assistants)
 

@@ -26,6 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .cache_blockgen import commit_and_read
 from .configuration_blockgen import BlockGenConfig
 from .training_mask_blockgen import attend_in_chunks
 
@@ -164,13 +165,9 @@ class BlockGenAttention(nn.Module):
         value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
 
         if past_key_values is not None:
-            # Every cache class returns what it holds when it is updated, also with no token at all: so this reads
-            # them all, and writes the committed tokens only. Noisy tokens are never stored.
-            cached_keys, cached_values = past_key_values.update(
-                key_states[:, :, :num_committed], value_states[:, :, :num_committed], self.layer_idx
+            key_states, value_states = commit_and_read(
+                past_key_values, self.layer_idx, key_states, value_states, num_committed
             )
-            key_states = torch.cat([cached_keys, key_states[:, :, num_committed:]], dim=2)
-            value_states = torch.cat([cached_values, value_states[:, :, num_committed:]], dim=2)
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
