@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from tiny import BLOCK_CAUSAL, MASK, VARIANTS, generate, tiny_model, words
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from blockgen_hf import BlockGenForDiffusionLM
@@ -166,3 +169,17 @@ def test_accelerate_loads_a_checkpoint_into_an_empty_model(tmp_path: Path, tied:
     ).eval()
     assert torch.equal(logits(loaded), logits(model))
     assert texts(loaded) == texts(model)
+
+
+def test_a_model_that_fsdp_shards_generates_the_same_text() -> None:
+    """One process: weights are gathered in the forward passes of the layers, and only there."""
+    model = tiny_model()
+    expected = texts(model)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for module in (*model.model.layers, model):
+            fully_shard(module, mesh=mesh)
+        assert texts(model) == expected
+    finally:
+        dist.destroy_process_group()

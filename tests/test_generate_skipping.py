@@ -205,6 +205,33 @@ def test_first_hitting_reveals_a_token_a_pass() -> None:
     assert [len(states) for states in outputs.trajectory] == [9, 9]
 
 
+@pytest.mark.parametrize("prompt", [4, 6])
+def test_first_hitting_takes_the_arg_max_for_the_last_token_of_a_block(prompt: int) -> None:
+    """Also where tokens of the prompt stand in the block."""
+    model, inputs = tiny_model("block_causal"), words(30, prompt)
+    settings = dict(sampler="first_hitting", noise_removal="greedy", block_size=4, max_new_tokens=8 - prompt)
+    (states,) = outputs_of(model, inputs, **settings).trajectory
+    before = next(state for state in reversed(states) if (state == MASK).any())
+    last = before == MASK
+    positions = torch.arange(4, 8)[None]
+    logits = model(inputs[:, :4], before, block_size=4, noisy_position_ids=positions).logits
+    best = model.diffusion.log_probs(logits, before).argmax(-1)
+    assert last.sum(-1).tolist() == [1] * 30 and torch.equal(states[-1][last], best[last])
+
+
+def test_modulations_have_the_type_of_a_forward_pass() -> None:
+    """Also where norms are kept in float32."""
+    model = tiny_model().to(torch.bfloat16)
+    for name, module in model.named_modules():
+        if name.endswith("norm"):
+            module.float()
+    expected = generate(model, words(2, 5), decoding="ar", max_new_tokens=4, do_sample=False)
+    text = words(2, 5)
+    for _ in range(4):
+        text = torch.cat([text, model(text).logits[:, -1:].argmax(-1)], dim=1)
+    assert expected.tolist() == text.tolist()
+
+
 def test_samplers_are_refused_where_they_mean_nothing() -> None:
     with pytest.raises(ValueError, match="`sampler='first_hitting'` is for masked models"):
         outputs_of(tiny_model("uniform"), words(1, 3), sampler="first_hitting")

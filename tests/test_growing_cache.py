@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import generate, left_padded, tiny_model, words
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
@@ -30,6 +31,7 @@ OPERATIONS = st.lists(
 )
 
 
+@torch.no_grad()
 @given(OPERATIONS)
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 def test_a_growing_layer_holds_what_a_dynamic_one_holds(operations: list[tuple[str, int]]) -> None:
@@ -58,6 +60,7 @@ def test_a_growing_layer_holds_what_a_dynamic_one_holds(operations: list[tuple[s
         assert torch.equal(growing.keys, plain.keys) and torch.equal(growing.values, plain.values)
 
 
+@torch.no_grad()
 def test_what_is_there_is_not_copied_and_the_room_is_small() -> None:
     layer = GrowingLayer()
     layer.update(states(400), states(400))
@@ -80,6 +83,34 @@ def test_gradients_pass_through_what_was_read() -> None:
     layer.extended(states(2, seed=5), states(2, seed=5))
     first.sum().backward()
     assert torch.equal(keys.grad, torch.ones_like(keys))
+
+
+def test_what_autograd_reads_is_not_overwritten() -> None:
+    """Only queries are trained: keys need no gradient, but the gradient of the queries needs the keys."""
+    model, noisy = tiny_model().requires_grad_(False), words(2, 4)
+    cache = generate(model, words(2, 5), max_new_tokens=9, return_dict_in_generate=True).past_key_values
+    query = model.model.layers[0].self_attn.q_proj.weight.requires_grad_()
+    passes = [model(noisy_input_ids=noisy + i, block_size=4, past_key_values=cache).logits.sum() for i in range(2)]
+    torch.stack(passes).sum().backward()
+    assert query.grad.abs().sum() > 0
+
+
+def test_a_cache_from_inference_mode_can_be_continued() -> None:
+    model, settings = tiny_model(), dict(max_new_tokens=8, block_size=4)
+    with torch.inference_mode():
+        first = generate(model, words(2, 5), return_dict_in_generate=True, **settings)
+    text = first.sequences.clone()
+    continued = generate(model, text, past_key_values=first.past_key_values, **settings)
+    assert continued.tolist() == generate(model, text, **settings).tolist()
+
+
+def test_a_growing_cache_breaks_no_graph() -> None:
+    """A compiled model has a graph for each kind of pass, not one for each length."""
+    model, compiled, counter = tiny_model(), tiny_model(), CompileCounterWithBackend("eager")
+    compiled.compile(backend=counter, fullgraph=True)
+    settings = dict(decoding="block_diffusion", block_size=8, denoising_steps=4, max_new_tokens=24)
+    texts = [generate(one, words(2, 8), **settings).tolist() for one in (compiled, model)]
+    assert texts[0] == texts[1] and 0 < counter.frame_count <= 6
 
 
 def test_generate_grows_its_own_cache_and_leaves_those_of_others() -> None:

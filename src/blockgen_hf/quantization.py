@@ -77,7 +77,7 @@ class Int8Linear(PackedLinear):
         step = hidden_states.abs().amax(-1, keepdim=True).clamp_(min=_SMALLEST).div_(self.largest_level)
         levels = (hidden_states / step).round_().add_(self.largest_level + 1).to(torch.uint8)
         product = _multiply_int8(levels, self.largest_level + 1, self.weight, self.scale, self.zero_point)
-        return product.mul_(step) if self.bias is None else torch.addcmul(self.bias, product, step)
+        return product.mul_(step) if self.bias is None else torch.addcmul(self.bias, product, step, out=product)
 
 
 class Float16Linear(PackedLinear):
@@ -93,7 +93,7 @@ class Float16Linear(PackedLinear):
         return torch.ops.quantized.linear_dynamic_fp16(hidden_states, self.weight)
 
 
-_FORMATS: dict[str, Callable[[nn.Linear], PackedLinear]] = {"int8": Int8Linear, "float16": Float16Linear}
+FORMATS: dict[str, Callable[[nn.Linear], PackedLinear]] = {"int8": Int8Linear, "float16": Float16Linear}
 
 
 def quantize_for_cpu(model: PreTrainedModel, weights: str = "int8") -> PreTrainedModel:
@@ -101,8 +101,9 @@ def quantize_for_cpu(model: PreTrainedModel, weights: str = "int8") -> PreTraine
     Replaces the matrices of the layers and the output layer by packed ones, for inference on an x86 CPU.
 
     Args:
-        model ([`BlockGenForDiffusionLM`]): float32, on the CPU, in evaluation mode. It is changed in place; its parameters
-            need no gradients any more. Embeddings, norms and what depends on the noise level stay as they are.
+        model ([`BlockGenForDiffusionLM`]): float32, on the CPU, in evaluation mode. It is changed in place; its
+            parameters need no gradients any more. Embeddings, norms and what depends on the noise level stay as they
+            are.
         weights (`str`): `"int8"`: a quarter of the memory, products of 8 bits times 8 bits. `"float16"`: half of the
             memory, the precision of float16 in the weights, that of float32 elsewhere.
 
@@ -113,8 +114,8 @@ def quantize_for_cpu(model: PreTrainedModel, weights: str = "int8") -> PreTraine
         ValueError: a format that there is not, another model, type, device or mode, layers that are adapted or
             quantised already, or a CPU or a torch without the kernels.
     """
-    if weights not in _FORMATS:
-        raise ValueError(f"`weights` must be one of {', '.join(map(repr, _FORMATS))}, but is {weights!r}.")
+    if weights not in FORMATS:
+        raise ValueError(f"`weights` must be one of {', '.join(map(repr, FORMATS))}, but is {weights!r}.")
     _check_machine(weights)
     if not isinstance(model, PreTrainedModel) or model.config.model_type != BlockGenConfig.model_type:
         raise ValueError(f"`model` must be a BlockGen model, but is a {type(model).__name__}.")
@@ -126,7 +127,7 @@ def quantize_for_cpu(model: PreTrainedModel, weights: str = "int8") -> PreTraine
         _check_linear(name, model.get_submodule(name))
     model.requires_grad_(False)
     for name in names:
-        packed = _FORMATS[weights](model.get_submodule(name))
+        packed = FORMATS[weights](model.get_submodule(name))
         model.set_submodule(name, packed.eval())
     return model
 
@@ -165,9 +166,11 @@ def _multiply_int8(
     levels: torch.Tensor, level_of_zero: int, weight: Any, scale: torch.Tensor, zero_point: torch.Tensor
 ) -> torch.Tensor:
     """`[..., in]` of uint8 times packed weights, `[..., out]` of float32, scaled by the weights' scale."""
-    return torch.ops.onednn.qlinear_pointwise(
-        levels, 1.0, level_of_zero, weight, scale, zero_point, None, 1.0, 0, torch.float32, "none", [], ""
+    flat = levels.flatten(0, -2)  # of no token at all the kernel returns a matrix, whatever its shape
+    product = torch.ops.onednn.qlinear_pointwise(
+        flat, 1.0, level_of_zero, weight, scale, zero_point, None, 1.0, 0, torch.float32, "none", [], ""
     )
+    return product.view(*levels.shape[:-1], len(scale))
 
 
 @cache
@@ -183,4 +186,4 @@ def _saturates() -> bool:
     return bool((product != length * 127 * 255).any())
 
 
-__all__ = ["Float16Linear", "Int8Linear", "PackedLinear", "quantize_for_cpu"]
+__all__ = ["FORMATS", "Float16Linear", "Int8Linear", "PackedLinear", "quantize_for_cpu"]

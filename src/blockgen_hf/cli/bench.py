@@ -5,10 +5,11 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .parsing import CommandError, add_loading_arguments, integer, loading_options
+from .parsing import CommandError, add_loading_arguments, cpu_weights, integer, loading_options
 
 
 if TYPE_CHECKING:
@@ -37,6 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of random weights (default: masked,uniform)",
     )
     add_loading_arguments(group)
+    group.add_argument(
+        "--cpu-weights",
+        type=_list_of(cpu_weights),
+        default=[],
+        metavar="NAME,...",
+        help="int8, float16: the model with such weights too, as contenders blockgen-int8, blockgen-float16",
+    )
     group = parser.add_argument_group("cases")
     group.add_argument(
         "--decodings",
@@ -146,8 +154,12 @@ def _benchmark(
 ) -> None:
     from ..evaluation.throughput import Case, Machine, measure
     from ..evaluation.throughput_contenders import blockgen_contenders, gpt2_contender, gpt2_like
+    from ..quantization import quantize_for_cpu
 
     contenders = blockgen_contenders(model, decodings)
+    for weights in args.cpu_weights:
+        quantized = quantize_for_cpu(deepcopy(model), weights)
+        contenders += blockgen_contenders(quantized, decodings, f"blockgen-{weights}")
     if more_contenders is not None:
         contenders += more_contenders(model, decodings)
     contenders.append(gpt2_contender(gpt2_like(model)))

@@ -5,7 +5,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from .parsing import CommandError, add_loading_arguments, integer, loading_options
+from .parsing import CommandError, add_loading_arguments, cpu_weights, integer, loading_options
 
 
 if TYPE_CHECKING:
@@ -50,6 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_model_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--model", help="a folder or a model on the Hub (default: the small one of this package)")
     add_loading_arguments(group)
+    group.add_argument(
+        "--cpu-weights", type=cpu_weights, metavar="NAME", help="int8 or float16: faster on an x86 CPU (docs/speed.md)"
+    )
 
 
 def _add_decoding_arguments(group: argparse._ArgumentGroup) -> None:
@@ -124,7 +127,7 @@ def _make_sampler(args: argparse.Namespace, prompt: str, settings: dict[str, Any
         BlockGenGenerationConfig(**settings)  # before a large model is loaded in vain
     except ValueError as error:
         raise CommandError(error) from error
-    model, tokenizer = load(args.model, **loading_options(args))
+    model, tokenizer = load(args.model, **loading_options(args), cpu_weights=args.cpu_weights)
     seed = randbelow(2**32) if args.seed is None else args.seed
     return Sampler(model, tokenizer, prompt, args.num_samples, seed)
 

@@ -24,6 +24,7 @@ from transformers.utils import is_datasets_available, logging
 
 from ..checkpoints import shipped_checkpoint
 from ..modeling.configuration_blockgen import BlockGenConfig
+from ..quantization import quantize_for_cpu
 from .parsing import CommandError
 
 
@@ -92,15 +93,17 @@ def load(
     dtype: str,
     attn_implementation: str | None,
     trust_remote_code: bool,
+    cpu_weights: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
     The model, in evaluation mode on its device, and its tokenizer.
 
     Args:
         name: a folder or a model on the Hub; None: the checkpoint that the package brings.
+        cpu_weights: a format of `quantize_for_cpu`.
 
     Raises:
-        CommandError: no BlockGen model can be loaded from there.
+        CommandError: no BlockGen model can be loaded from there, or its weights cannot be packed.
     """
     device = resolve_device(device)
     source = _find_folder(name)
@@ -127,7 +130,13 @@ def load(
     except _LOADING_ERRORS as error:
         raise CommandError(f"The tokenizer of {source} cannot be loaded: {_first_line(error)}") from error
     set_num_threads(device, model.num_parameters())
-    return model.to(device).eval(), tokenizer
+    model = model.to(device).eval()
+    if cpu_weights is not None:
+        try:
+            quantize_for_cpu(model, cpu_weights)
+        except ValueError as error:
+            raise CommandError(f"--cpu-weights: {error}") from error
+    return model, tokenizer
 
 
 def set_num_threads(device: str, num_parameters: int) -> None:

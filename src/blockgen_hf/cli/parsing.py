@@ -58,6 +58,13 @@ def add_loading_arguments(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def cpu_weights(text: str) -> str:
+    """A format of `quantize_for_cpu`, known here without importing torch."""
+    if text not in ("int8", "float16"):
+        raise argparse.ArgumentTypeError(f"must be int8 or float16, but is {text!r}")
+    return text
+
+
 def loading_options(args: argparse.Namespace) -> dict[str, Any]:
     """Those of [`add_loading_arguments`], for `loading.load`."""
     names = ("revision", "device", "dtype", "attn_implementation", "trust_remote_code")

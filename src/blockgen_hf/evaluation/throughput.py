@@ -19,6 +19,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, set_seed
 from transformers.cache_utils import Cache
 
+from ..quantization import PackedLinear
+
 
 @dataclass(frozen=True)
 class Case:
@@ -154,9 +156,10 @@ def layer_weights(config: PreTrainedConfig) -> int:
 
 
 def weight_bytes(module: nn.Module) -> int:
-    """Bytes of its parameters but embeddings."""
+    """Bytes of its parameters but embeddings, and of packed weights."""
     parts = [part for part in module.modules() if not isinstance(part, nn.Embedding)]
-    return sum(weight.nbytes for part in parts for weight in part.parameters(recurse=False))
+    packed = sum(part.nbytes for part in parts if isinstance(part, PackedLinear))
+    return packed + sum(weight.nbytes for part in parts for weight in part.parameters(recurse=False))
 
 
 def _cached_tokens(cache: Cache | None) -> int:

@@ -274,7 +274,9 @@ class BlockDecoder:
         everywhere = torch.ones_like(where)
         wanted = everywhere if has_drafts else where
         # How many tokens are wanted differs from pass to pass, and would be compiled anew each time.
-        is_compiled = self.model._compiled_call_impl is not None
+        is_compiled = self.model._compiled_call_impl is not None or hasattr(
+            self.model.forward, "_torchdynamo_orig_callable"
+        )
         outputs = self.model(
             input_ids=state.pending,
             noisy_input_ids=z_t,

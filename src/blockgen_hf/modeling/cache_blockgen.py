@@ -38,7 +38,8 @@ class GrowingLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         length = self.get_seq_length()
-        if torch.is_grad_enabled() and key_states.requires_grad:  # what was read may not be overwritten
+        # What autograd has saved may not be overwritten. Compiled code cannot ask where a tensor lies.
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
             added = ((self.keys, key_states), (self.values, value_states))
             keys, values = (torch.cat(pair, dim=-2) if length else pair[1] for pair in added)
             return keys, values
@@ -62,6 +63,8 @@ class GrowingLayer(DynamicLayer):
         if self._buffers is None:
             return False
         buffer = self._buffers[0]
+        if buffer.is_inference() and not torch.is_inference_mode_enabled():  # may not be written to any more
+            return False
         stands = length == 0 or self.keys.data_ptr() == buffer.data_ptr()
         return stands and buffer.shape[0] == new.shape[0] and buffer.shape[2] >= end and buffer.dtype == new.dtype
 

@@ -142,8 +142,7 @@ def _denoise_masked(block: Block, z_t: torch.Tensor, first: int, last: int) -> t
     start = grid.alphas[first]
     reached = (grid.alphas[first + 1 : last + 1] - start) / (1 - start)
     step = first + torch.searchsorted(reached, generator.fold_in(Purpose.REVEAL).uniform(), right=True)
-    greedy_step = grid.num_steps - 1 if block.greedy_end else None
-    return _reveal(block, z_t, step, first, last, grid.times[step], generator, greedy_step)
+    return _reveal(block, z_t, step, first, last, grid.times[step], generator, step == grid.num_steps - 1)
 
 
 def hit_first(block: Block, z_t: torch.Tensor) -> torch.Tensor:
@@ -153,10 +152,11 @@ def hit_first(block: Block, z_t: torch.Tensor) -> torch.Tensor:
     """
     generator, start = block.generator.fold_in(0), block.grid.alphas[0]
     number = generator.fold_in(Purpose.REVEAL).uniform()
-    order = torch.where(block.masked(z_t), number, 2.0).argsort(-1).argsort(-1)
+    masked = block.masked(z_t)
+    order = torch.where(masked, number, 2.0).argsort(-1).argsort(-1)
     time = block.process.schedule.time(start + number * (1 - start))
-    last = z_t.shape[1]
-    return _reveal(block, z_t, order, 0, last, time, generator, last - 1 if block.greedy_end else None)
+    is_end = order == masked.sum(-1, keepdim=True) - 1  # tokens of the prompt have no event
+    return _reveal(block, z_t, order, 0, z_t.shape[1], time, generator, is_end)
 
 
 def _reveal(
@@ -167,7 +167,7 @@ def _reveal(
     last: int,
     time: torch.Tensor,
     generator: CounterGenerator,
-    greedy_event: int | None,
+    is_end: torch.Tensor,
 ) -> torch.Tensor:
     """
     Reveals masked tokens in the order of their events, `[A, n]`.
@@ -175,7 +175,7 @@ def _reveal(
     Args:
         event (`torch.LongTensor` of shape `[A, n]`): when a token is revealed, `first` to `last - 1`; else not here.
         time (`torch.DoubleTensor` of shape `[A, n]`): t of the event.
-        greedy_event (`int`, *optional*): the event that takes the arg-max.
+        is_end (`torch.BoolTensor` of shape `[A, n]`): the tokens of the last event, which may take the arg-max.
     """
     masked = block.masked(z_t)
     event = torch.where(masked, event, last)
@@ -188,8 +188,8 @@ def _reveal(
         revealed = due & (upcoming == following)
         prediction = block.predict(z_t, revealed, due.squeeze(-1), time.gather(-1, position).squeeze(-1))
         tokens = prediction.sample(number[revealed])
-        if greedy_event is not None:
-            tokens = torch.where(event[revealed] == greedy_event, prediction.best(), tokens)
+        if block.greedy_end:
+            tokens = torch.where(is_end[revealed], prediction.best(), tokens)
         z_t = z_t.masked_scatter(revealed, tokens)
         upcoming = upcoming.masked_fill(revealed, last)
     if block.states is not None:
@@ -219,8 +219,9 @@ def _denoise_uniform(
         z_s = process.sample_transition(
             z_prob, prediction.sample_at, z_t, grid.alphas[now + 1], grid.alphas[now], generator
         )
-        if block.greedy_end:
-            z_s = torch.where(now == grid.num_steps - 1, prediction.best().view_as(z_t), z_s)
+        is_end = now == grid.num_steps - 1
+        if block.greedy_end and is_end.any():
+            z_s = torch.where(is_end, prediction.best().view_as(z_t), z_s)
         z_s = torch.where(ready & block.free, z_s, z_t)
         stale = stale | (ready & ((z_s != z_t).any(-1, keepdim=True) | block.time_conditioning))
         z_t = z_s

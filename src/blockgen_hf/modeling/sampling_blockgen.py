@@ -105,9 +105,9 @@ def sample_categorical(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tens
 
     The vocabulary is cut into about sqrt(V) chunks: a cumulative sum over the chunks' masses finds the chunk, one
     within the chunk finds the token. What is summed over many is summed in float64, so that every token, however
-    unlikely, has its probability up to the relative rounding of the masses themselves: 1e-6 for float32, 1e-15 for
-    float64. Gumbel noise in float32 truncates the tail of the distribution instead, and lowers the entropy of the text
-    (Zheng et al., 2025).
+    unlikely, has its probability up to the relative rounding of the masses themselves (1e-6 for float32, 1e-15 for
+    float64) and the 2^-53 between two uniform numbers, as in float64 sampling. Gumbel noise in float32 truncates the
+    tail of the distribution instead, and lowers the entropy of the text (Zheng et al., 2025).
 
     Args:
         probs (`torch.Tensor` of shape `[..., V]`): non-negative masses, computed with in float32 at least; they need

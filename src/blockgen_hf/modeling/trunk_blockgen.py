@@ -196,17 +196,19 @@ class BlockGenModel(BlockGenPreTrainedModel):
     def constant_modulations(self, device: torch.device) -> list[torch.Tensor] | None:
         """
         What the adaptive layer norms make of the condition, for many forward passes: a tensor `[1, 1, 6 d]` for each
-        layer, and `[1, 1, 2 d]` for the last norm. None if there are none, or if they depend on the noise level.
+        layer, and `[1, 1, 2 d]` for the last norm. None if there are none, if they depend on the noise level, or if
+        the weights are sharded (FSDP): these are whole in the forward pass of their layer only.
         """
         if self.time_embedding is None or self.norm_modulation is None or self.config.time_conditioning:
             return None
-        # The weights may be elsewhere: on a disk.
-        hidden_states = torch.empty(1, 0, self.config.hidden_size, dtype=self.norm.weight.dtype, device=device)
+        modulations = [*(layer.get_submodule("modulation") for layer in self.layers), self.norm_modulation]
+        parts = [self.embed_tokens, self.time_embedding, *modulations]
+        if any(hasattr(parameter, "device_mesh") for part in parts for parameter in part.parameters()):
+            return None
+        # Of the type that a forward pass has, whatever that of the norms (they may be kept in float32).
+        hidden_states = self.embed_tokens(torch.zeros(1, 1, dtype=torch.long, device=device))
         condition = self._condition(None, 0, hidden_states)
-        return [
-            *(layer.get_submodule("modulation")(condition) for layer in self.layers),
-            self.norm_modulation(condition),
-        ]
+        return [modulation(condition) for modulation in modulations]
 
     def _condition(
         self, noise_level: torch.Tensor | None, num_clean: int, hidden_states: torch.Tensor
