@@ -235,6 +235,8 @@ def test_modulations_have_the_type_of_a_forward_pass() -> None:
 def test_samplers_are_refused_where_they_mean_nothing() -> None:
     with pytest.raises(ValueError, match="`sampler='first_hitting'` is for masked models"):
         outputs_of(tiny_model("uniform"), words(1, 3), sampler="first_hitting")
+    with pytest.raises(ValueError, match="`nfe_per_block` \\(4\\) and `sampler='first_hitting'` contradict"):
+        outputs_of(tiny_model(), words(1, 3), sampler="first_hitting", nfe_per_block=4)
     with pytest.raises(ValueError, match="does not go with `decoding='arpc'`"):
         outputs_of(tiny_model(), words(1, 3), decoding="arpc", sampler="confidence")
     with pytest.raises(ValueError, match="`confidence_threshold` must be a number from 0 to 1"):

@@ -173,19 +173,27 @@ class BlockGenGenerationConfig(GenerationConfig):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < smallest):
                 raise ValueError(f"`{name}` must be an integer of at least {smallest}, but is {value!r}.")
-        if self.sampler not in (None, "ancestral") and self.decoding == "arpc":
-            raise ValueError(
-                f"`sampler={self.sampler!r}` does not go with `decoding='arpc'`, whose steps are ancestral."
-            )
-        for name, largest in (("confidence_threshold", 1.0), ("entropy_bound", float("inf"))):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, (int, float)) or not 0 <= value <= largest):
-                raise ValueError(f"`{name}` must be a number from 0 to {largest:g}, but is {value!r}.")
+        self._validate_sampler()
         if self.denoising_steps is not None and self.nfe_per_block is not None:
             raise ValueError(
                 f"`denoising_steps` ({self.denoising_steps}) and `nfe_per_block` ({self.nfe_per_block}) contradict "
                 "one another: the second is the budget from which the number of steps follows. Give one of them."
             )
+
+    def _validate_sampler(self) -> None:
+        if self.sampler not in (None, "ancestral") and self.decoding == "arpc":
+            raise ValueError(
+                f"`sampler={self.sampler!r}` does not go with `decoding='arpc'`, whose steps are ancestral."
+            )
+        if self.sampler == "first_hitting" and self.nfe_per_block is not None:
+            raise ValueError(
+                f"`nfe_per_block` ({self.nfe_per_block}) and `sampler='first_hitting'` contradict one another: it "
+                "takes a function evaluation for each token. Pass `nfe_per_block=None`."
+            )
+        for name, largest in (("confidence_threshold", 1.0), ("entropy_bound", float("inf"))):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, (int, float)) or not 0 <= value <= largest):
+                raise ValueError(f"`{name}` must be a number from 0 to {largest:g}, but is {value!r}.")
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What is saved: settings of ours that are unset say nothing."""
