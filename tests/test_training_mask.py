@@ -52,8 +52,9 @@ def chunks_of_8() -> Iterator[None]:
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layer norms and eager's softmax in the dtype of their input: the model's round to float32."""
 
-    def norm(self: BlockGenLayerNorm, hidden_states: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.layer_norm(hidden_states, self.weight.shape, self.weight, eps=self.eps)
+    def norm(self: BlockGenLayerNorm, hidden_states: torch.Tensor, shift: Any = None, scale: Any = None) -> Any:
+        normed = torch.nn.functional.layer_norm(hidden_states, self.weight.shape, self.weight, eps=self.eps)
+        return normed if shift is None else normed * (1 + scale) + shift
 
     def eager(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float, **kwargs: Any) -> Any:
         weights = ((query @ key.transpose(2, 3)) * scaling + mask).softmax(-1)
