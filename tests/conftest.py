@@ -1,7 +1,8 @@
 """Fixtures, and quiet for the terminal."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test needs the network
@@ -12,6 +13,7 @@ import transformers
 from tiny import VARIANTS, tiny_model, tiny_tokenizer
 
 from blockgen_hf import BlockGenForDiffusionLM
+from blockgen_hf.cli import main
 
 
 transformers.utils.logging.set_verbosity_error()
@@ -56,3 +58,28 @@ def any_model(request: pytest.FixtureRequest) -> BlockGenForDiffusionLM:
 @pytest.fixture
 def tokenizer() -> transformers.PreTrainedTokenizerFast:
     return tiny_tokenizer()
+
+
+@pytest.fixture
+def failing_line(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs `blockgen-hf` with some words, which must fail with a single line; returns that line."""
+
+    def run_command(*words: str) -> str:
+        try:
+            assert main(words) == 1
+        except SystemExit as exit:
+            assert exit.code == 2
+        printed = capsys.readouterr()
+        assert printed.err.startswith("blockgen-hf: error: ") and printed.err.count("\n") == 1
+        return printed.err
+
+    return run_command
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """The folder of a tiny masked model with its tokenizer."""
+    path = tmp_path / "tiny"
+    tiny_model().save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return path

@@ -57,18 +57,12 @@ def run(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> Command:
 
 
 @pytest.fixture
-def fail(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> Command:
+def fail(checkpoint: str, failing_line: Command) -> Command:
     """Runs `blockgen-hf generate`, which must fail with a single line; returns that line."""
 
     def run_command(*arguments: str) -> str:
         model = () if "--model" in arguments else ("--model", checkpoint)
-        try:
-            assert main(["generate", *model, *arguments]) == 1
-        except SystemExit as exit:
-            assert exit.code == 2
-        printed = capsys.readouterr()
-        assert printed.err.startswith("blockgen-hf: error: ") and printed.err.count("\n") == 1
-        return printed.err
+        return failing_line("generate", *model, *arguments)
 
     return run_command
 

@@ -39,17 +39,11 @@ def bench(capsys: pytest.CaptureFixture[str]) -> Command:
 
 
 @pytest.fixture
-def fail(capsys: pytest.CaptureFixture[str]) -> Command:
+def fail(failing_line: Command) -> Command:
     """Runs `blockgen-hf bench`, which must fail with a single line; returns that line."""
 
     def run_command(*arguments: str) -> str:
-        try:
-            assert main(["bench", *QUICK, *arguments]) == 1
-        except SystemExit as exit:
-            assert exit.code == 2
-        printed = capsys.readouterr()
-        assert printed.err.startswith("blockgen-hf: error: ") and printed.err.count("\n") == 1
-        return printed.err
+        return failing_line("bench", *QUICK, *arguments)
 
     return run_command
 

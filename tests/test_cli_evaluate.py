@@ -53,18 +53,12 @@ def evaluate(checkpoint: str, data: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.fixture
-def fail(checkpoint: str, data: Path, capsys: pytest.CaptureFixture[str]) -> Command:
+def fail(checkpoint: str, data: Path, failing_line: Command) -> Command:
     """Runs `blockgen-hf evaluate`, which must fail with a single line; returns that line."""
 
     def run_command(*arguments: str, model: str = checkpoint) -> str:
         dataset = () if "--dataset" in arguments else ("--dataset", str(data / "texts.jsonl"))
-        try:
-            assert main(["evaluate", model, *dataset, "--cache-dir", str(data / "cache"), *arguments]) == 1
-        except SystemExit as exit:
-            assert exit.code == 2
-        printed = capsys.readouterr()
-        assert printed.err.startswith("blockgen-hf: error: ") and printed.err.count("\n") == 1
-        return printed.err
+        return failing_line("evaluate", model, *dataset, "--cache-dir", str(data / "cache"), *arguments)
 
     return run_command
 

@@ -8,7 +8,6 @@ import fake_hub
 import pytest
 from fake_hub import FakeHub
 from huggingface_hub import constants
-from tiny import tiny_model, tiny_tokenizer
 
 from blockgen_hf.checkpoints import shipped_checkpoint
 from blockgen_hf.cli import main
@@ -21,11 +20,8 @@ REPO = "me/tiny"
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    path = tmp_path / "tiny"
-    tiny_model().save_pretrained(path)
-    tiny_tokenizer().save_pretrained(path)
-    return path
+def folder(saved: Path) -> Path:
+    return saved
 
 
 def listed(text: str) -> list[str]:

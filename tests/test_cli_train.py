@@ -45,18 +45,12 @@ def train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Command:
 
 
 @pytest.fixture
-def fail(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Command:
+def fail(tmp_path: Path, failing_line: Command) -> Command:
     """Runs `blockgen-hf train laptop`, which must fail with a single line; returns that line."""
 
     def run_command(*arguments: str, recipe: str = "laptop") -> str:
         overrides = [*TINY, *stand_ins("laptop", tmp_path / "data")] if recipe == "laptop" else []
-        try:
-            assert main(["train", recipe, *overrides, "--output-dir", str(tmp_path / "run"), *arguments]) == 1
-        except SystemExit as exit:
-            assert exit.code == 2
-        printed = capsys.readouterr()
-        assert printed.err.startswith("blockgen-hf: error: ") and printed.err.count("\n") == 1
-        return printed.err
+        return failing_line("train", recipe, *overrides, "--output-dir", str(tmp_path / "run"), *arguments)
 
     return run_command
 

@@ -13,6 +13,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from published_reference import settings, weights, write
 from safetensors.torch import load_file
+from stranger import WITHOUT_THE_PACKAGE
 from test_conversion import SOURCES, convert, every_source, ids
 from tiny import generate, tiny_config, tiny_model
 from torch import Tensor
@@ -187,16 +188,10 @@ def test_the_notes_tell_where_the_model_comes_from(tmp_path: Path) -> None:
     assert notes["files"] == sorted(path.name for path in ours.iterdir())
 
 
-# Runs where the import of blockgen_hf is refused, whatever is installed.
-STRANGER = """
-import json, sys
-
-class Refusing:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "blockgen_hf":
-            raise ImportError("blockgen_hf is not here")
-
-sys.meta_path.insert(0, Refusing())
+STRANGER = (
+    WITHOUT_THE_PACKAGE
+    + """
+import json
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -207,6 +202,7 @@ for folder in sys.argv[1:]:
     texts[folder] = model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=8).tolist()
 print("RESULT" + json.dumps(texts))
 """
+)
 
 
 @pytest.mark.slow

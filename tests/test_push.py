@@ -29,12 +29,8 @@ hub = fake_hub.hub
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A saved model with its tokenizer."""
-    path = tmp_path / "tiny"
-    tiny_model().save_pretrained(path)
-    tiny_tokenizer().save_pretrained(path)
-    return path
+def folder(saved: Path) -> Path:
+    return saved
 
 
 def planned(folder: Path, **options: Any) -> dict[str, bytes]:

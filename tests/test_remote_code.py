@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from stranger import WITHOUT_THE_PACKAGE
 
 import blockgen_hf
 from blockgen_hf import BlockGenConfig, BlockGenForDiffusionLM
@@ -22,16 +23,11 @@ DECODINGS = {
     "model's own": {},
 }
 
-# Runs where the import of blockgen_hf is refused, whatever is installed.
-STRANGER = """
-import json, sys
-
-class Refusing:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "blockgen_hf":
-            raise ImportError("blockgen_hf is not here")
-
-sys.meta_path.insert(0, Refusing())
+# The package may be installed.
+STRANGER = (
+    WITHOUT_THE_PACKAGE
+    + """
+import json
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
@@ -57,6 +53,7 @@ model.save_pretrained(again)
 result["second"] = answers(AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True).eval())
 print("RESULT" + json.dumps(result))
 """
+)
 
 
 @pytest.fixture(scope="module", params=["masked", "uniform"])

@@ -2,6 +2,7 @@
 
 import argparse
 
+from .figures import noise_name
 from .parsing import integer
 
 
@@ -72,10 +73,9 @@ def run(args: argparse.Namespace) -> int:
             overwrite=args.overwrite,
         )
     config = report.config
-    noise = "autoregressive" if config.next_token_prediction else config.diffusion_type
     sizes = ", ".join(str(size) for size in config.block_sizes)
     dtype = str(report.dtype).removeprefix("torch.")
-    print(f"{report.output}: {report.family}, {noise}, {report.num_parameters:,} parameters in {dtype}")
+    print(f"{report.output}: {report.family}, {noise_name(config)}, {report.num_parameters:,} parameters in {dtype}")
     print(f"block sizes {sizes}, clean attention {config.clean_attention}, {config.vocab_size:,} rows", end="")
     print(", with a tokenizer" if report.wrote_tokenizer else "")
     for note in report.notes:

@@ -18,6 +18,7 @@ from ..training.estimates import (
 )
 from ..training.recipe import Recipe, checkpoint_config
 from ..training.recipe_building import vocabulary
+from .figures import noise_name
 from .loading import set_num_threads
 
 
@@ -78,7 +79,7 @@ def _cached_tokenizer(name: str, revision: str | None) -> Any:
 def _model(recipe: Recipe, config: BlockGenConfig) -> str:
     origin = f"goes on from {_place(recipe.checkpoint)}" if recipe.checkpoint else "new"
     return (
-        f"{config.diffusion_type}, {config.num_hidden_layers} layers of width {config.hidden_size}, "
+        f"{noise_name(config)}, {config.num_hidden_layers} layers of width {config.hidden_size}, "
         f"{count_parameters(config).total:,} parameters, {origin}"
     )
 

@@ -193,7 +193,7 @@ def _report(
 ) -> None:
     from dataclasses import asdict
 
-    from .figures import likelihood_table
+    from .figures import likelihood_table, noise_name
 
     everything = {
         "model": model.name_or_path,
@@ -210,8 +210,7 @@ def _report(
         return
     if args.json is not None:
         Path(args.json).write_text(text + "\n", encoding="utf-8")
-    noise = "autoregressive" if model.config.next_token_prediction else model.config.diffusion_type
-    kind = f"{noise}, {model.num_parameters() / 1e6:.1f}M parameters"
+    kind = f"{noise_name(model.config)}, {model.num_parameters() / 1e6:.1f}M parameters"
     print(f"Model: {model.name_or_path} ({kind})")
     skipped = f", {result.num_skipped:,} rows skipped" if result.num_skipped else ""
     print(f"Data: {args.dataset}, {result.num_sequences:,} rows, {result.num_tokens:,} tokens scored{skipped}")

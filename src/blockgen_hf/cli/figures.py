@@ -1,7 +1,11 @@
-"""Likelihood figures as a table."""
+"""A model in a word, and likelihood figures as a table."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from ..modeling.configuration_blockgen import BlockGenConfig
 
 
 # Names in the metrics, and in the table.
@@ -12,6 +16,11 @@ _MIXTURE = {
     "jensen": "mixture, Jensen (Eq. 7)",
 }
 _BLOCK = "block_size_"
+
+
+def noise_name(config: "BlockGenConfig") -> str:
+    """The diffusion of a model, or that it has none."""
+    return "autoregressive" if config.next_token_prediction else config.diffusion_type
 
 
 def likelihood_table(metrics: Mapping[str, Any]) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import enable_progress_bars
 from safetensors import SafetensorError
 from transformers import (
@@ -64,6 +64,8 @@ def one_line_errors() -> Iterator[None]:
         ) from error
     except (ValueError, OSError, ImportError) as error:
         raise CommandError(error) from error
+    except HTTPError as error:  # of the Hub's client: no connection, or none in time
+        raise CommandError(f"The Hub does not answer: {error}") from error
     except Exception as error:
         if type(error).__module__.startswith("datasets."):  # which is slow to import, and may not be installed
             raise CommandError(f"The data cannot be read: {error.__cause__ or error}") from error

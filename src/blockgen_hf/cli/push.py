@@ -1,11 +1,7 @@
 """Uploads a folder to the Hub: a model with its card and its code, a data set of samples, or a Space."""
 
 import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
-
-from .parsing import CommandError
 
 
 if TYPE_CHECKING:
@@ -53,8 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ..hub.push import plan_push
+    from .loading import one_line_errors
 
-    with _one_line_errors():
+    with one_line_errors():
         plan = plan_push(
             args.folder,
             args.repo_id,
@@ -78,19 +75,6 @@ def run(args: argparse.Namespace) -> int:
         commit = plan.upload()
     print(f"\nUploaded: {commit.pr_url or commit.commit_url}")
     return 0
-
-
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    from huggingface_hub.errors import HTTPError
-
-    from .loading import one_line_errors
-
-    try:
-        with one_line_errors():
-            yield
-    except HTTPError as error:  # of the client: no connection, or none in time
-        raise CommandError(f"The Hub does not answer: {error}") from error
 
 
 def _print_plan(plan: "PushPlan") -> None:

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..modeling.configuration_blockgen import BlockGenConfig
 from ..modeling.diffusion_blockgen import DiffusionProcess, MaskedDiffusion, NoiseSchedule
 from ..modeling.positions_blockgen import document_positions
 from ..modeling.sampling_blockgen import CounterGenerator
@@ -99,9 +100,12 @@ class EvaluationDraw:
     weights: torch.Tensor
 
 
-def is_exact(diffusion: DiffusionProcess, block_size: int) -> bool:
-    """Whether all draws are the same: with a block size of 1 a masked model sees mask tokens only."""
-    return block_size == 1 and isinstance(diffusion, MaskedDiffusion)
+def is_exact(config: BlockGenConfig, block_size: int) -> bool:
+    """
+    Whether all draws are the same: with a block size of 1 a masked model sees mask tokens only, and one with
+    `next_token_prediction` sees no noise.
+    """
+    return block_size == 1 and (config.next_token_prediction or config.diffusion_type == "masked")
 
 
 def half_of_draw(draw: int, num_draws: int) -> tuple[int, int, int]:

@@ -66,7 +66,7 @@ def sequence_nll(
     )
     with _evaluation_mode(model):
         for column, size in enumerate(sizes):
-            exact = config.next_token_prediction or is_exact(unwrapped.diffusion, size)
+            exact = is_exact(config, size)
             for k in range(1 if exact else monte_carlo_samples):
                 draw = make_draw(
                     unwrapped.diffusion, rows, size, k, monte_carlo_samples, smallest_time, config.time_conditioning

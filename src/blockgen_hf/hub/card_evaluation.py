@@ -13,6 +13,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
+from ..evaluation.draws import is_exact
 from ..modeling.configuration_blockgen import BlockGenConfig
 from .card_facts import is_hub_id
 from .files import read_json
@@ -170,18 +171,14 @@ def _likelihood_table(values: Mapping[str, Any], config: BlockGenConfig | None, 
 def _likelihood_rows(values: Mapping[str, Any], config: BlockGenConfig | None, name: str) -> list[LikelihoodRow]:
     rows = []
     for size, figure in values["block_sizes"].items():
-        is_exact = str(size) == "1" and config is not None and _is_exact(config)
-        rows.append(_likelihood_row(f"block size {size}", figure, "exact" if is_exact else "upper bound", name))
+        meaning = "exact" if config is not None and is_exact(config, int(size)) else "upper bound"
+        rows.append(_likelihood_row(f"block size {size}", figure, meaning, name))
     for key, (label, meaning) in _MIXTURE.items():
         if values.get(key) is not None:
             rows.append(_likelihood_row(label, values[key], meaning, name))
     if not rows:
         raise ValueError(f"{name} holds no figure of a block size.")
     return rows
-
-
-def _is_exact(config: BlockGenConfig) -> bool:
-    return config.next_token_prediction or config.diffusion_type == "masked"
 
 
 def _likelihood_row(label: str, figure: Mapping[str, Any], meaning: str, name: str) -> LikelihoodRow:

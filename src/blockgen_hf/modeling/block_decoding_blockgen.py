@@ -271,8 +271,8 @@ class BlockDecoder:
         state = self.state
         self._commit_what_cannot_ride()
         has_drafts = hasattr(self.streamer, "put_draft")
-        everywhere = torch.ones_like(where)
-        wanted = everywhere if has_drafts else where
+        wanted = torch.ones_like(where) if has_drafts else where
+        num_wanted = int(wanted.sum())
         # How many tokens are wanted differs from pass to pass, and would be compiled anew each time.
         is_compiled = self.model._compiled_call_impl is not None or hasattr(
             self.model.forward, "_torchdynamo_orig_callable"
@@ -286,13 +286,14 @@ class BlockDecoder:
             past_key_values=state.cache,
             use_cache=state.cache is not None,
             noise_level=time if self.model.config.time_conditioning else None,
-            logits_to_keep=0 if is_compiled or wanted.all() else wanted,
+            logits_to_keep=0 if is_compiled or num_wanted == wanted.numel() else wanted,
             modulations=self._modulations,
         )
         if state.cache is not None:
             state.mark_committed(state.pending.shape[1])
         state.count_evaluation(rows)
-        logits = outputs.logits if outputs.logits.ndim == 2 else outputs.logits[wanted]
+        logits = outputs.logits.flatten(0, -2)
+        logits = logits[wanted.flatten()] if len(logits) > num_wanted else logits
         prediction = self._predicted(logits, wanted, z_t)
         if has_drafts:
             self._put_draft(self.streamer, prediction, z_t)
