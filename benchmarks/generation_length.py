@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=4096)
     parser.add_argument("--stretch", type=int, default=512, help="new tokens of a line of the table")
     parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--cpu-weights", choices=("int8", "float16"))
+    parser.add_argument("--cpu-weights", choices=("int8", "float16", "float32"))
     args = parser.parse_args()
     torch.manual_seed(0)
     model = random_model(args.size, args.diffusion_type, max_position_embeddings=args.new_tokens + 16)

@@ -54,6 +54,7 @@ KINDS: dict[str, Callable[[PreTrainedModel], PreTrainedModel]] = {
     "bfloat16": lambda model: model.to(torch.bfloat16),
     "quantize_for_cpu int8": quantize_for_cpu,
     "quantize_for_cpu float16": lambda model: quantize_for_cpu(model, "float16"),
+    "quantize_for_cpu float32": lambda model: quantize_for_cpu(model, "float32"),
     "torchao int8 weights": torchao("Int8WeightOnlyConfig"),
     "torchao int8 dynamic": torchao("Int8DynamicActivationInt8WeightConfig"),
     "quanto int8 weights": quanto,

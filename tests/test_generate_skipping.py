@@ -264,3 +264,11 @@ def test_the_tail_of_a_long_tailed_distribution_is_drawn(dtype: torch.dtype) -> 
     observed = np.array([counts[part].sum() for part in bins])
     expected = np.array([exact[part].sum() for part in bins]) * draws
     assert chisquare(observed, expected * observed.sum() / expected.sum()).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("masses", [[0.2, float("nan"), 0.1], [0.2, float("inf"), 0.1], [0.0, 0.0, 0.0]])
+def test_masses_that_are_no_distribution_are_refused(masses: list[float]) -> None:
+    """An overflow must not become a token."""
+    probs = torch.tensor([[0.5, 0.25, 0.25], masses])
+    with pytest.raises(RuntimeError, match="NaN, infinite or all zero"):
+        sample_categorical(probs, torch.tensor([0.5, 0.5], dtype=torch.float64))

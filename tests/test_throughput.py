@@ -3,6 +3,8 @@
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ from blockgen_hf.evaluation.throughput import (
 from blockgen_hf.evaluation.throughput_contenders import (
     Decoding,
     blockgen_contenders,
+    compiled_contenders,
     denoiser_entropy,
     expected_passes,
     gpt2_contender,
@@ -271,6 +274,34 @@ def test_expected_passes_are_the_steps_that_change_something(schedule: str) -> N
     assert abs(changes.mean() - expected) < 4 * changes.std() / len(changes) ** 0.5
     whole_and_rest = contender.expected_passes(Case("masked", 0, 1, 9))
     assert whole_and_rest == pytest.approx(2 * expected + 1.0, rel=1e-6)  # one token changes at one step
+
+
+def test_compiled_contenders_write_the_same_and_warm_up_with_the_whole_length(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    model, texts = tiny_model(), [decoding("block_diffusion:4"), decoding("arpc:3")]
+    contenders = [*blockgen_contenders(model, texts), *compiled_contenders(model, texts)]
+    assert [contender.name for contender in contenders] == 2 * ["blockgen"] + 2 * ["blockgen-compiled"]
+    case, lengths = Case("masked", 3, 2, 12), []
+    for contender in contenders[2:]:
+        plain_generate = contender.generate
+
+        def generate(prompts: torch.Tensor, new_tokens: int, plain: Any = plain_generate) -> Generated:
+            lengths.append(new_tokens)
+            return plain(prompts, new_tokens)
+
+        [found] = measure(case, [replace(contender, generate=generate)], machine, 1, warm_up_tokens=4)
+        [run] = found.runs
+        assert run.network.forwards > 0 and run.generated.num_new_tokens == 24
+    assert lengths == 4 * [12]
+    prompts = torch.randint(MASK, (2, 3))
+    settings = dict(max_new_tokens=12, do_sample=True, eos_token_id=None, decoding="arpc", block_size=4)
+    outputs = []
+    for contender in (contenders[1], contenders[3]):
+        torch.manual_seed(0)
+        outputs.append(contender.model.generate(prompts, **settings))
+    assert torch.equal(*outputs)
 
 
 def test_expected_passes_are_of_masked_ancestral_sampling_alone() -> None:

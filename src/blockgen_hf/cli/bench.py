@@ -43,7 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_list_of(cpu_weights),
         default=[],
         metavar="NAME,...",
-        help="int8, float16: the model with such weights too, as contenders blockgen-int8, blockgen-float16",
+        help="int8, float16, float32: the model with weights packed so too, as contenders blockgen-int8 ...",
+    )
+    group.add_argument(
+        "--compile",
+        action="store_true",
+        help="the model with compiled layers and a static cache too, as contender blockgen-compiled",
     )
     group = parser.add_argument_group("cases")
     group.add_argument(
@@ -153,13 +158,20 @@ def _benchmark(
     report: "Report",
 ) -> None:
     from ..evaluation.throughput import Case, Machine, measure
-    from ..evaluation.throughput_contenders import blockgen_contenders, gpt2_contender, gpt2_like
+    from ..evaluation.throughput_contenders import (
+        blockgen_contenders,
+        compiled_contenders,
+        gpt2_contender,
+        gpt2_like,
+    )
     from ..quantization import quantize_for_cpu
 
     contenders = blockgen_contenders(model, decodings)
     for weights in args.cpu_weights:
         quantized = quantize_for_cpu(deepcopy(model), weights)
         contenders += blockgen_contenders(quantized, decodings, f"blockgen-{weights}")
+    if args.compile:
+        contenders += compiled_contenders(model, decodings)
     if more_contenders is not None:
         contenders += more_contenders(model, decodings)
     contenders.append(gpt2_contender(gpt2_like(model)))
@@ -231,6 +243,9 @@ class Report:
         speed = "{gflops_per_second:,.0f} GFLOP/s, {gigabytes_per_second:.1f} GB/s"
         where = "{name}, threads: {threads}, torch {torch}: "
         print(f"\n{(where + speed).format(**machine.to_dict())}\n", flush=True)
+        for found in measurements:
+            if found.contender.is_compiled:
+                print(f"{found.contender.decoding} compiled in a first call of {found.warm_up_seconds:.0f} s.\n")
         self._write()
 
     def _write(self) -> None:

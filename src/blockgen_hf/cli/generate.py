@@ -51,7 +51,10 @@ def _add_model_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--model", help="a folder or a model on the Hub (default: the small one of this package)")
     add_loading_arguments(group)
     group.add_argument(
-        "--cpu-weights", type=cpu_weights, metavar="NAME", help="int8 or float16: faster on an x86 CPU (docs/speed.md)"
+        "--cpu-weights",
+        type=cpu_weights,
+        metavar="NAME",
+        help="int8, float16 or float32: packed, which is faster on an x86 CPU (docs/speed.md)",
     )
 
 

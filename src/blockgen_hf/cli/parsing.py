@@ -60,8 +60,8 @@ def add_loading_arguments(group: argparse._ArgumentGroup) -> None:
 
 def cpu_weights(text: str) -> str:
     """A format of `quantize_for_cpu`, known here without importing torch."""
-    if text not in ("int8", "float16"):
-        raise argparse.ArgumentTypeError(f"must be int8 or float16, but is {text!r}")
+    if text not in ("int8", "float16", "float32"):
+        raise argparse.ArgumentTypeError(f"must be int8, float16 or float32, but is {text!r}")
     return text
 
 

@@ -51,6 +51,7 @@ class Contender:
         model (`PreTrainedModel`): whose passes are counted; its `base_model` and output embeddings are the network.
         generate (`Callable`): continues prompts `[B, prefix]` by so many tokens.
         expected_passes (`Callable`, *optional*): denoiser passes that a row needs, on average.
+        is_compiled (`bool`): whether shapes that it has not met cost compilation.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Contender:
     model: PreTrainedModel
     generate: Callable[[torch.Tensor, int], Generated]
     expected_passes: Callable[[Case], float] | None = None
+    is_compiled: bool = False
 
 
 @dataclass
@@ -328,7 +330,8 @@ def measure(
         machine ([`Machine`]): measured once a round.
         repeats (`int`): rounds.
         warm_up_tokens (`int`): new tokens of a call before the rounds, timed on its own: what is allocated or compiled
-            once must not count as generation.
+            once must not count as generation. A compiled contender warms up with the whole length, so that it has met
+            every shape.
         progress (`Callable`, *optional*): told before every call what comes.
 
     Returns:
@@ -338,7 +341,8 @@ def measure(
     for contender in contenders:
         if progress is not None:
             progress(f"warm-up: {contender.name}, {contender.decoding}")
-        warm_up = _run(contender, case, min(warm_up_tokens, case.new_tokens), seed=repeats)
+        num_tokens = case.new_tokens if contender.is_compiled else min(warm_up_tokens, case.new_tokens)
+        warm_up = _run(contender, case, num_tokens, seed=repeats)
         measurements.append(Measurement(contender, case, machine, warm_up.seconds))
     for seed in range(repeats):
         machine.measure()

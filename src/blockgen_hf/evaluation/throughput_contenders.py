@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -150,6 +151,15 @@ def blockgen_contenders(model: PreTrainedModel, decodings: list[Decoding], name:
     ]
 
 
+def compiled_contenders(model: PreTrainedModel, decodings: list[Decoding]) -> list[Contender]:
+    """The same on a copy whose layers `torch.compile` compiles, with a static cache, so that few shapes occur."""
+    compiled = deepcopy(model)
+    compiled.base_model.forward = torch.compile(compiled.base_model.forward)
+    static = [Decoding(each.name, {"cache_implementation": "static", **each.settings}) for each in decodings]
+    contenders = blockgen_contenders(compiled, static, "blockgen-compiled")
+    return [replace(contender, is_compiled=True) for contender in contenders]
+
+
 def _generate_with(model: PreTrainedModel, settings: dict[str, Any]) -> Callable[[torch.Tensor, int], Generated]:
     def generate(prompts: torch.Tensor, new_tokens: int) -> Generated:
         outputs = model.generate(
@@ -226,6 +236,7 @@ __all__ = [
     "SIZES",
     "Decoding",
     "blockgen_contenders",
+    "compiled_contenders",
     "denoiser_entropy",
     "expected_passes",
     "gpt2_contender",

@@ -116,6 +116,10 @@ def sample_categorical(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tens
 
     Returns:
         `torch.LongTensor` of shape `[...]`. A token of zero mass is never drawn.
+
+    Raises:
+        RuntimeError: masses that are NaN, infinite or all zero, as of a model whose numbers overflowed; on a GPU, as
+            `torch.multinomial`, only when its queue gets there.
     """
     probs = probs.to(torch.promote_types(probs.dtype, torch.float32))
     vocab_size = probs.shape[-1]
@@ -124,7 +128,13 @@ def sample_categorical(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tens
     if num_chunks * width != vocab_size:
         probs = torch.nn.functional.pad(probs, (0, num_chunks * width - vocab_size))
     chunks = probs.unflatten(-1, (num_chunks, width))
-    chunk, place = _invert(chunks.sum(-1), uniform)
+    masses = chunks.sum(-1)
+    total = masses.sum(-1)
+    torch._assert_async(
+        (total.isfinite() & (total > 0)).all(),
+        "a categorical distribution has masses that are NaN, infinite or all zero",
+    )
+    chunk, place = _invert(masses, uniform)
     inside = torch.take_along_dim(chunks, chunk[..., None, None], dim=-2).squeeze(-2)
     token, _ = _invert(inside, place)
     return chunk * width + token
