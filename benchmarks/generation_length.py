@@ -1,46 +1,81 @@
 """
-Speed and memory of one generation as its text grows: tokens a CPU second in every stretch of it, and the cache.
+Speed and memory of one generation as its text grows, tokens a CPU second in every stretch of it, and speed by batch.
 
-    OMP_NUM_THREADS=1 python benchmarks/generation_length.py --new-tokens 4096 --cpu-weights int8
+    OMP_NUM_THREADS=1 python benchmarks/generation_length.py --cpu-weights int8 --plot docs/figures/speed.svg
 """
 
 import argparse
 import time
 from itertools import pairwise
+from pathlib import Path
 
 import torch
-from transformers.generation.streamers import BaseStreamer
+from transformers import PreTrainedModel, StoppingCriteria
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from blockgen_hf.evaluation.throughput_contenders import Decoding, random_model
-from blockgen_hf.quantization import quantize_for_cpu
+from blockgen_hf.quantization import FORMATS, quantize_for_cpu
 
 
-class Clock(BaseStreamer):
-    """CPU seconds of the process after every block, by the number of new tokens; it is never given a batch's text."""
+PROMPT = 16
+
+
+class Clock(StoppingCriteria):
+    """CPU seconds of the process by the number of new tokens a row; it stops nothing."""
 
     def __init__(self) -> None:
-        self.num_tokens = -1  # the prompt comes first
-        self.seconds: dict[int, float] = {}
+        self.seconds = {0: time.process_time()}
 
-    def put(self, value: torch.Tensor) -> None:
-        self.num_tokens = 0 if self.num_tokens < 0 else self.num_tokens + value.shape[-1]
-        self.seconds[self.num_tokens] = time.process_time()
-
-    def end(self) -> None:
-        pass
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: object) -> torch.BoolTensor:
+        self.seconds[input_ids.shape[1] - PROMPT] = time.process_time()
+        return torch.zeros(len(input_ids), dtype=torch.bool)
 
 
-def table(clock: Clock, stretch: int, batch_size: int) -> list[str]:
-    """Tokens of all rows in a CPU second, for each stretch of so many new tokens."""
+def run(model: PreTrainedModel, decoding: str, batch_size: int, new_tokens: int) -> tuple[Clock, object]:
+    prompt = torch.randint(model.config.vocab_size - 1, (batch_size, PROMPT))
+    clock = Clock()
+    outputs: GenerateDecoderOnlyOutput = model.generate(
+        prompt,
+        max_new_tokens=new_tokens,
+        stopping_criteria=[clock],
+        eos_token_id=None,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        **Decoding.parse(decoding, block_size=16).settings,
+    )
+    return clock, outputs.past_key_values
+
+
+def stretches(clock: Clock, stretch: int) -> list[tuple[int, int, float]]:
+    """(start, end, tokens of a row in a CPU second) for stretches of so many new tokens."""
     ends = [0]
     for count in clock.seconds:
         if count >= ends[-1] + stretch:
             ends.append(count)
-    rows = ["| new tokens | tokens/CPU s |", "|---|---:|"]
-    for start, end in pairwise(ends):
-        speed = batch_size * (end - start) / (clock.seconds[end] - clock.seconds[start])
-        rows.append(f"| {start:,} to {end:,} | {speed:.2f} |")
-    return rows
+    seconds = clock.seconds
+    return [(start, end, (end - start) / (seconds[end] - seconds[start])) for start, end in pairwise(ends)]
+
+
+def print_cache(model: PreTrainedModel, cache: object) -> None:
+    length = cache.get_seq_length()
+    arithmetic = 2 * model.config.num_hidden_layers * model.config.hidden_size * 4 * length
+    taken = sum(layer.keys.untyped_storage().nbytes() * 2 for layer in cache.layers)
+    print(f"\nCache of {length:,} tokens: {taken / 2**20:.1f} MiB, {taken / arithmetic:.2f} x what they need.\n")
+
+
+def plot(by_length: list[tuple[int, int, float]], by_batch: dict[int, float], file: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot([(start + end) / 2 for start, end, _ in by_length], [speed for *_, speed in by_length], "o-")
+    left.set(xlabel="length of the text, tokens", ylabel="tokens / CPU s", ylim=(0, None), title="one text")
+    right.plot(list(by_batch), list(by_batch.values()), "o-")
+    right.set(xlabel="rows of the batch", ylim=(0, None), title="all rows of a batch")
+    right.set_xscale("log", base=2)
+    right.set_xticks(list(by_batch), list(map(str, by_batch)))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file)
 
 
 def main() -> None:
@@ -48,27 +83,34 @@ def main() -> None:
     parser.add_argument("--size", choices=("base", "tiny"), default="base")
     parser.add_argument("--diffusion-type", choices=("masked", "uniform"), default="masked")
     parser.add_argument("--decoding", default="block_diffusion:4")
-    parser.add_argument("--new-tokens", type=int, default=4096)
+    parser.add_argument("--new-tokens", type=int, default=4096, help="of the one text")
     parser.add_argument("--stretch", type=int, default=512, help="new tokens of a line of the table")
-    parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--cpu-weights", choices=("int8", "float16", "float32"))
+    parser.add_argument("--batch-sizes", type=int, nargs="*", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--batch-tokens", type=int, default=64, help="new tokens of a row in batches")
+    parser.add_argument("--cpu-weights", choices=tuple(FORMATS))
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw both there (needs matplotlib)")
     args = parser.parse_args()
     torch.manual_seed(0)
-    model = random_model(args.size, args.diffusion_type, max_position_embeddings=args.new_tokens + 16)
+    model = random_model(args.size, args.diffusion_type, max_position_embeddings=args.new_tokens + PROMPT)
     if args.cpu_weights is not None:
         quantize_for_cpu(model, args.cpu_weights)
-    prompt = torch.randint(model.config.vocab_size - 1, (args.batch_size, 16))
-    settings = Decoding.parse(args.decoding, block_size=16).settings
-    clock = Clock()
-    outputs = model.generate(
-        prompt, max_new_tokens=args.new_tokens, streamer=clock, return_dict_in_generate=True, **settings
-    )
-    print("\n".join(table(clock, args.stretch, args.batch_size)))
-    config, cache = model.config, outputs.past_key_values
-    length = cache.get_seq_length()
-    arithmetic = 2 * config.num_hidden_layers * config.hidden_size * 4 * length * args.batch_size
-    taken = sum(layer.keys.untyped_storage().nbytes() * 2 for layer in cache.layers)
-    print(f"\nCache of {length:,} tokens: {taken / 2**20:.1f} MiB, {taken / arithmetic:.2f} x what they need.")
+
+    clock, cache = run(model, args.decoding, 1, args.new_tokens)
+    by_length = stretches(clock, args.stretch)
+    print("| new tokens | tokens/CPU s |\n|---|---:|")
+    for start, end, speed in by_length:
+        print(f"| {start:,} to {end:,} | {speed:.2f} |")
+    print_cache(model, cache)
+
+    by_batch = {}
+    print("| rows | tokens/CPU s of all rows |\n|---|---:|")
+    for batch_size in args.batch_sizes:
+        clock, _ = run(model, args.decoding, batch_size, args.batch_tokens)
+        [(_, _, speed)] = stretches(clock, args.batch_tokens)
+        by_batch[batch_size] = batch_size * speed
+        print(f"| {batch_size} | {by_batch[batch_size]:.2f} |", flush=True)
+    if args.plot is not None:
+        plot(by_length, by_batch, args.plot)
 
 
 if __name__ == "__main__":
