@@ -3,7 +3,7 @@
 
 usage:
     python3 run.py generate "Once upon a time"    any command of blockgen-hf: `--help` behind it tells its options
-    python3 run.py train laptop --dry-run         so do `train` and `evaluate`, which need more packages
+    python3 run.py train laptop --dry-run         so do `finetune`, `evaluate` and others, which need more packages
     python3 run.py test [pytest's options]        the tests but those marked slow, which `test -m slow` runs
     python3 run.py quality                        linters, formatter and type checker, changing nothing
     python3 run.py style                          mends what the linter and the formatter can
@@ -34,8 +34,14 @@ STAMP = VENV / "installed.txt"
 CPU_TORCH = "torch==2.13.0+cpu"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
-EXTRAS = ["", "[train]", "[dev]"]  # each brings what those before it bring
-EXTRA_OF_COMMAND = {"train": "[train]", "evaluate": "[train]"}
+EXTRAS = ["", "[train]", "[train,eval]", "[dev]"]  # each brings what those before it bring
+EXTRA_OF_COMMAND = {
+    "train": "[train]",
+    "evaluate": "[train]",
+    "finetune": "[train]",
+    "evaluate-answers": "[train,eval]",
+    "evaluate-samples": "[train,eval]",
+}
 
 TASKS: dict[str, list[list[str]]] = {
     "setup": [],

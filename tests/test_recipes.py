@@ -153,7 +153,7 @@ def test_refused_conversions(value: Any, hint: Any, message: str) -> None:
         (["model.hiden_size=8"], "mine.yaml, section `model`: there is no key `hiden_size`. Did you mean `hidden_siz"),
         (["data.datset=x"], "section `data`: there is no key `datset`. Did you mean `dataset`? Accepted: add_bos_"),
         (["training.do_train=true"], "section `training`: there is no key `do_train`"),
-        (["modle.hidden_size=8"], "there is no section `modle`. Did you mean `model`? Accepted: data, model"),
+        (["modle.hidden_size=8"], "there is no section `modle`. Did you mean `model`? Accepted: adapter, data"),
         (["model=8"], "'model=8' is no override"),
         (["model.hidden_size"], "'model.hidden_size' is no override"),
         (["model.hidden_size=[8"], "has a value that is not YAML"),

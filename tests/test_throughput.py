@@ -276,6 +276,11 @@ def test_expected_passes_are_the_steps_that_change_something(schedule: str) -> N
     assert whole_and_rest == pytest.approx(2 * expected + 1.0, rel=1e-6)  # one token changes at one step
 
 
+def test_words_of_python_are_read() -> None:
+    settings = decoding("ar:do_sample=False:top_k=None:num_beams=1").settings
+    assert settings == {"decoding": "ar", "do_sample": False, "top_k": None, "num_beams": 1}
+
+
 def test_compiled_contenders_write_the_same_and_warm_up_with_the_whole_length(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

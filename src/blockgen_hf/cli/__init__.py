@@ -9,14 +9,17 @@ import os
 import sys
 from collections.abc import Sequence
 
-from . import bench, convert, evaluate, generate, push, train
+from . import bench, convert, evaluate, evaluate_answers, evaluate_samples, finetune, generate, push, train
 from .parsing import PROGRAM, CommandError, Parser
 
 
 COMMANDS = {
     "generate": generate,
     "train": train,
+    "finetune": finetune,
     "evaluate": evaluate,
+    "evaluate-answers": evaluate_answers,
+    "evaluate-samples": evaluate_samples,
     "convert": convert,
     "push": push,
     "bench": bench,

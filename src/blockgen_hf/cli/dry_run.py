@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from ..modeling.configuration_blockgen import BlockGenConfig
 from ..training.estimates import (
+    ParameterCount,
     count_parameters,
     estimate_memory,
     estimate_seconds,
@@ -34,12 +35,14 @@ def describe(prepared: "Prepared") -> Iterator[str]:
     recipe = prepared.recipe
     config, vocabulary_source = _config(recipe)
     yield _line("recipe", recipe.source)
-    yield _line("model", _model(recipe, config))
+    parameters = count_parameters(config, recipe.adapter)
+    yield _line("model", _model(recipe, config, parameters))
+    yield _line("trained", _trained(recipe, parameters))
     yield _line("vocabulary", f"{config.vocab_size:,} rows ({vocabulary_source})")
     yield _line("tokenizer", _tokenizer(recipe))
     yield from _data(recipe)
     yield _line("block sizes", _block_sizes(config, prepared))
-    yield from _costs(prepared, config)
+    yield from _costs(prepared, config, parameters)
     yield _line("output", _output(prepared))
 
 
@@ -76,12 +79,20 @@ def _cached_tokenizer(name: str, revision: str | None) -> Any:
         return None
 
 
-def _model(recipe: Recipe, config: BlockGenConfig) -> str:
+def _model(recipe: Recipe, config: BlockGenConfig, parameters: ParameterCount) -> str:
     origin = f"goes on from {_place(recipe.checkpoint)}" if recipe.checkpoint else "new"
     return (
         f"{noise_name(config)}, {config.num_hidden_layers} layers of width {config.hidden_size}, "
-        f"{count_parameters(config).total:,} parameters, {origin}"
+        f"{parameters.total:,} parameters, {origin}"
     )
+
+
+def _trained(recipe: Recipe, parameters: ParameterCount) -> str:
+    if not parameters.is_adapter:
+        return "all parameters"
+    kind = "DoRA" if recipe.adapter.get("use_dora") else "LoRA"
+    share = parameters.trained / parameters.total
+    return f"an adapter ({kind}), {parameters.trained:,} parameters, {share:.2%} of all"
 
 
 def _tokenizer(recipe: Recipe) -> str:
@@ -125,7 +136,7 @@ def _block_sizes(config: BlockGenConfig, prepared: "Prepared") -> str:
     return f"{sizes}; {args.block_size_sampling}, {slots} a step"
 
 
-def _costs(prepared: "Prepared", config: BlockGenConfig) -> Iterator[str]:
+def _costs(prepared: "Prepared", config: BlockGenConfig, parameters: ParameterCount) -> Iterator[str]:
     args, length = prepared.args, prepared.recipe.data.sequence_length
     rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     processes = "process" if args.world_size == 1 else "processes"
@@ -141,7 +152,6 @@ def _costs(prepared: "Prepared", config: BlockGenConfig) -> Iterator[str]:
     else:
         yield _line("in all", f"{args.num_train_epochs:g} times the data, whose size is known once they are read")
 
-    parameters = count_parameters(config)
     is_mixed = args.bf16 or args.fp16
     memory = estimate_memory(
         config,

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import sys
 import time
 from contextlib import nullcontext
@@ -102,10 +101,12 @@ def _sizes(text: str) -> list[int]:
 def run(args: argparse.Namespace) -> int:
     _check_json(args.json)
 
-    from .loading import load, one_line_errors, quiet_transformers, show_bars_of_datasets
+    from .loading import load, one_line_errors, quiet_transformers, resolve_device, show_bars_of_datasets
 
     with one_line_errors():
-        process = _launched_process()
+        from ..evaluation.processes import launched_process
+
+        process = launched_process(resolve_device(args.device) == "cpu")
         is_main = process is None or process.is_main_process
         is_shown = is_main and sys.stderr.isatty()
         data = _data_arguments(args)
@@ -135,15 +136,6 @@ def run(args: argparse.Namespace) -> int:
     if process is not None:
         process.destroy_process_group()
     return 0
-
-
-def _launched_process() -> Any:
-    """Which of several processes this is, each on a device of its own; None if it is the only one."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        return None
-    from accelerate import PartialState
-
-    return PartialState()
 
 
 def _check_json(file: str | None) -> None:

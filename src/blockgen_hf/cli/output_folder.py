@@ -77,7 +77,7 @@ class OutputFolder:
             before = yaml.safe_load(file.read_text(encoding="utf-8"))
         except yaml.YAMLError as error:
             raise CommandError(f"{file} is damaged: {error}. Without it, runs are resumed unchecked.") from error
-        for section in ("model", "tokenizer", "data"):
+        for section in ("model", "adapter", "tokenizer", "data"):
             old, new = (_without_free(found.get(section) or {}) for found in (before, values))
             for key in sorted({*old, *new}):
                 if old.get(key) != new.get(key):

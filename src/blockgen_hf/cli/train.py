@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+from collections.abc import Sequence
 
 from .parsing import CommandError, integer
 
@@ -41,6 +42,11 @@ def run(args: argparse.Namespace) -> int:
         overrides.append(f"training.output_dir={json.dumps(args.output_dir)}")
     if args.max_steps is not None:
         overrides.append(f"training.max_steps={args.max_steps}")
+    return run_recipe(args.recipe, overrides, args.resume, args.overwrite, args.dry_run)
+
+
+def run_recipe(recipe: str, overrides: Sequence[str], resume: bool, overwrite: bool, is_dry: bool) -> int:
+    """Trains, or says what it would take, and returns the exit status."""
     process = int(os.environ.get("RANK", "0"))
 
     from .loading import quiet_transformers
@@ -52,13 +58,13 @@ def run(args: argparse.Namespace) -> int:
 
     with quiet_transformers():
         try:
-            prepared = prepare(args.recipe, overrides, args.resume, args.overwrite, args.dry_run)
+            prepared = prepare(recipe, overrides, resume, overwrite, is_dry)
         except CommandError:
             if process > 0:
                 return 1  # the main process says it: all find the same
             raise
         try:
-            if args.dry_run:
+            if is_dry:
                 dry_run(prepared)
             else:
                 train(prepared)

@@ -74,7 +74,11 @@ def train(prepared: Prepared) -> None:
                 folder.clear()
             folder.save_recipe(recipe.values)
             begins = f"from {prepared.checkpoint}" if prepared.checkpoint else "begins"
-            print(f"{recipe.source}: {num_parameters / 1e6:,.1f}M parameters, {_rows(trainer)}, {begins}", flush=True)
+            parameters = f"{num_parameters / 1e6:,.1f}M parameters"
+            if recipe.adapter:
+                num_trained = trainer.model.num_parameters(only_trainable=True)
+                parameters += f", of which {num_trained:,} ({num_trained / num_parameters:.2%}) are trained"
+            print(f"{recipe.source}: {parameters}, {_rows(trainer)}, {begins}", flush=True)
         PartialState().wait_for_everyone()
         result = trainer.train(resume_from_checkpoint=prepared.checkpoint)
         trainer.save_model()
@@ -128,7 +132,8 @@ def _final_metrics(trainer: BlockGenTrainer) -> dict[str, Any]:
 
 
 def _print_end(prepared: Prepared, training: dict[str, Any], metrics: dict[str, Any]) -> None:
-    print(f"Trained in {training['train_runtime']:.0f} s. Model: {prepared.folder.path}")
+    what = "Adapter" if prepared.recipe.adapter else "Model"
+    print(f"Trained in {training['train_runtime']:.0f} s. {what}: {prepared.folder.path}")
     if metrics:
         draws = prepared.args.eval_monte_carlo_samples
         print(f"\nValidation, {draws} Monte-Carlo draws a row:")

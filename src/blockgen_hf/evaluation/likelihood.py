@@ -1,12 +1,11 @@
 """How likely a model finds a data set: bounds for each block size and for the mixture (BlockGen, Suppl. C)."""
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from transformers.modeling_utils import unwrap_model
 from transformers.utils import logging
@@ -15,6 +14,7 @@ from ..modeling.configuration_blockgen import BlockGenConfig
 from ..modeling.objective_blockgen import SMALLEST_TIME
 from .draws import evaluation_rows, is_exact, make_draw
 from .figures import LikelihoodResult, likelihood_metrics, mixture_weights
+from .processes import Processes
 from .rows import Collator, check_batch, collated
 
 
@@ -197,16 +197,16 @@ def evaluate_likelihood(
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be positive, but is {batch_size!r}.")
     gamma = mixture_weights(config.block_sizes, config.block_size_weights, sizes, weights)
-    processes = _Processes(accelerator)
+    processes = Processes(accelerator, on_cpu=next(model.parameters()).device.type == "cpu")
     found: list[tuple[torch.Tensor, ...]] = []  # numbers of rows, scored tokens, bounds
     num_rows = num_skipped = 0
     total = len(dataset) if hasattr(dataset, "__len__") and not isinstance(dataset, Mapping) else None
-    with logging.tqdm(total=total, unit="row", disable=not progress or processes.rank > 0) as bar:
+    with logging.tqdm(total=total, unit="row", disable=not progress or not processes.is_main) as bar:
         for start, batch in collated(dataset, batch_size * processes.count, data_collator):
             num_tokens = check_batch(batch, start, config)
             scored_rows = num_tokens.nonzero().squeeze(-1)
             num_rows, num_skipped = num_rows + len(num_tokens), num_skipped + len(num_tokens) - len(scored_rows)
-            own, is_spare = processes.share(scored_rows)
+            own, is_spare = _share(scored_rows, processes)
             if len(own):
                 rows = {name: tensor[own] for name, tensor in batch.items()}
                 nll = sequence_nll(model, rows, sizes, monte_carlo_samples, seed=seed, smallest_time=smallest_time)
@@ -218,42 +218,26 @@ def evaluate_likelihood(
             "`dataset` must have rows with scored tokens (labels other than -100, outside of padding), but none of "
             f"its {num_rows} rows has any."
         )
-    numbers, num_tokens, nll = processes.gather(found)
+    numbers, num_tokens, nll = _joined(processes.gather(found))
     _check_finite(nll, numbers, sizes)
     return likelihood_metrics(nll, num_tokens, sizes, gamma, num_skipped=num_skipped)
 
 
-class _Processes:
-    """Who evaluates which rows, and how all learn of it: those of an `Accelerator`, or of the launch; or only this."""
+def _share(rows: torch.Tensor, processes: Processes) -> tuple[torch.Tensor, bool]:
+    """
+    The rows of this process among `[n]`. Where there are too few it takes one that is another's, and True is
+    returned: sharded models are evaluated by all processes at once.
+    """
+    each = -(-len(rows) // processes.count)
+    own = rows[processes.rank * each : (processes.rank + 1) * each]
+    return (own, False) if len(own) else (rows[:1], True)
 
-    def __init__(self, accelerator: Any) -> None:
-        is_initialized = dist.is_available() and dist.is_initialized()
-        is_launched = is_initialized or int(os.environ.get("WORLD_SIZE", "1")) > 1
-        if accelerator is None and is_launched:
-            from accelerate import PartialState
 
-            accelerator = PartialState()
-        self.rank: int = 0 if accelerator is None else accelerator.process_index
-        self.count: int = 1 if accelerator is None else accelerator.num_processes
-
-    def share(self, rows: torch.Tensor) -> tuple[torch.Tensor, bool]:
-        """
-        The rows of this process among `[n]`. Where there are too few it takes one that is another's, and True is
-        returned: sharded models are evaluated by all processes at once.
-        """
-        each = -(-len(rows) // self.count)
-        own = rows[self.rank * each : (self.rank + 1) * each]
-        return (own, False) if len(own) else (rows[:1], True)
-
-    def gather(self, found: list[tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
-        """What all processes found, the rows in their order: the same tensors everywhere."""
-        if self.count > 1:
-            from accelerate.utils import gather_object
-
-            found = gather_object(found)
-        columns = [torch.cat(column) for column in zip(*found, strict=True)]
-        order = columns[0].argsort()
-        return tuple(column[order] for column in columns)
+def _joined(parts: list[list[tuple[torch.Tensor, ...]]]) -> tuple[torch.Tensor, ...]:
+    """What all processes found, the rows in their order: the same tensors everywhere."""
+    columns = [torch.cat(column) for column in zip(*chain.from_iterable(parts), strict=True)]
+    order = columns[0].argsort()
+    return tuple(column[order] for column in columns)
 
 
 def _check_finite(nll: torch.Tensor, numbers: torch.Tensor, block_sizes: Sequence[int]) -> None:

@@ -85,6 +85,9 @@ class Decoding:
 
 
 def _value(text: str) -> Any:
+    """JSON, Python's own words for it, or a text."""
+    if text in ("True", "False", "None"):
+        return {"True": True, "False": False, "None": None}[text]
     try:
         return json.loads(text)
     except json.JSONDecodeError:

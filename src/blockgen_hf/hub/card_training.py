@@ -24,6 +24,13 @@ _DATA = {
     "sequence_length": "Tokens a row",
     "packing": "Rows",
     "isolate_documents": "Documents see one another",
+    "train_on_padding": "Scored ends of text behind the first",
+}
+_ADAPTER = {
+    "r": "Rank of the adapter",
+    "lora_alpha": "Its scale (alpha)",
+    "use_dora": "With magnitudes of its own (DoRA)",
+    "target_modules": "Adapted",
 }
 _SETTINGS = {
     "max_steps": "Optimizer steps",
@@ -99,7 +106,7 @@ def read_training(
     names = dataset if isinstance(dataset, list) else [dataset]
     return TrainingFacts(
         data=_data_rows(data, recipe["tokenizer"]),
-        settings=_rows(settings, _SETTINGS),
+        settings=_rows(recipe["adapter"], _ADAPTER) + _rows(settings, _SETTINGS),
         outcome=_outcome(state or {}),
         datasets=[str(name) for name in names if is_hub_id(name)],
         base_model=start if is_hub_id(start) else None,
@@ -109,7 +116,7 @@ def read_training(
 
 
 def _read_recipe(file: Path) -> dict[str, dict[str, Any]]:
-    sections = ("model", "tokenizer", "data", "training")
+    sections = ("model", "adapter", "tokenizer", "data", "training")
     if not file.is_file():
         return {name: {} for name in sections}
     try:

@@ -133,7 +133,7 @@ class BlockGenModel(BlockGenPreTrainedModel):
             raise ValueError(
                 "`BlockGenModel` needs `noisy_input_ids` and both positions: its hidden states are those of noisy "
                 "tokens. Call `BlockGenForDiffusionLM`, which makes them (trainers that call the base model train it "
-                "wrongly)."
+                "wrongly; with TRL take `BlockGenSFTTrainer` and `BlockGenGRPOTrainer` of blockgen-hf)."
             )
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)

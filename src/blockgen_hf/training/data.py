@@ -117,6 +117,13 @@ class DataArguments:
     isolate_documents: bool = field(
         default=False, metadata={"help": "Packed: keep the documents of a row apart in attention and in positions."}
     )
+    train_on_padding: int = field(
+        default=0,
+        metadata={
+            "help": "Not packed: end-of-text tokens that are scored behind the first one, as far as `sequence_length` "
+            "allows. 0: none. `sequence_length`: rows are filled up with them."
+        },
+    )
     add_bos_token: bool = field(
         default=False, metadata={"help": "Begin documents and prompts with the tokenizer's BOS token."}
     )
@@ -132,8 +139,9 @@ class DataArguments:
             raise ValueError("`dataset` names a data set on the Hub or files; it is empty.")
         if self.packing not in PACKINGS:
             raise ValueError(f"`packing` is one of {', '.join(map(repr, PACKINGS))}, not {self.packing!r}.")
-        for name, least in [("sequence_length", 1), ("validation_documents", 0), ("shuffle_buffer_size", 0)]:
-            _check_number(name, getattr(self, name), least)
+        _check_number("sequence_length", self.sequence_length, 1)
+        for name in ("validation_documents", "shuffle_buffer_size", "train_on_padding"):
+            _check_number(name, getattr(self, name), 0)
         for name in ("max_documents", "num_proc"):
             if getattr(self, name) is not None:
                 _check_number(name, getattr(self, name), 1)
@@ -155,6 +163,8 @@ class DataArguments:
             raise ValueError(
                 "`isolate_documents` is for packed rows; with `packing='none'` rows are single documents."
             )
+        if self.train_on_padding and self.packing != "none":
+            raise ValueError("`train_on_padding` is for `packing='none'`; packed rows have no padding.")
         if self.validation_documents and (self.validation_dataset or self.validation_split):
             raise ValueError("`validation_documents` stands instead of `validation_dataset` and `validation_split`.")
         if self.streaming and self.validation_documents:
@@ -224,6 +234,7 @@ def _make_rows(
         max_length=args.sequence_length if args.packing == "none" else None,
         train_on_prompt=args.train_on_prompt,
         prompt_separator=args.prompt_separator,
+        train_on_padding=args.train_on_padding,
         add_bos_token=args.add_bos_token,
     )
     make = _stream if args.streaming else _prepare

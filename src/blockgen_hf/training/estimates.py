@@ -2,12 +2,14 @@
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from ..modeling.chunked_loss_blockgen import CHUNK_SIZE
 from ..modeling.configuration_blockgen import BlockGenConfig
 from ..modeling.modeling_blockgen import BlockGenForDiffusionLM
+from .recipe_adapter import add_adapter
 
 
 # Of the time of a step, the share that its matrix products would take alone at the speed of a large one: norms, gates,
@@ -24,11 +26,17 @@ class ParameterCount:
         total: all parameters.
         layers: those of the layers' matrices, which every token of both halves is multiplied with.
         head: those of the output matrix, which only scored tokens are multiplied with.
+        trained: those that have a gradient: all, or those of an adapter.
     """
 
     total: int
     layers: int
     head: int
+    trained: int
+
+    @property
+    def is_adapter(self) -> bool:
+        return self.trained < self.total
 
 
 @dataclass(frozen=True)
@@ -47,14 +55,22 @@ class MemoryEstimate:
         return self.weights + self.gradients + self.optimizer + self.average + self.activations + self.head
 
 
-def count_parameters(config: BlockGenConfig) -> ParameterCount:
-    """Of a model that is built without memory."""
+def count_parameters(config: BlockGenConfig, adapter: dict[str, Any] | None = None) -> ParameterCount:
+    """
+    Of a model that is built without memory.
+
+    Args:
+        adapter: arguments of `peft.LoraConfig`, as a recipe has them; empty or None where all weights are trained.
+    """
     with torch.device("meta"):
         model = BlockGenForDiffusionLM(config)
-    layers = sum(
-        parameter.numel() for name, parameter in model.model.layers.named_parameters() if "modulation" not in name
-    )
-    return ParameterCount(model.num_parameters(), layers, config.vocab_size * config.hidden_size)
+        layers = model.model.layers
+        if adapter:
+            add_adapter(model, adapter, checkpoint="")
+    in_layers = sum(parameter.numel() for name, parameter in layers.named_parameters() if "modulation" not in name)
+    head = config.vocab_size * config.hidden_size
+    trained = model.num_parameters(only_trainable=True)
+    return ParameterCount(model.num_parameters(), in_layers, head, trained)
 
 
 def estimate_memory(
@@ -69,16 +85,17 @@ def estimate_memory(
     shards: int = 1,
 ) -> MemoryEstimate:
     """
-    The formula, N being the parameters, h the width, f that of the MLP, T = 2 * rows * length the tokens of both
-    halves (one with `next_token_prediction`), and b the bytes of a value in the layers (4, or 2 in mixed precision):
+    The formula, N being the parameters, M those that are trained, h the width, f that of the MLP,
+    T = 2 * rows * length the tokens of both halves (one with `next_token_prediction`), and b the bytes of a value in
+    the layers (4, or 2 in mixed precision):
 
-    - weights 4 N, gradients 4 N, Adam 8 N, their average 4 N, divided by the shards; and b N in mixed precision, for
+    - weights 4 N, gradients 4 M, Adam 8 M, their average 4 M, divided by the shards; and b N in mixed precision, for
       the copy in lower precision.
     - a layer keeps for the backward pass T (13 h + 2 f) b bytes: what norms, modulation, projections, attention, gates
       and the two products of the MLP were computed from; with dropout 2 T h bytes more. With activation checkpointing
-      it keeps its input, 4 T h, and one layer at a time all of it.
-    - head: its gradient 4 V h, which is there before the backward pass; hidden states and their gradients, 8 h for
-      each noisy token; the logits of a chunk in three copies.
+      it keeps its input, 4 T h, and one layer at a time all of it. Adapters of its matrices change little.
+    - head: its gradient 4 V h, which is there before the backward pass, unless only an adapter is trained; hidden
+      states and their gradients, 8 h for each noisy token; the logits of a chunk in three copies.
 
     Args:
         rows, length: of a micro-batch.
@@ -88,7 +105,7 @@ def estimate_memory(
         shards: processes that share weights, gradients and optimizer (FSDP).
     """
     width, mlp, tokens = config.hidden_size, config.intermediate_size, _halves(config) * rows * length
-    state = 4 * parameters.total // shards
+    weights, trained = 4 * parameters.total // shards, 4 * parameters.trained // shards
     copy = bytes_per_value * parameters.total if bytes_per_value < 4 else 0
     layer = tokens * (13 * width + 2 * mlp) * bytes_per_value
     if config.hidden_dropout > 0:
@@ -96,12 +113,12 @@ def estimate_memory(
     kept = config.num_hidden_layers * 4 * tokens * width + layer if checkpointing else config.num_hidden_layers * layer
     chunk = min(CHUNK_SIZE, rows * length) * config.vocab_size * 4 * 3
     return MemoryEstimate(
-        weights=state + copy,
-        gradients=state,
-        optimizer=2 * state,
-        average=state if ema else 0,
+        weights=weights + copy,
+        gradients=trained,
+        optimizer=2 * trained,
+        average=trained if ema else 0,
         activations=kept,
-        head=4 * parameters.head + 8 * width * rows * length + chunk,
+        head=(0 if parameters.is_adapter else 4 * parameters.head) + 8 * width * rows * length + chunk,
     )
 
 
@@ -117,12 +134,13 @@ def step_operations(
     Floating-point operations of an optimizer step: 6 a parameter and token of both halves in the layers (8 with
     activation checkpointing), 6 a parameter of the head and scored token, which are half of all in a masked model, and
     12 h L^2 a layer and row for attention, whose mask is three quarters empty. A model with `next_token_prediction`
-    has one half, and half of the attention.
+    has one half, and half of the attention. Under an adapter weights have no gradients: 2 less a parameter.
     """
     passes = 8 if checkpointing else 6
+    saved = 2 if parameters.is_adapter else 0
     scored = 0.5 if config.diffusion_type == "masked" else 1.0
-    layers = passes * parameters.layers * _halves(config) * length
-    head = 6 * parameters.head * scored * length
+    layers = (passes - saved) * parameters.layers * _halves(config) * length
+    head = (6 - saved) * parameters.head * scored * length
     attention = _halves(config) * passes * config.num_hidden_layers * config.hidden_size * length**2
     return float(rows * (layers + head + attention))
 

@@ -5,7 +5,8 @@ Recipes: what a training run consists of, as a YAML file.
 
 A recipe has four sections: `model` (fields of [`BlockGenConfig`], or `name_or_path` of a checkpoint to go on from),
 `tokenizer` ([`TokenizerArguments`]), `data` ([`DataArguments`]) and `training` ([`BlockGenTrainingArguments`], and
-`global_batch_size`).
+`global_batch_size`). With a fifth one, `adapter` (arguments of PEFT's `LoraConfig`), an adapter of the checkpoint is
+trained, and not its weights.
 """
 
 import dataclasses
@@ -23,10 +24,11 @@ from ..modeling.configuration_blockgen import BlockGenConfig
 from .arguments import BlockGenTrainingArguments
 from .data import DataArguments
 from .documents import find_files, looks_like_a_path
+from .recipe_adapter import adapter_settings
 from .recipe_values import check_keys, convert, override, parse_override, read_yaml
 
 
-SECTIONS = ("model", "tokenizer", "data", "training")
+SECTIONS = ("model", "adapter", "tokenizer", "data", "training")
 # What a checkpoint is found by, and how it attends; all else in the section `model` are fields of the configuration.
 _MODEL_OPTIONS: dict[str, Any] = {
     "name_or_path": str | None,
@@ -87,6 +89,7 @@ class Recipe:
     Args:
         source: the file, for messages.
         model: fields of the configuration that it sets, and `name_or_path`, `revision`, `attn_implementation`.
+        adapter: arguments of `peft.LoraConfig`; empty where all weights are trained.
         tokenizer, data: their sections.
         training: arguments of [`BlockGenTrainingArguments`].
         global_batch_size: rows of an optimizer step over all processes and accumulation steps, or None.
@@ -95,6 +98,7 @@ class Recipe:
 
     source: str
     model: dict[str, Any]
+    adapter: dict[str, Any]
     tokenizer: TokenizerArguments
     data: DataArguments
     training: dict[str, Any]
@@ -228,9 +232,11 @@ def _make_recipe(source: str, values: dict[str, Any]) -> Recipe:
             f"{source}: `training.gradient_accumulation_steps` follows from `training.global_batch_size`: set one of "
             "them."
         )
+    model = {key: value for key, value in model.items() if value is not None}
     return Recipe(
         source,
-        {key: value for key, value in model.items() if value is not None},
+        model,
+        _adapter(values["adapter"], model, source),
         _arguments(TokenizerArguments, values["tokenizer"], source, "tokenizer"),
         _arguments(DataArguments, values["data"], source, "data"),
         training,
@@ -264,6 +270,17 @@ def _arguments(kind: Any, values: dict[str, Any], source: str, section: str) -> 
         return kind(**typed)
     except ValueError as error:
         raise ValueError(f"{source}, `{section}`: {error}") from error
+
+
+def _adapter(values: dict[str, Any], model: dict[str, Any], source: str) -> dict[str, Any]:
+    if not values:
+        return {}
+    if "name_or_path" not in model:
+        raise ValueError(
+            f"{source}: `adapter` needs a checkpoint, `model.name_or_path`: what it is trained on top of."
+        )
+    fields = {key: value for key, value in model.items() if key not in _MODEL_OPTIONS}
+    return adapter_settings(values, fields, source)
 
 
 def _is_required(entry: Any) -> bool:
@@ -340,8 +357,19 @@ def checkpoint_config(recipe: Recipe, local_files_only: bool = False) -> BlockGe
             if found
             else f"{recipe.source}: the folder {name} holds no model: it has no config.json."
         )
+    fields = recipe.config_fields()
+    if fields.get("diffusion_type", found.get("diffusion_type")) != found.get("diffusion_type"):
+        if fields["diffusion_type"] == "masked" and "mask_token_id" not in fields:
+            raise ValueError(
+                f"{recipe.source}: {name} has no mask token, since its noise is uniform: choose a token of its "
+                "vocabulary that no text holds with `model.mask_token_id`."
+            )
+        # What follows from the noise, unless the recipe says otherwise. The weights have the same shapes.
+        fields = {"training_objective": None, "mask_token_id": None, **fields}
+    if fields.get("block_sizes", found.get("block_sizes")) != found.get("block_sizes"):
+        fields = {"block_size_weights": None, **fields}
     try:
-        config: BlockGenConfig = BlockGenConfig.from_dict({**found, **recipe.config_fields()})
+        config: BlockGenConfig = BlockGenConfig.from_dict({**found, **fields})
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{recipe.source}, `model` on top of {name}: {error}") from error
     _check_length(recipe, config)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
@@ -13,10 +13,14 @@ from ..special_tokens import add_special_tokens
 from .arguments import BlockGenTrainingArguments
 from .data import DataArguments, load_datasets
 from .recipe import Recipe, checkpoint_config
+from .recipe_adapter import add_adapter
 from .sources import hold_out, load_documents
 from .tokenizers import train_tokenizer
 from .trainer import BlockGenTrainer
 
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 TOKENIZER_FOLDER = "tokenizer"  # of one that is trained, in `output_dir`
 _TRAINED_DOCUMENTS = 100_000
@@ -165,21 +169,23 @@ def _check_tokenizer(recipe: Recipe, config: BlockGenConfig, tokenizer: PreTrain
     raise ValueError(f"{recipe.source}: the tokenizer {tokenizer.name_or_path} {problem}: it is not the model's.")
 
 
-def make_model(recipe: Recipe, config: BlockGenConfig) -> BlockGenForDiffusionLM:
-    """A new model, or the checkpoint to go on from, in float32."""
+def make_model(recipe: Recipe, config: BlockGenConfig) -> "BlockGenForDiffusionLM | PeftModel":
+    """A new model, or the checkpoint to go on from, in float32, with the adapter that the recipe describes."""
     attention = recipe.model.get("attn_implementation")
     if recipe.checkpoint is None:
         model = BlockGenForDiffusionLM._from_config(config, attn_implementation=attention)
         return model
-    return _from_pretrained(
+    revision = recipe.model.get("revision")
+    model = _from_pretrained(
         BlockGenForDiffusionLM,
         recipe.checkpoint,
         "model",
         config=config,
-        revision=recipe.model.get("revision") or "main",
+        revision=revision or "main",
         attn_implementation=attention,
         dtype="float32",
     )
+    return add_adapter(model, recipe.adapter, recipe.checkpoint, revision) if recipe.adapter else model
 
 
 def _from_pretrained(kind: Any, name: str, what: str, **options: Any) -> Any:

@@ -41,6 +41,7 @@ class DocumentTokenizer:
         max_length: documents are truncated to so many tokens; None keeps them whole, for packing.
         train_on_prompt: score prompts and the turns of users too.
         prompt_separator: stands between a prompt and its completion, and belongs to the prompt.
+        train_on_padding: end-of-text tokens that are scored behind the first one, up to `max_length`.
         add_bos_token: begin documents with the tokenizer's BOS.
     """
 
@@ -50,6 +51,7 @@ class DocumentTokenizer:
     max_length: int | None = None
     train_on_prompt: bool = False
     prompt_separator: str = ""
+    train_on_padding: int = 0
     add_bos_token: bool = False
     _begin: list[int] = field(init=False)
     _end: list[int] = field(init=False)
@@ -86,7 +88,8 @@ class DocumentTokenizer:
             state = (sorted(tokenizer.get_vocab().items()), repr(tokenizer))
         special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.mask_token, tokenizer.chat_template)
         form = (self.form.kind, self.form.columns, self.form.conversational)
-        settings = (self.max_length, self.train_on_prompt, self.prompt_separator, self.add_bos_token)
+        settings = [self.max_length, self.train_on_prompt, self.prompt_separator, self.add_bos_token]
+        settings += [self.train_on_padding] if self.train_on_padding else []  # caches without it stay valid
         return [state, special, tokenizer.split_special_tokens, form, settings]
 
     def __call__(self, batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
@@ -195,6 +198,10 @@ class DocumentTokenizer:
             ids, scored, status = ids[: self.max_length], scored[: self.max_length], TRUNCATED
         if len(ids) and not scored.any():
             return _NO_TOKENS, _NO_TOKENS, UNSCORED
+        if self.train_on_padding and self.max_length is not None:
+            count = min(self.train_on_padding, self.max_length - len(ids))
+            ids = np.concatenate([ids, np.full(count, self._end[0], np.int32)])
+            scored = np.concatenate([scored, np.ones(count, bool)])
         return ids, np.where(scored, ids, np.int32(IGNORED_LABEL)), status
 
     # Conversations

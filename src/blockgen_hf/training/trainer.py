@@ -19,7 +19,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from ..evaluation.figures import likelihood_metrics, mixture_weights
 from ..evaluation.likelihood import sequence_nll
-from ..hub.files import move_model
+from ..hub.files import README, move_model
 from ..modeling.diffusion_blockgen import diffusion_from_config
 from .arguments import BlockGenTrainingArguments
 from .checkpointing import UNFINISHED, keep_checkpoint, replace_folder, rotate_checkpoints
@@ -283,6 +283,7 @@ class BlockGenTrainer(PublishingTrainer):
         source = target / UNFINISHED / "model"
         super()._save(str(source), state_dict)
         if self.args.should_save:
+            (source / README).unlink(missing_ok=True)  # PEFT's empty card, which would replace one that was written
             move_model(source, target)
             shutil.rmtree(target / UNFINISHED, ignore_errors=True)
 

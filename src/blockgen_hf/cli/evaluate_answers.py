@@ -1,0 +1,200 @@
+"""Lets a model answer questions by several decodings, and tells how many answers are right and what they cost."""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from .finetune import KNOWN_DATASETS
+from .parsing import CommandError, add_loading_arguments, integer, loading_options
+
+
+if TYPE_CHECKING:
+    from ..evaluation.accuracy import AnswerResult
+
+
+Value = TypeVar("Value")
+_DECODINGS = "ar:do_sample=False,block_diffusion:16,arpc:16"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", nargs="?", help="a folder or a model on the Hub (default: the small one of this package)"
+    )
+    group = parser.add_argument_group("model")
+    group.add_argument("--adapter", type=Path, metavar="DIR", help="a PEFT adapter of the model, which is merged")
+    add_loading_arguments(group)
+    _add_data_arguments(parser.add_argument_group("questions"))
+    _add_sample_arguments(parser.add_argument_group("answers"))
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--output-dir",
+        type=Path,
+        default=Path("runs/answers"),
+        metavar="DIR",
+        help="generations.jsonl, results.json and table.md; what is there is gone on with (default: runs/answers)",
+    )
+    group.add_argument("--overwrite", action="store_true", help="begin anew, whatever is there")
+
+
+def _add_data_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--dataset",
+        required=True,
+        metavar="NAME",
+        help="a .jsonl or .json file, a folder, or a data set on the Hub (openai/gsm8k)",
+    )
+    group.add_argument("--dataset-config", metavar="NAME", help="configuration of a data set on the Hub")
+    group.add_argument("--dataset-revision", metavar="NAME", help="branch, tag or commit of a data set on the Hub")
+    group.add_argument("--split", default="test", metavar="NAME", help="default: test; files have none")
+    group.add_argument("--question-column", metavar="NAME", help="default: question or prompt")
+    group.add_argument("--answer-column", metavar="NAME", help="default: answer or completion")
+    group.add_argument("--limit", type=integer(1), metavar="N", help="the first questions only")
+    group.add_argument("--cache-dir", metavar="DIR", help="where data of the Hub are kept (default: that of datasets)")
+    group.add_argument(
+        "--prompt-separator",
+        type=lambda text: text.replace("\\n", "\n"),
+        metavar="TEXT",
+        help="stands behind a question, \\n for a line end: that of training (default: nothing; openai/gsm8k: \\n)",
+    )
+    group.add_argument("--add-bos-token", action="store_true", help="begin questions with the BOS token")
+
+
+def _add_sample_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--decodings",
+        type=_list_of(str),
+        default=_DECODINGS,
+        metavar="NAME,...",
+        help="ar, block_diffusion:STEPS, arpc:EVALUATIONS a block; settings may follow, as in "
+        f"arpc:8:block_size=8:temperature=0.5 (default: {_DECODINGS})",
+    )
+    group.add_argument("--block-size", type=integer(1), metavar="N", help="default: the model's largest")
+    group.add_argument(
+        "--num-samples", type=integer(1), default=1, metavar="N", help="answers to each question (default: 1)"
+    )
+    group.add_argument("--k", type=_list_of(integer(1)), default="1", metavar="N,...", help="of pass@k (default: 1)")
+    group.add_argument(
+        "--max-new-tokens", type=integer(1), default=256, metavar="N", help="of an answer (default: 256)"
+    )
+    form = group.add_mutually_exclusive_group()
+    form.add_argument(
+        "--last-number",
+        action="store_true",
+        help="without ####, the last number is the answer (default where the right answers have no ####)",
+    )
+    form.add_argument(
+        "--programs", action="store_true", help="answers are Python programs, as in TinyGSM: run them in a sandbox"
+    )
+    group.add_argument("--batch-size", type=integer(1), default=16, metavar="N", help="default: 16")
+    group.add_argument("--seed", type=integer(0, 2**32 - 1), default=0, metavar="N", help="default: 0")
+
+
+def _list_of(parse: Callable[[str], Value]) -> Callable[[str], list[Value]]:
+    def parse_list(text: str) -> list[Value]:
+        return [parse(word) for word in text.split(",")]
+
+    return parse_list
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.output_dir.exists() and not args.output_dir.is_dir():
+        raise CommandError(f"--output-dir {args.output_dir}: is a file.")
+    if args.adapter is not None and not (args.adapter / "adapter_config.json").is_file():
+        raise CommandError(f"--adapter {args.adapter}: is no folder with an adapter_config.json.")
+
+    from .loading import load, one_line_errors, quiet_transformers, resolve_device, show_bars_of_datasets
+
+    with one_line_errors():
+        from ..evaluation.processes import launched_process
+
+        process = launched_process(resolve_device(args.device) == "cpu")
+        is_main = process is None or process.is_main_process
+        show_bars_of_datasets(is_main and sys.stderr.isatty())
+        questions = list(islice(_read_rows(args), args.limit))
+        with quiet_transformers():
+            model, tokenizer = load(args.model, **loading_options(args))
+            name = model.name_or_path
+            if args.adapter is not None:
+                model, name = _with_adapter(model, args.adapter), f"{name} with {args.adapter}"
+
+            from ..evaluation.accuracy import evaluate_answers
+
+            started = time.perf_counter()
+            result = evaluate_answers(
+                model,
+                tokenizer,
+                questions,
+                args.decodings,
+                num_samples=args.num_samples,
+                k=args.k,
+                max_new_tokens=args.max_new_tokens,
+                block_size=args.block_size,
+                prompt_separator=_prompt_separator(args),
+                add_bos_token=args.add_bos_token,
+                answer_form="program" if args.programs else "last_number" if args.last_number else None,
+                question_column=args.question_column,
+                answer_column=args.answer_column,
+                batch_size=args.batch_size,
+                seed=args.seed,
+                output_dir=args.output_dir,
+                overwrite=args.overwrite,
+                accelerator=process,
+                progress=sys.stderr.isatty(),
+            )
+        if is_main:
+            _report(args, name, result, time.perf_counter() - started)
+    if process is not None:
+        process.destroy_process_group()
+    return 0
+
+
+def _prompt_separator(args: argparse.Namespace) -> str:
+    if args.prompt_separator is not None:
+        return str(args.prompt_separator)
+    return KNOWN_DATASETS.get(args.dataset, {}).get("prompt_separator", "")
+
+
+def _read_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    from ..training.documents import json_rows, looks_like_a_path
+
+    path = Path(args.dataset).expanduser()
+    if path.is_file():
+        return (row for _, row in json_rows(str(path)))
+    if looks_like_a_path(args.dataset) and not path.is_dir():
+        raise CommandError(f"--dataset {args.dataset}: there is no such file or folder.")
+
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError
+
+    known = KNOWN_DATASETS.get(args.dataset, {})
+    source = str(path) if path.is_dir() else args.dataset
+    config = args.dataset_config or known.get("dataset_config")
+    options = {"split": args.split, "revision": args.dataset_revision, "cache_dir": args.cache_dir}
+    try:
+        return iter(load_dataset(source, config, **options))
+    except (DatasetNotFoundError, ConnectionError) as error:
+        raise CommandError(f"--dataset {args.dataset}: no data set that the Hub gives: {error}") from error
+
+
+def _with_adapter(model: Any, folder: Path) -> Any:
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, str(folder)).merge_and_unload().eval()
+
+
+def _report(args: argparse.Namespace, name: str, result: "AnswerResult", seconds: float) -> None:
+    figures = next(iter(result.figures.values()))
+    print(f"Model: {name}")
+    samples = "a sample each" if figures.num_samples == 1 else f"{figures.num_samples} samples each"
+    print(
+        f"Questions: {args.dataset}, {figures.num_questions:,}, {samples}, {args.max_new_tokens} new tokens at most, "
+        f"seed {args.seed}"
+    )
+    form = {"marker": "the number behind ####", "last_number": "the last number", "program": "what a program returns"}
+    print(f"Answer: {form[result.settings['answer_form']]}. {seconds:.0f} s\n")
+    print(result.table())
+    print(f"\nEvery generation: {args.output_dir / 'generations.jsonl'}")

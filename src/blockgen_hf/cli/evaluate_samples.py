@@ -1,0 +1,300 @@
+"""Draws texts with many decodings, and tabulates their quality against function evaluations and throughput."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from .parsing import CommandError, add_loading_arguments, cpu_weights, integer, loading_options
+
+
+if TYPE_CHECKING:
+    from ..evaluation.samples import SampleCell, SampleResults, SampleScorer, SkippedCell
+
+
+Value = TypeVar("Value")
+
+_JUDGE = "openai-community/gpt2-large"  # of the paper
+_DECODINGS = "ar,block_diffusion,arpc"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", nargs="?", help="a folder or a model on the Hub (default: the small one of this package)"
+    )
+    group = parser.add_argument_group("model")
+    add_loading_arguments(group)
+    group.add_argument(
+        "--cpu-weights", type=cpu_weights, metavar="NAME", help="int8 or float16: faster on an x86 CPU (docs/speed.md)"
+    )
+    _add_grid_arguments(parser.add_argument_group("cells: every combination of"))
+    _add_text_arguments(parser.add_argument_group("texts"))
+    _add_score_arguments(parser.add_argument_group("scores"))
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--output-dir",
+        type=Path,
+        metavar="DIR",
+        help="texts and figures; what is there already is not drawn or scored again (default: runs/samples)",
+        default=Path("runs/samples"),
+    )
+    group.add_argument(
+        "--overwrite", action="store_true", help="replace what is there from other settings, instead of refusing"
+    )
+    group.add_argument("--dry-run", action="store_true", help="list the cells and what they cost, and draw nothing")
+
+
+def _add_grid_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--decodings",
+        type=_list_of(str),
+        default=_DECODINGS,
+        metavar="NAME,...",
+        help="ar, block_diffusion, arpc; settings may follow, as in arpc:corrector=ar_kl:corrector_start=1 "
+        f"(default: {_DECODINGS})",
+    )
+    group.add_argument(
+        "--nfe",
+        type=_list_of(integer(1)),
+        default="4,8,16,32,64",
+        metavar="N,...",
+        help="function evaluations a block, AR passes counted (default: 4,8,16,32,64)",
+    )
+    group.add_argument(
+        "--block-sizes", type=_list_of(integer(1)), metavar="N,...", help="default: the model's largest"
+    )
+    group.add_argument(
+        "--ar-seed",
+        type=_list_of(integer(0)),
+        default="0",
+        metavar="N,...",
+        help="first tokens, drawn autoregressively (default: 0)",
+    )
+    group.add_argument(
+        "--temperatures", type=_list_of(_positive), default="1", metavar="X,...", help="of all draws (default: 1)"
+    )
+    group.add_argument("--top-p", type=_list_of(_share), default="1", metavar="X,...", help="default: 1")
+
+
+def _add_text_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--num-samples", type=integer(1), default=64, metavar="N", help="texts a cell (default: 64)")
+    group.add_argument(
+        "--max-new-tokens", type=integer(1), metavar="N", help="of every text (default: what the model takes)"
+    )
+    group.add_argument(
+        "--prompts", type=Path, metavar="FILE", help=".jsonl with a `prompt` a line, or a text file with one a line"
+    )
+    group.add_argument("--batch-size", type=integer(1), default=32, metavar="N", help="texts at once (default: 32)")
+    group.add_argument("--seed", type=integer(0), default=0, metavar="N", help="of the texts (default: 0)")
+
+
+def _add_score_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--judge",
+        metavar="NAME",
+        help=f"a causal language model, a folder or on the Hub, that reads the texts (default: {_JUDGE}); none: no "
+        "generative perplexity",
+    )
+    group.add_argument("--judge-gguf", type=Path, metavar="FILE", help="a GGUF file as the judge")
+    group.add_argument(
+        "--judge-start-token", metavar="TOKEN", help="in front of each text (default: the judge's BOS, or its EOS)"
+    )
+    group.add_argument("--judge-max-length", type=integer(1), metavar="N", help="tokens that it reads of a text")
+    group.add_argument("--judge-batch-size", type=integer(1), default=8, metavar="N", help="default: 8")
+    group.add_argument(
+        "--references",
+        type=Path,
+        metavar="FILE",
+        help="texts for MAUVE: .jsonl with a `text` a line, or a text file with one a line",
+    )
+
+
+def _list_of(parse: Callable[[str], Value]) -> Callable[[str], list[Value]]:
+    def parse_list(text: str) -> list[Value]:
+        return [parse(word) for word in text.split(",")]
+
+    return parse_list
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a positive number, but is {text!r}")
+    return value
+
+
+def _share(text: str) -> float:
+    value = _positive(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"must be a number from 0 to 1, but is {text!r}")
+    return value
+
+
+def run(args: argparse.Namespace) -> int:
+    _check(args)
+
+    from .loading import load, one_line_errors, quiet_transformers, resolve_device
+
+    with quiet_transformers(), one_line_errors():
+        from ..evaluation.processes import launched_process
+        from ..evaluation.samples import evaluate_samples, sample_cells
+
+        process = launched_process(resolve_device(args.device) == "cpu")
+        model, tokenizer = load(args.model, **loading_options(args), cpu_weights=args.cpu_weights)
+        prompts = [] if args.prompts is None else _read_texts(args.prompts, "--prompts", "prompt")
+        max_new_tokens = _length_of_texts(args, model, tokenizer, prompts)
+        cells, skipped = sample_cells(
+            model,
+            args.decodings,
+            max_new_tokens=max_new_tokens,
+            nfe=args.nfe,
+            block_sizes=args.block_sizes,
+            ar_seed_tokens=args.ar_seed,
+            temperatures=args.temperatures,
+            top_p=args.top_p,
+        )
+        is_main = process is None or process.is_main_process
+        if args.dry_run:
+            if is_main:
+                _list_cells(cells, skipped, args, max_new_tokens)
+            return 0
+        results = evaluate_samples(
+            model,
+            tokenizer,
+            cells,
+            args.output_dir,
+            num_samples=args.num_samples,
+            max_new_tokens=max_new_tokens,
+            scorer=_scorer(args, tokenizer, max_new_tokens) if is_main else None,
+            prompts=prompts,
+            seed=args.seed,
+            batch_size=args.batch_size,
+            skipped=skipped,
+            overwrite=args.overwrite,
+            progress=_progress if is_main else None,
+        )
+        if results is not None:
+            _report(results, args.output_dir)
+    if process is not None:
+        process.destroy_process_group()
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuses options that would be ignored, before anything is loaded."""
+    if args.judge is not None and args.judge_gguf is not None:
+        raise CommandError("--judge and --judge-gguf are two judges: give one of them.")
+    if args.judge_gguf is not None and not args.judge_gguf.is_file():
+        raise CommandError(f"--judge-gguf {args.judge_gguf}: there is no such file.")
+    if args.judge == "none":
+        for name in ("judge_start_token", "judge_max_length", "references"):
+            if getattr(args, name) is not None:
+                raise CommandError(f"--{name.replace('_', '-')} has no meaning with --judge none.")
+
+
+def _read_texts(file: Path, option: str, column: str) -> list[str]:
+    if not file.is_file():
+        raise CommandError(f"{option} {file}: there is no such file.")
+    lines = [line for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
+    if file.suffix == ".jsonl":
+        rows = []
+        for number, line in enumerate(lines, 1):
+            try:
+                rows.append(json.loads(line)[column])
+            except (json.JSONDecodeError, KeyError, TypeError):
+                raise CommandError(f"{option} {file}: row {number} has no `{column}`.") from None
+            if not isinstance(rows[-1], str) or not rows[-1]:
+                raise CommandError(f"{option} {file}: the `{column}` of row {number} is no text.")
+        lines = rows
+    if not lines:
+        raise CommandError(f"{option} {file}: holds no text.")
+    return lines
+
+
+def _length_of_texts(args: argparse.Namespace, model: Any, tokenizer: Any, prompts: list[str]) -> int:
+    """What was asked for, or what the model has room for behind the prompts."""
+    if args.max_new_tokens is not None:
+        return int(args.max_new_tokens)
+    longest = max((len(tokenizer(prompt)["input_ids"]) for prompt in prompts), default=0)
+    room = model.config.max_position_embeddings - longest
+    if room < 1:
+        raise CommandError(f"--prompts: one has {longest} tokens, which leave the model no room for a text.")
+    return int(room)
+
+
+def _scorer(args: argparse.Namespace, tokenizer: Any, max_new_tokens: int) -> "SampleScorer":
+    """With the judge loaded: if it cannot be, nothing has been drawn in vain."""
+    from ..evaluation.samples import SampleScorer, cut_texts
+
+    try:
+        from ..metrics.generative_perplexity.generative_perplexity import load_judge
+    except ModuleNotFoundError as error:
+        raise CommandError(
+            f"Scores need {error.name}, which is not installed: pip install 'blockgen-hf[eval]'."
+        ) from error
+    from .loading import resolve_device
+
+    judge = None
+    if args.judge != "none":
+        name, gguf = args.judge or _JUDGE, args.judge_gguf
+        source = (name, None) if gguf is None else (str(gguf.parent), gguf.name)
+        device = resolve_device(args.device)
+        judge = load_judge(source[0], gguf_file=source[1], start_token=args.judge_start_token, device=device)
+    references = [] if args.references is None else _read_texts(args.references, "--references", "text")
+    return SampleScorer(
+        tokenizer,
+        judge,
+        max_length=args.judge_max_length,
+        batch_size=args.judge_batch_size,
+        references=cut_texts(tokenizer, references, max_new_tokens) if references else (),
+    )
+
+
+def _list_cells(
+    cells: "list[SampleCell]", skipped: "list[SkippedCell]", args: argparse.Namespace, max_new_tokens: int
+) -> None:
+    width = max(len(cell.name) for cell in cells)
+    print(f"{'cell':<{width}}  NFE a block  NFE a text, at most  NFE a token, at most")
+    for cell in cells:
+        nfe = "" if cell.nfe is None else str(cell.nfe)
+        share = cell.max_evaluations / max_new_tokens
+        print(f"{cell.name:<{width}}  {nfe:>11}  {cell.max_evaluations:>19,}  {share:>20.2f}")
+    each = sum(cell.max_evaluations for cell in cells)
+    passes = -(-args.num_samples // args.batch_size) * each
+    print(
+        f"\n{len(cells)} cells of {args.num_samples:,} texts of {max_new_tokens:,} tokens: at most "
+        f"{args.num_samples * each:,} function evaluations, in {passes:,} passes of up to {args.batch_size:,} texts."
+    )
+    for one in skipped:
+        print(f"Skipped: {one.name}: {one.reason}")
+
+
+def _progress(what: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\033[K{what}", end="", file=sys.stderr, flush=True)
+
+
+def _report(results: "SampleResults", output_dir: Path) -> None:
+    """Prints the tables, and writes them and the plot beside the figures."""
+    from importlib.util import find_spec
+
+    from ..evaluation.samples_folder import write_whole
+    from ..evaluation.samples_tables import markdown, plot
+
+    if sys.stderr.isatty():
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+    page = markdown(results)
+    write_whole(output_dir / "results.md", page)
+    print(page)
+    written = ["results.json", "results.md"]
+    if find_spec("matplotlib") is None:
+        print("No plot: it needs matplotlib (pip install matplotlib).")
+    else:
+        write_whole(output_dir / "quality.svg", plot(results))
+        written.append("quality.svg")
+    print(f"In {output_dir}: {', '.join(written)}, and every text in texts/.")

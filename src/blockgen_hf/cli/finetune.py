@@ -1,0 +1,254 @@
+"""Trains a checkpoint further on prompts and answers: all of its weights, or an adapter (LoRA, DoRA)."""
+
+import argparse
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from ..checkpoints import shipped_checkpoint
+from .parsing import CommandError, integer
+from .train import run_recipe
+
+
+# The columns of data sets that everybody uses. Prompts end as they do in generation.
+_GSM8K = {
+    "dataset_config": "main",
+    "prompt_column": "question",
+    "completion_column": "answer",
+    "prompt_separator": "\n",
+}
+KNOWN_DATASETS: dict[str, dict[str, str]] = {"openai/gsm8k": _GSM8K, "gsm8k": _GSM8K}
+_RECIPE = Path(__file__).parents[1] / "training" / "finetune.yaml"
+_LONGEST_ROW = 512  # unless the user wants longer ones
+_LARGEST_MICRO_BATCH = 16
+_LORA_LEARNING_RATE = 5e-4
+
+# Options that are a setting of the recipe by another name.
+_SETTINGS = {
+    "revision": "model.revision",
+    "diffusion_type": "model.diffusion_type",
+    "block_sizes": "model.block_sizes",
+    "block_size_weights": "model.block_size_weights",
+    "dataset": "data.dataset",
+    "dataset_config": "data.dataset_config",
+    "dataset_split": "data.dataset_split",
+    "prompt_column": "data.prompt_column",
+    "completion_column": "data.completion_column",
+    "messages_column": "data.messages_column",
+    "prompt_separator": "data.prompt_separator",
+    "max_documents": "data.max_documents",
+    "validation_dataset": "data.validation_dataset",
+    "validation_split": "data.validation_split",
+    "validation_documents": "data.validation_documents",
+    "max_steps": "training.max_steps",
+    "epochs": "training.num_train_epochs",
+    "learning_rate": "training.learning_rate",
+    "seed": "training.seed",
+    "output_dir": "training.output_dir",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", help=f"a folder, a model on the Hub, or {shipped_checkpoint().name}, which the package brings"
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help="other settings of the recipe: training.weight_decay=0.1, adapter.lora_dropout=0.05 ...",
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
+    _add_data_arguments(parser.add_argument_group("data"))
+    _add_training_arguments(parser.add_argument_group("training"))
+    _add_adapter_arguments(parser.add_argument_group("adapter"))
+    _add_output_arguments(parser.add_argument_group("output"))
+
+
+def _add_data_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--dataset",
+        required=True,
+        metavar="NAME",
+        help="a data set on the Hub (openai/gsm8k), or a file, glob or folder: .jsonl, .json, .parquet",
+    )
+    group.add_argument("--dataset-config", metavar="NAME", help="configuration of a data set on the Hub")
+    group.add_argument("--dataset-split", metavar="NAME", help="split to train on (default: train)")
+    group.add_argument("--prompt-column", metavar="NAME", help="default: prompt, or that of a known data set")
+    group.add_argument("--completion-column", metavar="NAME", help="default: completion, or that of a known data set")
+    group.add_argument(
+        "--messages-column", metavar="NAME", help="column of conversations, for the tokenizer's chat template"
+    )
+    group.add_argument(
+        "--prompt-separator",
+        type=lambda text: text.replace("\\n", "\n"),
+        metavar="TEXT",
+        help="stands between prompt and answer, \\n for a line end (default: nothing)",
+    )
+    group.add_argument("--max-documents", type=integer(1), metavar="N", help="train on the first N only")
+    group.add_argument("--validation-dataset", metavar="NAME", help="validation data, named as --dataset")
+    group.add_argument("--validation-split", metavar="NAME", help="split to validate on")
+    group.add_argument(
+        "--validation-documents",
+        type=integer(0),
+        metavar="N",
+        help="hold out the last N of --dataset (default: 100, unless validation data are named)",
+    )
+    group.add_argument(
+        "--sequence-length",
+        type=integer(1),
+        metavar="N",
+        help=f"truncate longer rows (default: {_LONGEST_ROW}, or what the model takes)",
+    )
+    group.add_argument(
+        "--train-on-padding",
+        type=_padding,
+        default=0,
+        metavar="yes|no|N",
+        help="score end-of-text tokens behind that which ends the answer: N of them, or up to the sequence length "
+        "(default: no)",
+    )
+
+
+def _add_training_arguments(group: argparse._ArgumentGroup) -> None:
+    length = group.add_mutually_exclusive_group()
+    length.add_argument("--max-steps", type=integer(1), metavar="N", help="optimizer steps")
+    length.add_argument("--epochs", type=_positive, metavar="N", help="times the data (default: 3)")
+    group.add_argument(
+        "--learning-rate", type=_positive, metavar="X", help=f"default: 1e-4, for adapters {_LORA_LEARNING_RATE:g}"
+    )
+    group.add_argument("--batch-size", type=integer(1), metavar="N", help="rows of an optimizer step (default: 32)")
+    group.add_argument("--seed", type=integer(0), metavar="N", help="of data, noise and adapters (default: 0)")
+    group.add_argument(
+        "--block-sizes", type=_numbers(int), metavar="N,N...", help="block sizes of the mixture (default: the model's)"
+    )
+    group.add_argument(
+        "--block-size-weights",
+        type=_numbers(float),
+        metavar="X,X...",
+        help="their weights, which add up to 1 (default: the model's; equal for other block sizes)",
+    )
+    group.add_argument(
+        "--diffusion-type", choices=("masked", "uniform"), help="go on with this noise (default: the model's)"
+    )
+
+
+def _add_adapter_arguments(group: argparse._ArgumentGroup) -> None:
+    which = group.add_mutually_exclusive_group()
+    which.add_argument("--full", action="store_true", help="train all weights (default)")
+    which.add_argument("--lora-rank", type=integer(1), metavar="N", help="train an adapter (LoRA) of rank N instead")
+    group.add_argument("--lora-alpha", type=integer(1), metavar="N", help="its scale (default: twice the rank)")
+    group.add_argument(
+        "--lora-target",
+        metavar="NAME,NAME...",
+        help="what is adapted (default: all matrices of attention and MLP); all-linear: adaptive layer norms too",
+    )
+    group.add_argument("--dora", action="store_true", help="with magnitudes of its own (DoRA)")
+
+
+def _add_output_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--output-dir", metavar="DIR", help="where the model goes (default: runs/finetune)")
+    folder = group.add_mutually_exclusive_group()
+    folder.add_argument(
+        "--resume", action="store_true", help="go on from the last checkpoint in the output folder, if there is one"
+    )
+    folder.add_argument(
+        "--overwrite", action="store_true", help="replace the model and the checkpoints in the output folder"
+    )
+    group.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check everything, and print size, memory and time to expect; downloads and writes nothing",
+    )
+
+
+def _padding(text: str) -> int | str:
+    """A number, 0 for `no`, or `yes`, whose number is known later."""
+    return text if text == "yes" else 0 if text == "no" else integer(0)(text)
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a positive number, but is {text!r}")
+    return value
+
+
+def _numbers(kind: type) -> Any:
+    def parse(text: str) -> list[Any]:
+        try:
+            return [kind(part) for part in text.split(",")]
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be numbers between commas, but is {text!r}") from None
+
+    return parse
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.model == shipped_checkpoint().name and not Path(args.model).exists():
+        args.model = str(shipped_checkpoint())
+    settings = {"model.name_or_path": args.model, **_data_settings(args), **_adapter_settings(args)}
+    settings.update({key: getattr(args, name) for name, key in _SETTINGS.items() if getattr(args, name) is not None})
+    if args.batch_size is not None:
+        settings["training.global_batch_size"] = args.batch_size
+        settings["training.per_device_train_batch_size"] = _micro_batch(args.batch_size)
+    overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+    return run_recipe(str(_RECIPE), [*overrides, *args.overrides], args.resume, args.overwrite, args.dry_run)
+
+
+def _data_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Those that follow from other options."""
+    known = {} if Path(args.dataset).exists() else KNOWN_DATASETS.get(args.dataset, {})
+    settings: dict[str, Any] = {f"data.{key}": value for key, value in known.items()}
+    length = args.sequence_length or min(_LONGEST_ROW, _positions(args.model, args.revision, args.dry_run))
+    settings["data.sequence_length"] = length
+    settings["data.train_on_padding"] = length if args.train_on_padding == "yes" else args.train_on_padding
+    has_data = args.validation_dataset is not None or args.validation_split is not None
+    if has_data:
+        settings["data.validation_documents"] = 0
+    elif args.validation_documents == 0:
+        settings["training.eval_strategy"] = "no"
+    return settings
+
+
+def _positions(model: str, revision: str | None, is_dry: bool) -> int:
+    """The longest row that the model takes; for one of the Hub that is not here yet, a dry run cannot know."""
+    from huggingface_hub.errors import HTTPError
+    from transformers import PreTrainedConfig
+
+    folder = Path(model).expanduser()
+    options: dict[str, Any] = {"local_files_only": is_dry or folder.is_dir(), "revision": revision or "main"}
+    try:
+        found, _ = PreTrainedConfig.get_config_dict(str(folder) if folder.is_dir() else model, **options)
+    except (OSError, ValueError, HTTPError):
+        return _LONGEST_ROW  # what is wrong with the model is said when it is loaded
+    return int(found.get("max_position_embeddings", _LONGEST_ROW))
+
+
+def _adapter_settings(args: argparse.Namespace) -> dict[str, Any]:
+    if args.lora_rank is None:
+        given = [name for name in ("lora_alpha", "lora_target", "dora") if getattr(args, name)]
+        if given:
+            raise CommandError(f"--{given[0].replace('_', '-')} is for an adapter: give its --lora-rank.")
+        return {}
+    settings = {
+        "adapter.r": args.lora_rank,
+        "adapter.lora_alpha": args.lora_alpha or 2 * args.lora_rank,
+        "adapter.use_dora": args.dora,
+        "training.learning_rate": _LORA_LEARNING_RATE,
+    }
+    if args.lora_target is not None:
+        names = args.lora_target.split(",")
+        settings["adapter.target_modules"] = names if names != ["all-linear"] else "all-linear"
+    return settings
+
+
+def _micro_batch(rows: int) -> int:
+    """Rows that a process takes at once: the most that divide its share of a step."""
+    share = rows // int(os.environ.get("WORLD_SIZE", "1")) or rows
+    return max(count for count in range(1, min(share, _LARGEST_MICRO_BATCH) + 1) if share % count == 0)

@@ -1,0 +1,186 @@
+"""Quality against function evaluations and throughput, by samples of many decodings (BlockGen, tables 2, 8 to 19)."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .processes import Processes
+from .samples_drawing import DrawnText, draw_texts, encode_prompts, weights_fingerprint
+from .samples_folder import SampleFolder, as_json
+from .samples_grid import SampleCell, SkippedCell, sample_cells
+from .samples_scores import SampleScorer, cut_texts
+
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class SampleResults:
+    """
+    What an evaluation of samples found.
+
+    Args:
+        settings (`dict`): what all cells have in common: model, length and number of texts, seed, machine, judge ...
+        cells (`list[dict]`): figures of each: `cell` ([`SampleCell`]), cost, `scores` ([`SampleScorer.score`]).
+        skipped (`list` of [`SkippedCell`]): what of the grid cannot be, and why.
+    """
+
+    settings: dict[str, Any]
+    cells: list[dict[str, Any]]
+    skipped: list[SkippedCell]
+
+    def to_dict(self) -> dict[str, Any]:
+        skipped = [{"name": cell.name, "reason": cell.reason} for cell in self.skipped]
+        return {"settings": self.settings, "cells": self.cells, "skipped": skipped}
+
+
+def evaluate_samples(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    cells: Sequence[SampleCell],
+    output_dir: Path | str,
+    *,
+    num_samples: int,
+    max_new_tokens: int,
+    scorer: SampleScorer | None = None,
+    prompts: Sequence[str] = (),
+    seed: int = 0,
+    batch_size: int = 32,
+    skipped: Sequence[SkippedCell] = (),
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> SampleResults | None:
+    """
+    Draws texts in every cell, then scores them. What `output_dir` holds of either is not done again.
+
+    Under `accelerate launch` or `torchrun` each process draws a share of the texts, with the whole model; the main
+    process scores them, and alone gets the result: it must have the scorer, the others need none.
+
+    Args:
+        cells (`Sequence` of [`SampleCell`]): of [`sample_cells`], for the same `max_new_tokens`.
+        output_dir (`Path`): see [`SampleFolder`]; `results.json` is written there too.
+        num_samples (`int`): texts a cell. Text i has the same random numbers in every cell.
+        scorer ([`SampleScorer`], *optional*): default: one without a judge.
+        batch_size (`int`): texts drawn at once, in a process. It changes tokens per second, not the texts.
+        skipped (`Sequence` of [`SkippedCell`]): passed on to the result.
+        overwrite (`bool`): replace what is there from other settings.
+        progress (`Callable`, *optional*): told what comes, in the main process.
+
+    Returns:
+        [`SampleResults`]; None in other processes than the main one.
+
+    Raises:
+        ValueError: numbers that are none, bad prompts, or a folder of other settings.
+    """
+    for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"`{name}` must be positive, but is {value!r}.")
+    encode_prompts(model, tokenizer, prompts or [""], max_new_tokens)
+    processes = Processes(on_cpu=model.device.type == "cpu")
+    scorer = scorer or SampleScorer(tokenizer)
+    drawing = {
+        **_facts(model),
+        "num_samples": num_samples,
+        "max_new_tokens": max_new_tokens,
+        "num_prompts": len(prompts),
+        "prompts": hashlib.sha256(as_json(list(prompts)).encode()).hexdigest()[:16],
+        "seed": seed,
+        "batch_size": batch_size,
+        "processes": processes.count,
+    }
+    folder = SampleFolder(output_dir, drawing, scorer.settings, overwrite) if processes.is_main else None
+    missing = [cell for cell in cells if folder is not None and folder.read_figures(cell) is None]
+    for number, cell in enumerate(processes.broadcast(missing), 1):
+        if progress is not None and processes.is_main:
+            progress(f"drawing {number} of {len(missing)}: {cell.name}")
+        own = range(processes.rank, num_samples, processes.count)
+        found = draw_texts(
+            model,
+            tokenizer,
+            cell,
+            own,
+            max_new_tokens=max_new_tokens,
+            prompts=prompts,
+            seed=seed,
+            batch_size=batch_size,
+        )
+        shares = processes.gather(found)
+        if folder is not None:
+            texts = sorted((text for drawn, _ in shares for text in drawn), key=lambda text: text.index)
+            folder.write_texts(cell, texts)
+            seconds, cpu_seconds = zip(*(clocks for _, clocks in shares), strict=True)
+            folder.write_figures(cell, _figures(cell, texts, max(seconds), sum(cpu_seconds)))
+    if folder is None:
+        return None
+    results = SampleResults({**drawing, **scorer.settings}, _score(folder, cells, scorer, progress), list(skipped))
+    folder.write("results.json", as_json(results.to_dict()))
+    return results
+
+
+def _facts(model: PreTrainedModel) -> dict[str, Any]:
+    """What the texts and the time that they take depend on."""
+    on_gpu = model.device.type == "cuda"
+    name = model.name_or_path
+    return {
+        "model": Path(name).name if Path(name).is_dir() else name,  # a label, not a path of this machine
+        "weights": weights_fingerprint(model),
+        "diffusion_type": model.config.diffusion_type,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(model.device) if on_gpu else model.device.type,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _figures(cell: SampleCell, texts: Sequence[DrawnText], seconds: float, cpu_seconds: float) -> dict[str, Any]:
+    """What a cell cost: seconds on the wall, of the slowest process, and of the CPU, of all processes."""
+    num_tokens = sum(len(text.token_ids) for text in texts)
+    evaluations = sum(text.num_function_evaluations for text in texts)
+    seeded = cell.ar_seed_tokens * len(texts)
+    blocks = cell.num_blocks * len(texts)
+    return {
+        "cell": cell.to_dict(),
+        "num_texts": len(texts),
+        "num_new_tokens": num_tokens,
+        "evaluations_per_text": evaluations / len(texts),
+        "evaluations_per_token": evaluations / num_tokens,
+        "evaluations_per_block": (evaluations - seeded) / blocks if blocks else None,
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+        "tokens_per_second": num_tokens / seconds,
+        "tokens_per_cpu_second": num_tokens / cpu_seconds,
+        "scores": None,
+    }
+
+
+def _score(
+    folder: SampleFolder, cells: Sequence[SampleCell], scorer: SampleScorer, progress: Progress | None
+) -> list[dict[str, Any]]:
+    """Figures of all cells, with scores."""
+    scored = []
+    for number, cell in enumerate(cells, 1):
+        figures = folder.read_figures(cell)
+        if figures is None:
+            raise ValueError(f"`output_dir` has lost the cell {cell.name} while the evaluation ran.")
+        if not folder.has_scores(figures):
+            if progress is not None:
+                progress(f"scoring {number} of {len(cells)}: {cell.name}")
+            figures["scores"] = scorer.score(folder.read_texts(cell))
+            folder.write_figures(cell, figures)
+        scored.append(figures)
+    return scored
+
+
+__all__ = [
+    "SampleCell",
+    "SampleResults",
+    "SampleScorer",
+    "SkippedCell",
+    "cut_texts",
+    "evaluate_samples",
+    "sample_cells",
+]

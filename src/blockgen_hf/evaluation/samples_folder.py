@@ -1,0 +1,110 @@
+"""The folder of a sample evaluation: a file of texts and one of figures for each cell, written whole or not at all."""
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from .samples_drawing import DrawnText
+from .samples_grid import SampleCell
+
+
+_SETTINGS = "settings.json"
+
+
+class SampleFolder:
+    """
+    Where texts and figures are kept, so that an interrupted evaluation goes on with the missing cells.
+
+    - `settings.json`: what all cells have in common.
+    - `texts/<cell>.jsonl`: a text a line.
+    - `cells/<cell>.json`: what the cell is, what it cost and its scores. It is there when the texts are.
+
+    Args:
+        path (`Path`): made if it is not there.
+        drawing (`dict`): settings that the texts and their cost depend on.
+        scoring (`dict`): settings that the scores depend on.
+        overwrite (`bool`): replace what was made with other settings; texts stay where only the scoring differs.
+
+    Raises:
+        ValueError: the folder was written with other settings, or holds other things.
+    """
+
+    def __init__(
+        self, path: Path | str, drawing: dict[str, Any], scoring: dict[str, Any], overwrite: bool = False
+    ) -> None:
+        self.path = Path(path)
+        self.scoring = scoring
+        self.overwrite = overwrite
+        self._check(drawing)
+        for name in ("texts", "cells"):
+            (self.path / name).mkdir(parents=True, exist_ok=True)
+        self.write(_SETTINGS, as_json({"drawing": drawing, "scoring": scoring}))
+
+    def _check(self, drawing: dict[str, Any]) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"`output_dir` must be a folder, but {self.path} is a file.")
+        file = self.path / _SETTINGS
+        if not file.is_file():
+            if self.path.is_dir() and any(self.path.iterdir()):
+                raise ValueError(
+                    f"`output_dir` must be new, empty or of a former evaluation, but {self.path} holds other things."
+                )
+            return
+        before = json.loads(file.read_text(encoding="utf-8"))
+        differing = _differing(before["drawing"], drawing)
+        if differing and self.overwrite:
+            for name in ("cells", "texts"):  # figures first: without them there is no cell
+                shutil.rmtree(self.path / name, ignore_errors=True)
+        elif differing or (not self.overwrite and (differing := _differing(before["scoring"], self.scoring))):
+            name, old, new = differing[0]
+            raise ValueError(
+                f"{self.path} was written with another `{name}`: {old!r}, now {new!r}. Take another folder, or "
+                "overwrite it."
+            )
+
+    def read_figures(self, cell: SampleCell) -> dict[str, Any] | None:
+        """What is known of a cell; None if it has not been drawn."""
+        file = self.path / "cells" / f"{cell.name}.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+    def has_scores(self, figures: dict[str, Any]) -> bool:
+        return figures["scores"] is not None and figures["scores"]["settings"] == self.scoring
+
+    def write_figures(self, cell: SampleCell, figures: dict[str, Any]) -> None:
+        self.write(f"cells/{cell.name}.json", as_json(figures))
+
+    def read_texts(self, cell: SampleCell) -> list[DrawnText]:
+        lines = (self.path / "texts" / f"{cell.name}.jsonl").read_text(encoding="utf-8").split("\n")
+        return [DrawnText(**json.loads(line)) for line in lines if line]
+
+    def write_texts(self, cell: SampleCell, texts: Sequence[DrawnText]) -> None:
+        lines = [json.dumps(asdict(text), ensure_ascii=False) + "\n" for text in texts]
+        self.write(f"texts/{cell.name}.jsonl", "".join(lines))
+
+    def write(self, name: str, content: str) -> None:
+        write_whole(self.path / name, content)
+
+
+def write_whole(target: Path, content: str | bytes) -> None:
+    """A file that is complete or not there."""
+    unfinished = target.with_name(target.name + ".part")
+    unfinished.write_bytes(content if isinstance(content, bytes) else content.encode())
+    os.replace(unfinished, target)
+
+
+def as_json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def _differing(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Name, old and new value of each setting that differs."""
+    now = json.loads(json.dumps(now))
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    return [(name, before.get(name), now.get(name)) for name in names]
+
+
+__all__ = ["SampleFolder", "as_json", "write_whole"]

@@ -1,0 +1,194 @@
+"""Which samples to compare: decodings x block sizes x function evaluations x AR seed tokens x temperatures."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.generation.configuration_utils import GenerationMode
+
+from ..modeling.generation_configuration_blockgen import BlockGenGenerationConfig
+from .throughput_contenders import Decoding
+
+
+# The model's distribution as it is, whatever its own generation config says: what the paper samples from.
+_NEUTRAL = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+# Decodings with a budget, and the settings that say it otherwise.
+_BUDGETED = ("block_diffusion", "arpc")
+_BUDGETS = ("denoising_steps", "nfe_per_block")
+
+
+@dataclass(frozen=True)
+class SampleCell:
+    """
+    A cell of the grid.
+
+    Args:
+        name (`str`): of its files.
+        decoding (`str`): as `Decoding.parse` reads it, its budget included.
+        series (`str`): the same without a budget of the grid, for cells that differ in it only.
+        nfe (`int`, *optional*): function evaluations a block, AR passes counted: the grid's, or what the decoding's
+            own settings come to. None where nothing says how many: AR, and first hitting.
+        block_size (`int`, *optional*): None for AR.
+        ar_seed_tokens (`int`): first tokens drawn autoregressively.
+        temperature (`float`): of the draws.
+        top_p (`float`): of the draws.
+        settings (`dict`): of `generate`.
+        max_evaluations (`int`): function evaluations that a text without prompt takes at most.
+        num_blocks (`int`): blocks of a text; 0 for AR.
+    """
+
+    name: str
+    decoding: str
+    series: str
+    nfe: int | None
+    block_size: int | None
+    ar_seed_tokens: int
+    temperature: float
+    top_p: float
+    settings: dict[str, Any]
+    max_evaluations: int
+    num_blocks: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class SkippedCell:
+    """A cell that cannot be, and why."""
+
+    name: str
+    reason: str
+
+
+def sample_cells(
+    model: PreTrainedModel,
+    decodings: Sequence[str],
+    *,
+    max_new_tokens: int,
+    nfe: Sequence[int] = (4, 8, 16, 32, 64),
+    block_sizes: Sequence[int] | None = None,
+    ar_seed_tokens: Sequence[int] = (0,),
+    temperatures: Sequence[float] = (1.0,),
+    top_p: Sequence[float] = (1.0,),
+) -> tuple[list[SampleCell], list[SkippedCell]]:
+    """
+    The cells of a grid, and those that the model, or the length of the texts, rules out.
+
+    What a decoding does not have does not multiply it: `"ar"` is one cell a temperature and top-p,
+    `"block_diffusion:sampler=first_hitting"` has no number of evaluations. Neither does what it says itself:
+    `"arpc:8"` is a cell of 8 evaluations a block whatever `nfe` is, and `"ar:temperature=0.7"` has that temperature.
+
+    Args:
+        model ([`BlockGenForDiffusionLM`]): asked what it can do.
+        decodings (`Sequence[str]`): as `Decoding.parse` reads them. A number of function evaluations is
+            `denoising_steps` with `"block_diffusion"`, `nfe_per_block` with `"arpc"`, whose AR passes count.
+        max_new_tokens (`int`): length of the texts.
+        nfe (`Sequence[int]`): function evaluations a block.
+        block_sizes (`Sequence[int]`, *optional*): L'. Default: the largest that the model was trained for.
+        ar_seed_tokens (`Sequence[int]`): k.
+        temperatures (`Sequence[float]`): of all draws, autoregressive and diffusion alike.
+        top_p (`Sequence[float]`): the same.
+
+    Raises:
+        ValueError: a decoding that there is not, a number that is none, or a grid without a possible cell.
+    """
+    sizes = [max(model.config.block_sizes)] if block_sizes is None else list(block_sizes)
+    for name, values, smallest in (("nfe", nfe, 1), ("block_sizes", sizes, 1), ("ar_seed_tokens", ar_seed_tokens, 0)):
+        if not values or any(not isinstance(value, int) or value < smallest for value in values):
+            raise ValueError(f"`{name}` must be integers of at least {smallest}, but are {list(values)!r}.")
+    axes = {"block_size": sizes, "ar_seed_tokens": ar_seed_tokens, "temperature": temperatures, "top_p": top_p}
+    cells: dict[str, SampleCell] = {}
+    skipped: dict[str, SkippedCell] = {}
+    for text in decodings:
+        for decoding, series, budget, chosen in _settings_of(text, nfe, axes):
+            name = _file_name(decoding, chosen)
+            if name in cells or name in skipped:
+                raise ValueError(f"`decodings` must differ, but two of {list(decodings)!r} are {name!r}.")
+            settings = {**_NEUTRAL, **decoding.settings, **chosen}
+            try:
+                cells[name] = _cell(model, name, decoding, series, budget, settings, max_new_tokens)
+            except ValueError as error:
+                skipped[name] = SkippedCell(name, str(error))
+    if not cells:
+        reasons = "; ".join(f"{cell.name}: {cell.reason}" for cell in skipped.values())
+        raise ValueError(f"`decodings` must have a cell that the model can run, but have none. {reasons}")
+    return list(cells.values()), list(skipped.values())
+
+
+def _settings_of(
+    text: str, nfe: Sequence[int], axes: dict[str, Any]
+) -> Iterator[tuple[Decoding, str, int | None, dict[str, Any]]]:
+    """Decoding, series, budget and the values of the axes, for each cell of a decoding."""
+    own = Decoding.parse(text, block_size=1).settings  # raises for what no cell could be
+    kind, *words = text.split(":")
+    given = {word.partition("=")[0] for word in words}
+    has_budget = kind in _BUDGETED and own.get("sampler") != "first_hitting"
+    budgets: Sequence[int | None] = nfe if has_budget and not any(name in own for name in _BUDGETS) else [None]
+    without = {"block_size", "ar_seed_tokens"} if kind == "ar" else set()
+    without |= {"temperature", "top_p"} if own.get("do_sample") is False else set()
+    names = [name for name in axes if name not in given | without]
+    for budget, *values in product(budgets, *(axes[name] for name in names)):
+        chosen = dict(zip(names, values, strict=True))
+        full = text if budget is None else ":".join([kind, str(budget), *words])
+        yield Decoding.parse(full, chosen.get("block_size", own.get("block_size", 1))), text, budget, chosen
+
+
+def _file_name(decoding: Decoding, chosen: dict[str, Any]) -> str:
+    short = {"block_size": "L", "ar_seed_tokens": "k", "temperature": "T", "top_p": "p"}
+    values = [
+        f"{short[name]}{value:g}"
+        for name, value in chosen.items()
+        if name in ("block_size", "ar_seed_tokens") or value != 1.0
+    ]
+    return "-".join([re.sub(r"[^\w.=+]+", "-", decoding.name), *values])
+
+
+def _cell(
+    model: PreTrainedModel,
+    name: str,
+    decoding: Decoding,
+    series: str,
+    budget: int | None,
+    settings: dict[str, Any],
+    max_new_tokens: int,
+) -> SampleCell:
+    """Raises a `ValueError` that says why there is no such cell."""
+    config = Decoding(decoding.name, settings).in_effect(model)
+    model._validate_generation_mode(GenerationMode.SAMPLE, config, {})
+    BlockGenGenerationConfig(**settings)
+    if config.decoding == "ar":
+        nfe, block_size, seeded, num_blocks, evaluations = None, None, 0, 0, max_new_tokens
+    else:
+        block_size, seeded = config.block_size, config.ar_seed_tokens
+        left = max_new_tokens - seeded
+        if block_size > left:
+            raise ValueError(
+                f"A block has {block_size} tokens, but of the text's {max_new_tokens} tokens {max(0, left)} are left "
+                f"behind {seeded} AR seed tokens."
+            )
+        num_blocks = -(-left // block_size)
+        per_block = config.function_evaluations(config.num_denoising_steps())
+        if config.sampler == "first_hitting":  # an evaluation a token, whatever the steps
+            nfe, evaluations = None, max_new_tokens
+        else:
+            nfe, evaluations = budget or per_block, seeded + num_blocks * per_block
+    return SampleCell(
+        name=name,
+        decoding=decoding.name,
+        series=series,
+        nfe=nfe,
+        block_size=block_size,
+        ar_seed_tokens=seeded,
+        temperature=float(config.temperature),
+        top_p=float(config.top_p),
+        settings=settings,
+        max_evaluations=evaluations,
+        num_blocks=num_blocks,
+    )
+
+
+__all__ = ["SampleCell", "SkippedCell", "sample_cells"]

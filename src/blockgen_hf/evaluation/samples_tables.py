@@ -1,0 +1,205 @@
+"""Figures of drawn samples as Markdown tables, laid out as tables 2, 8 and 9 of the BlockGen paper, and as a plot."""
+
+from collections.abc import Sequence
+from io import BytesIO
+from typing import Any
+
+from .samples import SampleResults
+
+
+Figures = dict[str, Any]
+
+_NO_JUDGE = "none"
+
+
+def markdown(results: SampleResults) -> str:
+    """The page of an evaluation: what was done, a row a cell, AR seeds side by side, what was skipped."""
+    settings = results.settings
+    parts = ["# Samples", _what(settings), _table(results.cells, settings["judge"], settings["device"])]
+    seeds = sorted({figures["cell"]["ar_seed_tokens"] for figures in results.cells if figures["cell"]["num_blocks"]})
+    if len(seeds) > 1:
+        parts += ["## By AR seed tokens k", _by_seed(results.cells, seeds, settings)]
+    if results.skipped:
+        reasons: dict[str, list[str]] = {}
+        for cell in results.skipped:
+            reasons.setdefault(cell.reason, []).append(f"`{cell.name}`")
+        lines = [f"- {', '.join(names)}: {reason}" for reason, names in reasons.items()]
+        parts += ["## Skipped", "\n".join(lines)]
+    return "\n\n".join(parts) + "\n"
+
+
+def judge_label(judge: str | None) -> str:
+    """For the head of a column."""
+    return f"gen. PPL ({judge or _NO_JUDGE})"
+
+
+def _what(settings: dict[str, Any]) -> str:
+    prompts = f"behind {settings['num_prompts']} prompts" if settings["num_prompts"] else "without prompt"
+    lines = [
+        f"{settings['model']} ({settings['diffusion_type']}, {settings['dtype']}, weights {settings['weights']}): "
+        f"{settings['num_samples']} texts a row, of {settings['max_new_tokens']} tokens, {prompts}, seed "
+        f"{settings['seed']}.",
+        f"Tokens per second on {settings['device']}, threads: {settings['threads']}, processes: "
+        f"{settings['processes']}, {settings['batch_size']} texts at once.",
+    ]
+    if settings["judge"] is not None:
+        length = "" if settings["max_length"] is None else f", which read {settings['max_length']} tokens of a text"
+        lines.append(
+            f"Generative perplexity under {settings['judge']}{length}, {settings['start_token']!r} in front: compare "
+            "it with scores under the same judge only. ± is a standard error over the texts."
+        )
+    lines.append(
+        "NFE: function evaluations, AR passes counted; a block's budget, and what `generate` ran: passes that cannot "
+        "change anything are left out. Entropy: unigrams of the model's tokens, nats (Eq. 11)."
+    )
+    return "\n".join(lines)
+
+
+def _speed(device: str) -> tuple[str, str]:
+    """Key and name of the throughput: other jobs on the machine disturb the seconds of a CPU less than the clock."""
+    return ("tokens_per_cpu_second", "tokens/CPU s") if device == "cpu" else ("tokens_per_second", "tokens/s")
+
+
+def _table(cells: Sequence[Figures], judge: str | None, device: str) -> str:
+    has = {
+        "T": any(figures["cell"]["temperature"] != 1.0 for figures in cells),
+        "top-p": any(figures["cell"]["top_p"] != 1.0 for figures in cells),
+        "MAUVE": any("mauve" in figures["scores"] for figures in cells),
+        "ppl": judge is not None,
+    }
+    names = ["decoding", "L'", "k"] + [name for name in ("T", "top-p") if has[name]]
+    names += ["NFE a block", "run", "NFE a token"] + ([judge_label(judge)] if has["ppl"] else [])
+    names += ["entropy", "distinct-2", "rep-4"] + (["MAUVE"] if has["MAUVE"] else [])
+    speeds = dict([_speed(device), ("tokens_per_second", "tokens/s")])
+    names += speeds.values()
+    rows = []
+    for figures in cells:
+        cell, scores = figures["cell"], figures["scores"]
+        row = [f"`{cell['series']}`", _number(cell["block_size"], "d"), _seed(cell)]
+        row += [_number(cell[key], "g") for name, key in (("T", "temperature"), ("top-p", "top_p")) if has[name]]
+        row += [_number(cell["nfe"], "d"), _number(figures["evaluations_per_block"], ".1f")]
+        row += [_number(figures["evaluations_per_token"], ".2f")]
+        row += [_with_error(scores["perplexity"], scores["perplexity_standard_error"], 1)] if has["ppl"] else []
+        row += [_with_error(scores["entropy"], scores["entropy_standard_error"], 2)]
+        row += [_number(scores["distinct_2"], ".2f"), _number(scores["rep_4"], ".3f")]
+        row += [_number(scores["mauve"], ".3f")] if has["MAUVE"] else []
+        rows.append([*row, *(f"{figures[key]:.0f}" for key in speeds)])
+    return _lines(names, rows)
+
+
+def _by_seed(cells: Sequence[Figures], seeds: Sequence[int], settings: dict[str, Any]) -> str:
+    """As table 2: perplexity with entropy behind it and throughput, for each number of AR seed tokens."""
+    judge, (speed, speed_name) = settings["judge"], _speed(settings["device"])
+    quality = "entropy" if judge is None else f"{judge_label(judge)} (entropy)"
+    names = ["decoding", "L'", "NFE a block"]
+    names += [name for seed in seeds for name in (f"k = {seed}: {quality}", speed_name)]
+    found: dict[tuple[Any, ...], dict[int, Figures]] = {}
+    for figures in cells:
+        cell = figures["cell"]
+        if cell["num_blocks"]:
+            series = cell["series"] + "".join(
+                f" {short}={cell[key]:g}" for short, key in (("T", "temperature"), ("p", "top_p")) if cell[key] != 1.0
+            )
+            found.setdefault((series, cell["block_size"], cell["nfe"]), {})[cell["ar_seed_tokens"]] = figures
+    rows = []
+    for (series, block_size, nfe), by_seed in found.items():
+        row = [f"`{series}`", str(block_size), _number(nfe, "d")]
+        for seed in seeds:
+            if seed in by_seed:
+                scores = by_seed[seed]["scores"]
+                entropy = f"{scores['entropy']:.2f}"
+                row.append(entropy if judge is None else f"{scores['perplexity']:.1f} ({entropy})")
+                row.append(f"{by_seed[seed][speed]:.0f}")
+            else:
+                row += ["–", "–"]
+        rows.append(row)
+    return _lines(names, rows)
+
+
+def _lines(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(names)} |", "|---|" + "---:|" * (len(names) - 1)]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def _seed(cell: dict[str, Any]) -> str:
+    return str(cell["ar_seed_tokens"]) if cell["num_blocks"] else "–"
+
+
+def _number(value: float | None, layout: str) -> str:
+    return "–" if value is None else format(value, layout)
+
+
+def _with_error(value: float, error: float | None, digits: int) -> str:
+    return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+
+
+def plot(results: SampleResults) -> bytes:
+    """
+    An SVG image: generative perplexity, and entropy below it, against function evaluations a token and against tokens
+    per second (of the CPU, on a CPU); a line for cells that differ in their budget only.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    judge = results.settings["judge"]
+    measures = [("entropy", "unigram entropy, nats")]
+    if judge is not None:
+        measures.insert(0, ("perplexity", "generative perplexity"))
+    speed, speed_name = _speed(results.settings["device"])
+    axes_of_x = [("evaluations_per_token", "function evaluations a token"), (speed, speed_name)]
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "blockgen-hf", "font.size": 9}):
+        figure = Figure(figsize=(8.5, 1.2 + 2.6 * len(measures)), layout="constrained")
+        panels: Any = figure.subplots(len(measures), 2, sharey="row", sharex="col", squeeze=False)
+        for row, (measure, label) in zip(panels, measures, strict=True):
+            row[0].set_ylabel(label)
+            for panel, (x, _) in zip(row, axes_of_x, strict=True):
+                _draw(panel, results.cells, x, measure)
+        for panel, (_, label) in zip(panels[-1], axes_of_x, strict=True):
+            panel.set_xlabel(label)
+        if judge is not None:
+            figure.suptitle(f"judge: {judge}", fontsize="medium")
+        handles, labels = panels[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+        image = BytesIO()
+        figure.savefig(image, format="svg", metadata={"Date": None})
+    return image.getvalue()
+
+
+def _draw(panel: Any, cells: Sequence[Figures], x: str, measure: str) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    for number, (label, members) in enumerate(_series(cells).items()):
+        points = [(figures[x], figures["scores"][measure]) for figures in members]
+        style = "o-" if len(points) > 1 else "*"
+        size = 4 if len(points) > 1 else 10
+        panel.plot(*zip(*points, strict=True), style, label=label, color=f"C{number % 10}", markersize=size)
+    panel.set_xscale("log", base=2 if x == "evaluations_per_token" else 10)
+    if measure == "perplexity":
+        panel.set_yscale("log")
+    for axis, is_decimal in ((panel.xaxis, x != "evaluations_per_token"), (panel.yaxis, measure == "perplexity")):
+        if is_decimal:
+            axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter("{x:g}")
+    panel.grid(visible=True, alpha=0.3)
+
+
+def _series(cells: Sequence[Figures]) -> dict[str, list[Figures]]:
+    """Cells that differ in their budget only, by a label that tells them from the others."""
+    series: dict[str, list[Figures]] = {}
+    for figures in cells:
+        cell = figures["cell"]
+        words = [cell["series"]]
+        if cell["num_blocks"]:
+            words += [f"L'={cell['block_size']}", f"k={cell['ar_seed_tokens']}"]
+        words += [
+            f"{short}={cell[key]:g}" for short, key in (("T", "temperature"), ("p", "top_p")) if cell[key] != 1.0
+        ]
+        series.setdefault(" ".join(words), []).append(figures)
+    return series
+
+
+__all__ = ["judge_label", "markdown", "plot"]

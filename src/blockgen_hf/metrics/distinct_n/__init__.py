@@ -1,0 +1,1 @@
+"""Share of distinct n-grams in generated texts."""

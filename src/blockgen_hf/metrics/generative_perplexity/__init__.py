@@ -1,0 +1,1 @@
+"""Perplexity of generated texts under a judge (BlockGen, Eq. 10)."""

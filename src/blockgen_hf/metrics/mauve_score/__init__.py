@@ -1,0 +1,1 @@
+"""MAUVE of generated texts and references."""

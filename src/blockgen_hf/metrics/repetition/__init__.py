@@ -1,0 +1,1 @@
+"""Share of repeated n-grams in generated texts."""

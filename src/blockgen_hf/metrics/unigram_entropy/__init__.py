@@ -1,0 +1,1 @@
+"""Entropy of the tokens of generated texts (BlockGen, Eq. 11)."""

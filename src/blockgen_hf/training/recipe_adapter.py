@@ -1,0 +1,94 @@
+"""The section `adapter` of a recipe: what PEFT trains in place of the weights of a checkpoint."""
+
+import dataclasses
+import typing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedModel
+
+from .recipe_values import check_keys, convert
+
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+# The matrices of a layer, which PEFT has no table of for this model type. "all-linear" are these, and the modulations
+# of the adaptive layer norms with the embedding of the time.
+LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
+# What is filled here, or by PEFT.
+_NO_ADAPTER_KEYS = (
+    "task_type",
+    "peft_type",
+    "peft_version",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "runtime_config",
+)
+# An adapter's folder has no configuration: the model that it is loaded on has its own. These matter to training alone.
+_TRAINING_FIELDS = ("block_sizes", "block_size_weights", "training_objective", "hidden_dropout")
+
+
+def adapter_settings(values: dict[str, Any], model: dict[str, Any], source: str) -> dict[str, Any]:
+    """
+    The arguments of `peft.LoraConfig`, checked. `target_modules` are [`LINEAR_LAYERS`] unless they are given.
+
+    Args:
+        values: the section as it was written, not empty.
+        model: fields of the configuration that the recipe sets on top of the checkpoint.
+        source: of the recipe, for messages.
+
+    Raises:
+        ValueError: a key or a value that PEFT does not accept, or a model that would be another without the recipe.
+        ImportError: peft is not installed.
+    """
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ImportError("Adapters need the package peft: pip install 'blockgen-hf[train]'.") from error
+    hints = typing.get_type_hints(LoraConfig)
+    names = [entry.name for entry in dataclasses.fields(LoraConfig) if entry.name not in _NO_ADAPTER_KEYS]
+    check_keys(values, names, f"{source}, section `adapter`")
+    for name, value in model.items():
+        if name not in _TRAINING_FIELDS:
+            raise ValueError(
+                f"{source}: `model.{name}={value}` is for the weights of a model, which an adapter leaves as they "
+                "are: leave out the section `adapter`, or this field."
+            )
+    settings = {key: convert(value, hints[key], f"{source}: `adapter.{key}`") for key, value in values.items()}
+    settings = {"task_type": "CAUSAL_LM", "target_modules": LINEAR_LAYERS, **settings}
+    rank = settings.get("r", LoraConfig().r)
+    if rank < 1:
+        raise ValueError(f"{source}: `adapter.r` must be positive, but is {rank}.")
+    try:
+        LoraConfig(**settings)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{source}, `adapter`: {error}") from error
+    return settings
+
+
+def add_adapter(
+    model: PreTrainedModel, settings: dict[str, Any], checkpoint: str, revision: str | None = None
+) -> "PeftModel":
+    """
+    The model with a new adapter, which alone is trained.
+
+    Args:
+        settings: from [`adapter_settings`].
+        checkpoint, revision: where the model is from. The adapter names a folder by its whole path.
+
+    Raises:
+        ValueError: modules that the model does not have.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(model, LoraConfig(**settings, revision=revision))
+    folder = Path(checkpoint).expanduser()
+    base = str(folder.resolve()) if folder.is_dir() else checkpoint
+    adapted.peft_config["default"].base_model_name_or_path = base
+    return adapted
+
+
+__all__ = ["LINEAR_LAYERS", "adapter_settings", "add_adapter"]

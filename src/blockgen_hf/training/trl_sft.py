@@ -1,0 +1,129 @@
+"""
+Supervised fine-tuning on TRL's data forms: [`BlockGenSFTTrainer`].
+
+    text, messages, prompt and completion -> TRL: template, tokens, labels, packing -> collator -> [`BlockGenTrainer`]
+
+Needs TRL (`pip install trl`).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from trl import SFTConfig, SFTTrainer
+
+from .arguments import BlockGenTrainingArguments
+from .collator import BlockGenDataCollator
+from .trainer import BlockGenTrainer
+
+
+@dataclass
+class BlockGenSFTConfig(SFTConfig, BlockGenTrainingArguments):
+    """
+    TRL's `SFTConfig`, with its defaults (learning rate 2e-5, no warm-up, bf16, gradient checkpointing), and the
+    settings of the mixture of [`BlockGenTrainingArguments`] (`block_size_sampling`, `noise_level_sampling`,
+    `ema_decay`, `eval_monte_carlo_samples` ...).
+
+    Raises:
+        ValueError: a value that is not accepted, or a setting of TRL that means another loss than the mixture's.
+    """
+
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Off: the collator picks the columns of the prepared data."}
+    )
+    include_num_input_tokens_seen: str = field(
+        default="non_padding", metadata={"help": "Log the tokens seen: `all`, `non_padding` or `no`."}
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Off: a step uses all parameters, whatever it draws."}
+    )
+
+    def __post_init__(self) -> None:
+        for name, accepted, instead in (
+            ("loss_type", "nll", "the model's configuration chooses the loss (`training_objective`)"),
+            ("label_smoothing_factor", 0, "the bounds are those of the labels as they are"),
+            ("padding_free", False, "`packing=True` fills rows, and keeps documents apart"),
+        ):
+            value = getattr(self, name)
+            if value != accepted:
+                raise ValueError(f"`{name}` must be {accepted!r}, but is {value!r}: {instead}.")
+        super().__post_init__()
+
+
+class BlockGenSFTDataCollator(BlockGenDataCollator):
+    """[`BlockGenDataCollator`] for rows that TRL has packed: `seq_lengths` of a row become its `document_ids`."""
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """As [`BlockGenDataCollator`]; each of a row's `seq_lengths` is the length of a document."""
+        return super().__call__([_with_documents(row) for row in rows])
+
+
+def _with_documents(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    if "seq_lengths" not in row:
+        return row
+    documents = [number for number, length in enumerate(row["seq_lengths"]) for _ in range(length)]
+    return {**row, "document_ids": documents}
+
+
+class _SFTData(SFTTrainer):
+    """What of TRL's trainer is about data. Its loss is that of next tokens, and its card is not ours."""
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        return super(SFTTrainer, self).compute_loss(*args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super(SFTTrainer, self)._save_checkpoint(model, trial)
+
+
+class BlockGenSFTTrainer(BlockGenTrainer, _SFTData):
+    """
+    TRL's `SFTTrainer` for [`BlockGenForDiffusionLM`]: the data is TRL's, the training is that of [`BlockGenTrainer`],
+    with its draws, average of weights, losses of block sizes, likelihood bounds, checkpoints and cards.
+
+    Every form of data that `SFTTrainer` takes: text, messages, prompts with completions, token ids; `packing`,
+    `completion_only_loss`, `assistant_only_loss`, `max_length`, `formatting_func`, `peft_config` and chat templates
+    are TRL's. Prompts, and all that is not scored, stay clean in the noisy half. Packed documents do not see one
+    another, and their positions start at 0 (`packing_strategy="wrapped"` cuts the text up without regard to documents,
+    as in TRL).
+
+    TRL's metrics of next tokens, `mean_token_accuracy` and `entropy`, are not logged: the loss here is that of the
+    whole mixture.
+
+    The arguments are those of `SFTTrainer`, `args` being [`BlockGenSFTConfig`].
+
+    Raises:
+        ValueError: `args` of another class, or a `compute_loss_func`.
+    """
+
+    args: BlockGenSFTConfig
+
+    def __init__(
+        self,
+        model: Any,
+        args: BlockGenSFTConfig | None = None,
+        data_collator: Any = None,
+        *arguments: Any,
+        **kwargs: Any,
+    ) -> None:
+        if args is None:
+            args = BlockGenSFTConfig(output_dir="trainer_output")
+        if not isinstance(args, BlockGenSFTConfig):
+            raise ValueError(
+                f"`args` must be a `BlockGenSFTConfig`, which takes all that `SFTConfig` does, but is a "
+                f"{type(args).__name__}."
+            )
+        super().__init__(model, args, data_collator, *arguments, **kwargs)
+        if self.compute_loss_func is not None:
+            raise ValueError("`compute_loss_func` must be None: the loss is that of the mixture (Eq. 7).")
+        if data_collator is None:
+            config = self.model.config
+            self.data_collator = BlockGenSFTDataCollator(
+                self.processing_class,
+                pad_to_multiple_of=self.args.pad_to_multiple_of,
+                score_first_token=not config.next_token_prediction,
+            )
+
+
+__all__ = ["BlockGenSFTConfig", "BlockGenSFTDataCollator", "BlockGenSFTTrainer"]
