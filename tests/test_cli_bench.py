@@ -131,15 +131,19 @@ def test_the_script_adds_the_plain_baseline(
     assert printed.startswith("error: ") and printed.count("\n") == 1
 
 
-def test_speed_by_length_has_a_line_for_each_stretch(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_speed_by_length_and_batch_has_a_line_for_each(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
     script = import_module("generation_length")
-    options = ("--size", "tiny", "--new-tokens", "96", "--stretch", "32", "--batch-size", "2")
+    plot = tmp_path / "speed.svg"
+    options = ("--size", "tiny", "--new-tokens", "96", "--stretch", "32", "--batch-sizes", "1", "3")
+    options += ("--batch-tokens", "16", "--plot", str(plot))
     monkeypatch.setattr(sys, "argv", ["generation_length.py", *options])
     script.main()
     out = capsys.readouterr().out
     assert re.findall(r"^\| (\d+ to \d+) \| [\d.]+ \|$", out, re.M) == ["0 to 32", "32 to 64", "64 to 96"]
     (ratio,) = re.findall(r"Cache of 96 tokens: .*, ([\d.]+) x what they need", out)
     assert 1 <= float(ratio) < 2
+    assert re.findall(r"^\| (\d+) \| [\d.]+ \|$", out, re.M) == ["1", "3"]
+    assert "<svg" in plot.read_text()
