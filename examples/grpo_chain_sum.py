@@ -5,7 +5,7 @@ The small model that the package ships learns from worked examples first, until 
 its own answers to some of these sums. `OUTPUT/rewards.json` has the mean reward of every step, and accuracies before
 and after, on these sums and on some that it never saw.
 
-    pip install trl reasoning-gym
+    pip install 'blockgen-hf[trl]' reasoning-gym
     python examples/grpo_chain_sum.py runs/grpo
     python examples/grpo_chain_sum.py runs/grpo_arpc --decoding arpc
 """
@@ -83,6 +83,7 @@ def main() -> None:
     parser.add_argument("--warmup-steps", type=int, default=200, help="steps on worked examples")
     parser.add_argument("--problems", type=int, default=40, help="sums to answer in GRPO, of the 160 of the examples")
     parser.add_argument("--steps", type=int, default=60, help="steps of GRPO")
+    parser.add_argument("--rollouts", type=int, default=128, help="of a step of GRPO, 8 a sum")
     parser.add_argument("--learning-rate", type=float, default=5e-4, help="of GRPO")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -102,8 +103,9 @@ def main() -> None:
     print("after the examples:", json.dumps(before))
 
     grpo_args = GRPOConfig(
-        output_dir=str(args.output / "grpo"), max_steps=args.steps, per_device_train_batch_size=128, num_generations=8,
-        max_completion_length=ANSWER_TOKENS, generation_kwargs=DECODINGS[args.decoding], logging_steps=1,
+        output_dir=str(args.output / "grpo"), max_steps=args.steps, num_generations=8,
+        per_device_train_batch_size=args.rollouts, max_completion_length=ANSWER_TOKENS, logging_steps=1,
+        generation_kwargs=DECODINGS[args.decoding],
         learning_rate=args.learning_rate, lr_scheduler_type="constant", seed=args.seed, **QUIET,
     )  # fmt: skip
     trainer = BlockGenGRPOTrainer(model, reward, grpo_args, train_dataset=asked, processing_class=tokenizer)

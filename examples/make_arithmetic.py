@@ -15,6 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
+PATIENCE = 10_000  # problems in a row that were there before
+
+
 def worked_answer(expression: str) -> str:
     """Sums from left to right, a line each, and the result behind `####`."""
     total, *rest = expression.split()
@@ -27,17 +30,22 @@ def worked_answer(expression: str) -> str:
 
 
 def problems(seed: int, args: argparse.Namespace) -> Iterator[dict[str, str]]:
-    """Different problems without end."""
+    """Different problems, as long as there are any."""
     import reasoning_gym
 
     seen: set[str] = set()
+    repeats = 0
     options = {"min_terms": 2, "max_terms": args.max_terms, "min_digits": 1, "max_digits": args.max_digits}
     dataset = reasoning_gym.create_dataset("chain_sum", size=2**31 - 1, seed=seed, **options)
     for entry in dataset:
         expression = entry["metadata"]["expression"]
         if expression in seen:
+            repeats += 1
+            if repeats == PATIENCE:
+                raise SystemExit(f"There are about {len(seen):,} such problems: ask for fewer, or for larger ones.")
             continue
         seen.add(expression)
+        repeats = 0
         answer = worked_answer(expression)
         if dataset.score_answer(answer.rpartition("#### ")[2], entry) != 1.0:
             raise RuntimeError(f"reasoning-gym does not accept {answer!r} for {expression!r}.")

@@ -17,6 +17,7 @@ from blockgen_hf.evaluation import answer_generation
 from blockgen_hf.evaluation.accuracy import AnswerResult, evaluate_answers
 from blockgen_hf.evaluation.answer_figures import answer_figures, bootstrap_estimates, majority_answer, pass_at_k
 from blockgen_hf.evaluation.answer_questions import PromptEncoder, read_questions
+from blockgen_hf.evaluation.generation_log import GenerationLog
 from blockgen_hf.evaluation.processes import Processes
 
 
@@ -75,6 +76,12 @@ def test_without_spread_the_interval_is_binomial() -> None:
         exact = stats.binomtest(right, 20).proportion_ci(0.95, method="exact")
         assert [estimate.low, estimate.high] == pytest.approx([exact.low, exact.high])
     assert same.high == zeros.high and same.low == -zeros.high
+    rows = np.array([[0.5] * 20, [1.0] * 20, [-1.0] * 20, [0.25] * 20])
+    half, better, worse, quarter = bootstrap_estimates(rows, num_differences=3)
+    assert (half.value, half.low, half.high) == pytest.approx((0.5, ones.low / 2, 1 - ones.low / 2))
+    assert (better.low, better.high) == pytest.approx((2 * ones.low - 1, 1))
+    assert (worse.value, worse.low, worse.high) == pytest.approx((-1, -1, 1 - 2 * ones.low))
+    assert quarter.low == pytest.approx(ones.low / 4 - zeros.high)
 
 
 def test_figures_by_hand() -> None:
@@ -115,7 +122,9 @@ def test_questions() -> None:
     rows = [{"question": "a", "answer": "1 + 1\n#### 2.0"}, {"question": "b", "answer": "1,000"}]
     found = read_questions(rows)
     assert [(question.answer, question.is_marked) for question in found] == [("2", True), ("1000", False)]
-    assert read_questions([{"prompt": "a", "completion": 3}])[0].answer == "3"
+    numbers = [3, 0, 2.50, 1e-7, 1e16]
+    found = read_questions([{"prompt": "a", "completion": number} for number in numbers])
+    assert [question.answer for question in found] == ["3", "0", "2.5", "0.0000001", "1" + 16 * "0"]
     assert read_questions([{"q": "a", "a": "it is 4"}], "q", "a")[0].answer == "4"
     messages = [{"role": "assistant", "content": "#### 1/3"}]
     assert read_questions([{"prompt": [{"role": "user", "content": "a"}], "completion": messages}])[0].answer == "1/3"
@@ -128,6 +137,8 @@ def test_questions() -> None:
         ([{"text": "a"}], "The questions have the columns ['text']"),
         ([{"question": "a", "answer": "1"}, {"question": "a"}], "Row 1 of the questions"),
         ([{"question": "a", "answer": "none"}], "Row 0 of the questions has no number"),
+        ([{"question": "a", "answer": True}], "Row 0 of the questions has no number"),
+        ([{"question": "a", "answer": float("inf")}], "Row 0 of the questions has no number"),
         ([{"question": "a", "answer": "5 #### none"}], "Row 0 of the questions has no number"),
     ],
 )
@@ -180,20 +191,30 @@ def test_rows_are_those_of_generate() -> None:
         assert (row["answer"], row["expected"], row["correct"]) == (None, str(row["question"]), False)
 
 
+def test_truncated_goes_by_the_end_of_the_decoding() -> None:
+    tokenizer = tiny_tokenizer()
+    for sign in "cq":
+        rows = evaluate(decodings=[f"ar:eos_token_id={tokenizer.convert_tokens_to_ids(sign)}"]).generations
+        assert not all(row["truncated"] for row in rows)
+        for row in rows:
+            assert row["truncated"] != row["text"].endswith(sign)
+
+
 @pytest.mark.parametrize("variant", ["masked", pytest.param("uniform", marks=pytest.mark.slow)])
 def test_samples_depend_on_seed_prompt_and_number_alone(variant: str) -> None:
     model = tiny_model(variant)
+    decodings = [*DECODINGS, "ar:do_sample=True"]
 
     def run(**settings: Any) -> AnswerResult:
         options = {"max_new_tokens": 9, "num_samples": 2, **settings}
         questions = options.pop("questions", QUESTIONS)
-        return evaluate_answers(model, tiny_tokenizer(), questions, DECODINGS, **options)
+        return evaluate_answers(model, tiny_tokenizer(), questions, decodings, **options)
 
     state = torch.random.get_rng_state()
     whole = texts(run())
     assert torch.equal(torch.random.get_rng_state(), state)
     assert texts(run(batch_size=1)) == texts(run(batch_size=3)) == whole
-    for name in DECODINGS[1:]:
+    for name in decodings[1:]:
         drawn = [whole[name, question, sample] for question in (0, 2) for sample in range(2)]
         assert len(set(drawn)) >= 3  # the same prompt twice, and two samples of it; two may be empty
     fewer = texts(run(questions=QUESTIONS[:2], num_samples=1))
@@ -315,6 +336,23 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
     file.write_text("\n".join([*lines[:2], lines[2][:20], *lines[3:]]) + "\n")
     with pytest.raises(ValueError, match="line 3 is damaged"):
         evaluate(tmp_path, decodings=["ar"])
+    file.write_text("[]\n")
+    with pytest.raises(ValueError, match="line 1 is damaged: no JSON object"):
+        evaluate(tmp_path, decodings=["ar"])
+
+
+@pytest.mark.parametrize("cut", range(1, 60, 7))
+def test_a_file_that_was_cut_anywhere_keeps_its_whole_lines(tmp_path: Path, cut: int) -> None:
+    rows = [{"decoding": "ar", "question": number, "sample": 0, "text": "é\u2028\r\n\udc80"} for number in range(3)]
+    part = GenerationLog(tmp_path, {}, {"ar": {}}).open_part(2)
+    part.append(rows)
+    part.close()
+    file = tmp_path / "generations.2.part.jsonl"
+    data = file.read_bytes()
+    file.write_bytes(data[:-cut])
+    kept = data[:-cut].count(b"\n") - 1
+    assert kept < 3
+    assert GenerationLog(tmp_path, {}, {"ar": {}}).merge() == rows[:kept]
 
 
 @pytest.mark.parametrize(

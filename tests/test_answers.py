@@ -39,6 +39,7 @@ from blockgen_hf.evaluation.answers import find_answer, number_text, parse_numbe
         ("-1 1/2", Fraction(-3, 2)),
         ("1½", Fraction(3, 2)),
         ("½", Fraction(1, 2)),
+        ("-½", Fraction(-1, 2)),
         ("18 dollars.", 18),
         ("18 (eighteen)", 18),
         ("60 miles/hour", 60),
@@ -61,6 +62,7 @@ def test_numbers(text: str, number: int | Fraction) -> None:
     [
         *("", "   ", "eighteen", "3/0", "1 1/0", "1,23", "1,2,3", "10:30", "3.5.2", "5 - 2", "5+2", "2 = 2", "1e3"),
         *("1e-3", "3 eggs and 4", "1 000", "--5", "$$5", "x5", "3^2", "2 × 3", "#5", "٣", "1" * 401, "1" * 3000),
+        *("½2", "½½"),
     ],
 )
 def test_no_numbers(text: str) -> None:
@@ -96,6 +98,11 @@ def test_marker(text: str, number: int | None) -> None:
         ("2021-2023", 2023),
         ("it is -3.", -3),
         ("it is -$3 today", -3),
+        ("it is -½", Fraction(-1, 2)),
+        ("10 - ½", Fraction(1, 2)),
+        ("so it is ...5", 5),
+        ("it is .5", Fraction(1, 2)),
+        ("version 3.5.2", 2),
         ("(3) -4", 4),
         ("She has 5kg of it", 5),
         ("It costs $1,234.50.", Fraction(2469, 2)),

@@ -144,7 +144,7 @@ def test_judge_options(evaluate: Command, tmp_path: Path) -> None:
         (["--judge", "none", "--judge-max-length", "8"], "--judge-max-length has no meaning with --judge none"),
         (["--judge", "x", "--judge-gguf", "y"], "are two judges"),
         (["--judge-gguf", "nowhere.gguf"], "there is no such file"),
-        (["--judge", "./nowhere"], "nowhere"),
+        (["--judge", "./nowhere"], "The judge ./nowhere cannot be loaded. Give another with --judge"),
         (["--judge", "none", "--decodings", "arp"], "arp"),
         (["--judge", "none", "--decodings", "arpc", "--nfe", "1"], "too small for a single informed step"),
         (["--judge", "none", "--nfe", "0"], "must be an integer of at least 1"),

@@ -302,6 +302,22 @@ def test_the_example(
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run").config.block_sizes == [1, 2, 4, 8, 16]
 
 
+@pytest.mark.slow
+def test_arithmetic_is_written_without_repeats_and_as_far_as_there_is_any(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("reasoning_gym")
+    script = str(EXAMPLE.with_name("make_arithmetic.py"))
+    words = [str(tmp_path), "--max-terms", "2", "--max-digits", "1", "--test", "30"]
+    monkeypatch.setattr("sys.argv", [script, *words, "--train", "90"])
+    runpy.run_path(script, run_name="__main__")
+    rows = [(tmp_path / f"{name}.jsonl").read_text().splitlines() for name in ("test", "train")]
+    assert [len(rows[0]), len(rows[1]), len({*rows[0], *rows[1]})] == [30, 90, 120]
+    monkeypatch.setattr("sys.argv", [script, *words, "--train", "1000"])
+    with pytest.raises(SystemExit, match="There are about 200 such problems: ask for fewer"):
+        runpy.run_path(script, run_name="__main__")
+
+
 def test_the_rows_of_the_example() -> None:
     """A question is not scored, an answer and the ends behind it are; padding is not seen."""
     example = runpy.run_path(str(EXAMPLE))

@@ -18,7 +18,7 @@ from blockgen_hf.training.data import DataArguments, load_datasets
 from blockgen_hf.training.estimates import count_parameters, estimate_memory, step_operations
 from blockgen_hf.training.recipe import Recipe, load_recipe
 from blockgen_hf.training.recipe_adapter import LINEAR_LAYERS
-from blockgen_hf.training.recipe_building import build_trainer, load_tokenizer, make_config
+from blockgen_hf.training.recipe_building import build_trainer, load_tokenizer, make_config, make_model
 from blockgen_hf.training.trainer import BlockGenTrainer
 
 
@@ -266,6 +266,35 @@ def test_a_masked_checkpoint_goes_on_as_a_uniform_one(file: Path, tmp_path: Path
     assert (config.diffusion_type, config.training_objective, config.mask_token_id) == ("uniform", "elbo", None)
     assert len(trainer.state.log_history) > 4
     assert config_of(file, "model.diffusion_type=uniform", "model.training_objective=cross_entropy").diffusion_type
+
+
+@pytest.mark.parametrize(
+    ("variant", "own", "overrides", "dropped"),
+    [
+        ("masked", {"sampler": "first_hitting", "block_size": 8}, ["model.diffusion_type=uniform"], ["sampler"]),
+        (
+            "uniform",
+            {"decoding": "arpc", "corrector": "entropy"},
+            ["model.diffusion_type=masked", f"model.mask_token_id={MASK}"],
+            ["corrector"],
+        ),
+        ("masked", {"block_size": 8, "denoising_steps": 4}, ["model.block_sizes=[1,4]"], ["block_size"]),
+        ("masked", {"block_size": 16}, [], []),
+        ("masked", {"block_size": 4}, ["model.block_sizes=[1,4]"], []),
+    ],
+)
+def test_settings_of_generation_for_another_noise_or_other_blocks_are_dropped(
+    file: Path, tmp_path: Path, variant: str, own: dict[str, Any], overrides: list[str], dropped: list[str]
+) -> None:
+    """A model that is saved must be able to generate as it stands."""
+    base = tiny_model(variant, eos_token_id=EOS)
+    base.generation_config.update(**{"decoding": "block_diffusion", **own})
+    base.save_pretrained(tmp_path / "base")
+    recipe = load(file, *overrides)
+    model = make_model(recipe, make_config(recipe, load_tokenizer(recipe, recipe.training_arguments())))
+    kept = {name: getattr(model.generation_config, name) for name in own}
+    assert kept == {name: None if name in dropped else value for name, value in own.items()}
+    assert model.eval().generate(max_new_tokens=4).shape == (1, 4)
 
 
 def test_a_uniform_checkpoint_needs_a_mask_token(file: Path, tmp_path: Path) -> None:

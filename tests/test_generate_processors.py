@@ -161,6 +161,18 @@ def test_repetition_penalty_is_for_the_text_before_the_block(settings: dict[str,
             assert not set(row[start:stop]) & {*prompt, *row[:start]}
 
 
+@pytest.mark.parametrize("settings", [{"decoding": "ar"}, {"decoding": "block_diffusion", "block_size": 4}])
+def test_repetition_penalty_counts_no_padding_and_follows_rows_that_stay(settings: dict[str, Any]) -> None:
+    """Prompts of different lengths, of which some end early, give what they give alone."""
+    model, prompts = tiny_model(), [words(length, seed=length) for length in (3, 5, 2, 4)]
+    more = {"repetition_penalty": 1.3, "eos_token_id": [3, 4, 5], **settings}
+    together = generate(model, None, max_new_tokens=NEW_TOKENS, **left_padded(prompts), **more)[:, 5:]
+    alone = [generate(model, prompt[None], max_new_tokens=NEW_TOKENS, **more)[0, len(prompt) :] for prompt in prompts]
+    for row, text in zip(together, alone, strict=True):
+        assert row[: len(text)].tolist() == text.tolist()
+    assert len({len(text) for text in alone}) > 1  # some did end early
+
+
 def right_or_refused(model: BlockGenForDiffusionLM, prompts: torch.Tensor, **settings: Any) -> torch.Tensor:
     """What looks at the token just before cannot be had inside of a block: then the setting is refused, not wrong."""
     try:

@@ -64,6 +64,11 @@ def unchecked(runner: ProgramRunner, *lines: str) -> ProgramResult:
         ("def f(n=3) -> List[int]:\n    return n", 3),  # annotations name what they like
         ("import itertools\nn = len(list(itertools.permutations(range(4))))\n" + function("return n"), 24),
         (function("input = 3", "type = 4", "return input * type"), 12),  # names that are its own
+        ("def input():\n    return 3\n" + function("return input()"), 3),
+        (function("prix_été = 5", "return prix_été if len('\\N{BULLET}') == 1 else 0"), 5),
+        (function("return 5 if 5 is 5 else 0"), 5),  # a SyntaxWarning, which nobody can be told
+        ("import decimal\n" + function("return decimal.Decimal('-1E-7')"), Fraction(-1, 10**7)),
+        (function("return -1e300"), -(10**300)),
         ("Here it is:\n```python\n" + function("return 5") + "```\nand ```x```", 5),
     ],
 )
@@ -82,6 +87,7 @@ def test_arithmetic_runs(runner: ProgramRunner, source: str, value: int | Fracti
         (function("return 10 ** 400"), "a int was returned"),
         (function("import decimal", "return decimal.Decimal('1e9999')"), "a Decimal was returned"),
         (function("x = 1"), "a NoneType was returned"),
+        (function("return {}[10 ** 5000]"), "KeyError"),  # its message cannot be written
         ("def f(x):\n    return x", "no function"),
         ("x = 5", "no function"),
         ("", "no function"),
@@ -117,6 +123,10 @@ FORBIDDEN = [
     "breakpoint()",
     "memoryview(b'')",
     "().__class__.__base__.__subclasses__()",
+    "ｅｖａｌ('1')",  # the parser reads plain letters
+    "[(lambda: open)() for _ in range(1)]",
+    "'{0}'.format_map",
+    "max.__self__",
     "(1).real",
     "f.__globals__",
     "f.__code__",
@@ -145,6 +155,10 @@ FORBIDDEN_LINES = [
     "import fractions; fractions.sys.exit()",
     "import decimal; decimal.getcontext().prec = 10 ** 9",
     "try: pass\n    except: pass",
+    "try: pass\n    except Exception as error: error.__traceback__.tb_frame",
+    "nonlocal f",
+    "x: __import__('os') = f.__globals__",
+    "def g(x=open('/etc/passwd')): pass",
     "with f: pass",
     "class A: pass",
     "raise ValueError",
@@ -284,6 +298,39 @@ def test_huge_output_is_cut(runner: ProgramRunner) -> None:
     result = unchecked(runner, *flood, "        except OSError: break")
     assert result.value is None
     assert runner.run(function("for i in range(10 ** 4): print('a' * 1000)", "return 2")).value == 2
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"number 1e999999999\n",  # hours, for whom takes it for a fraction
+        b"number 1/0\n",
+        b"number 5",
+        b"number 5\nnumber 6\n",
+        b"unsupported here\n",
+        b'{"unsupported": "here"}',
+        b'{"number": "1e999999999"}\n',
+        b"number " + b"[" * 4000 + b"\n",
+        "number 5\n".encode("utf-16-le"),
+        b"error \xff\n",
+    ],
+)
+def test_what_a_process_says_by_itself_harms_nobody(runner: ProgramRunner, said: bytes) -> None:
+    lines = ("import os", "for fd in range(64):", f"    try: os.write(fd, {said!r})", "    except OSError: pass")
+    started = time.monotonic()
+    assert unchecked(runner, *lines, "os._exit(0)").value is None
+    assert runner.run(function("return 6 * 7")).value == 42
+    assert time.monotonic() - started < 10
+
+
+def test_a_late_reply_is_not_taken_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    with ProgramRunner(SECONDS) as runner:
+        monkeypatch.setattr("blockgen_hf.evaluation.programs._GRACE", -SECONDS)  # nobody is waited for
+        with pytest.raises(OSError, match="does not answer"):
+            runner.run(function("return 1"))
+        monkeypatch.undo()
+        with pytest.raises(OSError, match="killed"):
+            runner.run(function("return 2"))
 
 
 def test_no_process_is_left_behind() -> None:

@@ -186,6 +186,22 @@ def test_the_models_own_temperature_does_not_count() -> None:
     assert draw(model, cell_of("ar", temperatures=[0.1])) != draw(model, cell_of("ar"))
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"min_p": 0.9},
+        {"typical_p": 0.1},
+        {"no_repeat_ngram_size": 1},
+        {"stop_strings": ["a"]},
+        {"num_return_sequences": 2},
+    ],
+)
+def test_nothing_else_of_the_models_generation_config_cuts_its_distribution(setting: dict[str, Any]) -> None:
+    model = tiny_model()
+    model.generation_config.update(**setting)
+    assert draw(model, cell_of("ar", model)) == draw(tiny_model(), cell_of("ar"))
+
+
 def test_prompts_are_checked() -> None:
     cell = cell_of("ar")
     with pytest.raises(ValueError, match="prompt 1 is"):
@@ -228,6 +244,11 @@ def test_perplexity_is_that_of_the_judges_loss(scorer: SampleScorer, prompt: str
     assert found["num_judge_tokens"] == sum(counts) == 6 + 8 + 7
     assert found["judge"] == "a tiny judge" and found["judge_start_token"] == "<end>"
     assert found["perplexity_standard_error"] > 0
+
+
+def test_a_judge_that_reads_no_further_than_the_prompt_is_refused(scorer: SampleScorer) -> None:
+    with pytest.raises(ValueError, match="`max_length` must be more than the prompts' tokens"):
+        replace(scorer, max_length=3).score(drawn("abc", prompt="tsr"))
 
 
 def test_the_end_of_a_text_is_the_judges(scorer: SampleScorer) -> None:

@@ -244,7 +244,13 @@ def _scorer(args: argparse.Namespace, tokenizer: Any, max_new_tokens: int) -> "S
         name, gguf = args.judge or _JUDGE, args.judge_gguf
         source = (name, None) if gguf is None else (str(gguf.parent), gguf.name)
         device = resolve_device(args.device)
-        judge = load_judge(source[0], gguf_file=source[1], start_token=args.judge_start_token, device=device)
+        try:
+            judge = load_judge(source[0], gguf_file=source[1], start_token=args.judge_start_token, device=device)
+        except OSError as error:
+            raise CommandError(
+                f"The judge {name if gguf is None else gguf} cannot be loaded. Give another with --judge or "
+                f"--judge-gguf, or --judge none. {error}"
+            ) from error
     references = [] if args.references is None else _read_texts(args.references, "--references", "text")
     return SampleScorer(
         tokenizer,
@@ -293,7 +299,7 @@ def _report(results: "SampleResults", output_dir: Path) -> None:
     print(page)
     written = ["results.json", "results.md"]
     if find_spec("matplotlib") is None:
-        print("No plot: it needs matplotlib (pip install matplotlib).")
+        print("No plot: it needs matplotlib (pip install 'blockgen-hf[eval]').")
     else:
         write_whole(output_dir / "quality.svg", plot(results))
         written.append("quality.svg")

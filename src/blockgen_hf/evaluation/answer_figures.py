@@ -23,7 +23,8 @@ class Estimate:
         value (`float`): the mean.
         low (`float`), high (`float`): 95% interval by the bootstrap over questions: by how much the figure would vary
             with other questions and samples of the same kind. Where all questions have the same score the bootstrap
-            knows no spread: then the exact binomial interval of 0 or N of N questions.
+            knows no spread: then the exact binomial interval of N of N questions that have it, with the others at
+            either end of the scale.
     """
 
     value: float
@@ -127,15 +128,15 @@ def bootstrap_estimates(scores: np.ndarray, seed: int = 0, num_differences: int 
 
 def _widened(estimate: Estimate, scores: np.ndarray, signed: bool) -> Estimate:
     """
-    Clopper and Pearson's interval where all scores are 0 or all 1. It holds for scores within [0, 1] as well, and on
-    either side for differences.
+    Where all scores are the same, Clopper and Pearson's lower bound of the share of questions that have it, and what
+    the mean is if all others have the lowest, or the highest.
     """
-    bound = ((1 - CONFIDENCE) / 2) ** (1 / len(scores))
-    if (scores == 0).all():
-        return Estimate(0.0, bound - 1 if signed else 0.0, 1 - bound)
-    if (scores == 1).all():
-        return Estimate(1.0, bound, 1.0)
-    return estimate
+    same = float(scores[0])
+    if not (scores == same).all():
+        return estimate
+    share = ((1 - CONFIDENCE) / 2) ** (1 / len(scores))
+    low, high = share * same - (1 - share) * signed, share * same + (1 - share)
+    return Estimate(same, max(low, -1.0 if signed else 0.0), min(high, 1.0))
 
 
 def answer_figures(

@@ -114,12 +114,14 @@ class AnswerSampler:
         ]
 
     def _row(self, task: Task, decoding: Decoding, tokens: list[int], evaluations: int, seconds: float) -> Row:
+        ends = decoding.settings.get("eos_token_id", self.eos_token_ids)
+        has_end = bool(tokens) and tokens[-1] in ([ends] if isinstance(ends, int) else ends or [])
         return {
             "decoding": decoding.name,
             "question": task.question,
             "sample": task.sample,
             "text": self.tokenizer.decode(tokens, skip_special_tokens=True),
-            "truncated": not tokens or tokens[-1] not in self.eos_token_ids,
+            "truncated": not has_end,
             "num_new_tokens": len(tokens),
             "num_function_evaluations": evaluations,
             "seconds": seconds,

@@ -1,7 +1,9 @@
 """Questions with a number as their answer: from the rows of a data set to prompts."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -50,15 +52,25 @@ def read_questions(
         prompt, answer = (row[name] for name in names)
         text = str(answer[-1]["content"] if isinstance(answer, list) else answer)
         is_marked = MARKER in text
-        right = find_answer(text) if is_marked else parse_number(text)
-        if right is None and not is_marked:
-            right = find_answer(text, last_number=True)
+        right = _number(answer) if isinstance(answer, (int, float)) else _number_of_text(text)
         if right is None:
             raise ValueError(f"Row {number} of the questions has no number as answer: `{names[1]}` is {text[-80:]!r}.")
         questions.append(Question(prompt, number_text(right), is_marked))
     if not questions:
         raise ValueError("There are no questions.")
     return questions
+
+
+def _number(answer: float) -> Fraction | None:
+    """A number of a data file as it is written there, which may be 1e-07."""
+    return Fraction(str(answer)) if not isinstance(answer, bool) and math.isfinite(answer) else None
+
+
+def _number_of_text(text: str) -> Fraction | None:
+    if MARKER in text:
+        return find_answer(text)
+    number = parse_number(text)
+    return find_answer(text, last_number=True) if number is None else number
 
 
 def _find_columns(row: Mapping[str, Any], question: str | None, answer: str | None) -> tuple[str, str]:

@@ -19,7 +19,7 @@ _DIGITS = r"[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,2}(?:,[0-9]{2})+,[0-9]{3}|[0-9]+"  
 _NUMBER = re.compile(
     rf"(?P<whole>{_DIGITS})[ ]+(?P<part>{_DIGITS})[ ]?/[ ]?(?P<parts>{_DIGITS})"
     rf"|(?P<numerator>{_DIGITS})[ ]?/[ ]?(?P<denominator>{_DIGITS})"
-    rf"|(?P<decimal>(?:{_DIGITS})(?:\.[0-9]+)?|\.[0-9]+)"
+    rf"|(?P<decimal>(?:{_DIGITS})(?:\.[0-9]+)?|(?<![.0-9])\.[0-9]+)"
 )
 _SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _SCALE = re.compile(rf"\s*({'|'.join(_SCALES)})\b", re.IGNORECASE)
@@ -27,6 +27,7 @@ _SCALE = re.compile(rf"\s*({'|'.join(_SCALES)})\b", re.IGNORECASE)
 _EXPONENT = re.compile(r"(?<=[a-zA-Z])\^?[23](?![0-9a-zA-Z])")
 _NO_UNIT = re.compile(r"[0-9+*=<>×÷^]")
 _VULGAR = re.compile("[¼-¾⅐-⅞]")
+_BESIDE_VULGAR = re.compile("(?<=[0-9¼-¾⅐-⅞])(?=[¼-¾⅐-⅞])|(?<=[¼-¾⅐-⅞])(?=[0-9])")  # a space is missing: 1½
 _SIGNS = str.maketrans({"−": "-", "–": "-", "—": "-", "⁄": "/", "∕": "/", "\u00a0": " ", "\u202f": " ", "\u2009": " "})
 
 
@@ -100,7 +101,8 @@ def _decimal_text(number: Fraction) -> str | None:
 def _plain(text: str) -> str:
     """Typographic signs, thin spaces and `½` as ASCII has them."""
     text = text.translate(_SIGNS)
-    return _VULGAR.sub(lambda found: " " + unicodedata.normalize("NFKC", found[0]).replace("⁄", "/"), text)
+    text = _BESIDE_VULGAR.sub(" ", text)
+    return _VULGAR.sub(lambda found: unicodedata.normalize("NFKC", found[0]).replace("⁄", "/"), text)
 
 
 def _split_sign(text: str) -> tuple[bool, str]:

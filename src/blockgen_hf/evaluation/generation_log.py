@@ -89,6 +89,8 @@ class GenerationLog:
         for number, line in enumerate(lines, start=1):
             try:
                 row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError("no JSON object")
             except ValueError as error:
                 raise ValueError(f"{file}, line {number} is damaged: {error}. Delete it, or begin anew.") from error
             if number == 1:

@@ -3,7 +3,8 @@ The process in which a stranger's program runs: what a program may be written wi
 
 `programs.py` starts this file as a script, in an isolated interpreter. It reads requests, a JSON object a line, forks
 a child for each, and answers with a JSON object a line. The child shuts itself in, checks the program, runs it and
-dies. Only the standard library is imported: this file must start quickly.
+dies. What it says after that is a text, whatever the program made of it, and is never parsed here. Only the standard
+library is imported: this file must start quickly.
 """
 
 import ast
@@ -22,6 +23,7 @@ import signal
 import struct
 import sys
 import time
+import unicodedata  # noqa: F401  the parser looks for it at names that are not ASCII, and a child cannot import it
 from types import ModuleType
 from typing import Any
 
@@ -94,6 +96,7 @@ def check_program(source: str) -> ast.Module:
         raise Refused("nested too deeply") from error
     bound = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     bound |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+    bound |= {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
     for node in nodes:
         if type(node) not in _NODES:
             raise Refused(f"{type(node).__name__} is not allowed")
@@ -226,9 +229,10 @@ class _Filter(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p))
 
 
-def shut_in(result: int, seconds: float, memory: int) -> None:
+def shut_in(result: int, seconds: float, memory: int, parent: int) -> None:
     """
-    Takes from this process, for ever, everything but memory, a clock and the file descriptor `result`.
+    Takes from this process, for ever, everything but memory, a clock and the file descriptor `result`. It dies with
+    the process `parent`.
 
     Raises:
         OSError: the kernel does not do so.
@@ -237,6 +241,8 @@ def shut_in(result: int, seconds: float, memory: int) -> None:
     os.closerange(result + 1, 4096)
     libc = ctypes.CDLL(None, use_errno=True)
     _prctl(libc, _PR_SET_PDEATHSIG, signal.SIGKILL, 0)
+    if os.getppid() != parent:  # it died before
+        raise OSError("the parent process is dead")
     cpu_seconds = math.ceil(seconds) + 1
     limits = {
         resource.RLIMIT_AS: memory,
@@ -266,39 +272,52 @@ def _prctl(libc: ctypes.CDLL, option: int, value: int, more: int) -> None:
         raise OSError(number, f"prctl({option}): {os.strerror(number)}")
 
 
-def _child(result: int, request: dict[str, Any]) -> None:
+def _child(result: int, request: dict[str, Any], parent: int) -> None:
     try:
         os.setsid()
         try:
-            shut_in(result, request["seconds"], request["memory"])
+            shut_in(result, request["seconds"], request["memory"], parent)
         except (OSError, ValueError) as error:
-            reply = {"unsupported": str(error)}
+            os.write(result, b"-" + _line("unsupported", str(error)))
         else:
-            reply = _answer(request)
-        os.write(result, json.dumps(reply).encode()[:_MAX_REPLY])
+            os.write(result, b"+")  # before the program can write anything
+            os.write(result, _line(*_answer(request)))
     finally:
         os._exit(0)
 
 
-def _answer(request: dict[str, Any]) -> dict[str, str]:
+def _line(kind: str, text: str) -> bytes:
+    return f"{kind} {text}\n".encode("utf-8", errors="backslashreplace")
+
+
+def _answer(request: dict[str, Any]) -> tuple[str, str]:
     try:
-        return {"number": evaluate(request["source"], request["checked"])}
+        return "number", evaluate(request["source"], request["checked"])
     except Refused as error:
-        return {"error": f"refused: {error}"[:500]}
+        return "error", f"refused: {error}"[:500]
     except MemoryError:
-        return {"error": "out of memory"}
+        return "error", "out of memory"
     except BaseException as error:  # of the program, SystemExit too
-        return {"error": f"{type(error).__name__}: {str(error)[:300]}"}
+        return "error", _message(error)
 
 
-def _run(request: dict[str, Any]) -> bytes:
-    """The reply of a child, a JSON object."""
+def _message(error: BaseException) -> str:
+    name = type(error).__name__[:100]
+    try:
+        return f"{name}: {str(error)[:300]}"
+    except Exception:  # such as a KeyError of an integer of more digits than Python writes
+        return name
+
+
+def _run(request: dict[str, Any]) -> dict[str, str]:
+    """What a child says: a `number`, an `error`, or why it is `unsupported` to shut it in. All are any text."""
     readable, writable = os.pipe()
     deadline = time.monotonic() + request["seconds"]
+    parent = os.getpid()
     pid = os.fork()
     if pid == 0:
         os.close(readable)
-        _child(writable, request)
+        _child(writable, request, parent)
     os.close(writable)
     reply, is_late = b"", False
     while len(reply) <= _MAX_REPLY:
@@ -312,21 +331,19 @@ def _run(request: dict[str, Any]) -> bytes:
     os.kill(pid, signal.SIGKILL)  # it cannot have left children, nor its session
     _, status = os.waitpid(pid, 0)
     if is_late:
-        return json.dumps({"error": f"not done after {request['seconds']:g} s"}).encode()
-    try:
-        if isinstance(json.loads(reply), dict):
-            return reply
-    except ValueError:
-        pass
+        return {"error": f"not done after {request['seconds']:g} s"}
+    if reply.endswith(b"\n") and len(reply) <= _MAX_REPLY:
+        kind, _, text = reply[1:-1].decode("utf-8", errors="replace").partition(" ")
+        if reply[:1] == b"-" or kind in ("number", "error"):
+            return {kind: text}
     cause = f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else "no reply"
-    return json.dumps({"error": f"the process ended: {cause}"}).encode()
+    return {"error": f"the process ended: {cause}"}
 
 
 def main() -> None:
     """Answers requests `{"source", "seconds", "memory", "checked"}` until there are no more."""
     for line in sys.stdin.buffer:
-        reply = _run(json.loads(line))
-        sys.stdout.buffer.write(reply.replace(b"\n", b" ") + b"\n")
+        sys.stdout.buffer.write(json.dumps(_run(json.loads(line))).encode() + b"\n")
         sys.stdout.buffer.flush()
 
 

@@ -7,7 +7,8 @@ What is promised, on Linux (x86_64; aarch64 is there and untested):
   file descriptor but the pipe of its result, limits of zero for files and processes, and a seccomp filter under which
   the kernel refuses every system call but those for memory, locks, time, reading, writing and the end.
 - It ends: at the wall-clock limit it is killed, and it cannot leave children. Its memory is limited (address space),
-  as is its CPU time. What it says is cut at 4 KB.
+  as is its CPU time. What it says is taken for text, of a number in a fixed
+  form or of an error, and is refused beyond 4 KB.
 - It is written in a small part of Python, by an allow-list of syntax, names and attributes, with an allow-list of
   builtins and the modules `math`, `fractions`, `decimal` and `itertools`. That is the first line of defence; the
   process holds without it.
@@ -21,6 +22,7 @@ Elsewhere nothing is run: an `OSError` says so.
 
 import json
 import os
+import re
 import select
 import subprocess
 import sys
@@ -36,6 +38,8 @@ from typing import Any
 
 _FENCE = "```"
 _MAX_TEXT = 20_000
+# What a process may give as a number. Beyond that, `1e999999999` is a number that takes hours and all memory.
+_NUMBER = re.compile(r"-?[0-9]{1,401}(?:/[1-9][0-9]{0,400}|(?:\.[0-9]{1,401})?(?:[eE][+-]?[0-9]{1,3})?)")
 _GRACE = 30.0  # seconds for a busy machine, beyond the limit of the program
 
 
@@ -122,10 +126,10 @@ class ProgramRunner:
             raise OSError(_unsupported(str(reply["unsupported"])))
         if "number" not in reply:
             return ProgramResult(None, str(reply.get("error")))
-        try:
-            return ProgramResult(Fraction(str(reply["number"])[:1000]), None)
-        except (ValueError, ZeroDivisionError):
+        number = str(reply["number"])
+        if _NUMBER.fullmatch(number) is None:
             return ProgramResult(None, "no number was returned")
+        return ProgramResult(Fraction(number), None)
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         stdin, stdout = self._process.stdin, self._process.stdout
@@ -144,6 +148,9 @@ class ProgramRunner:
                 line += chunk
         except BrokenPipeError as error:
             raise OSError("The process that runs programs was killed.") from error
+        except BaseException:
+            self._process.kill()  # a late reply would be taken for that to the next program
+            raise
         reply: dict[str, Any] = json.loads(line)
         return reply
 

@@ -14,7 +14,22 @@ from .throughput_contenders import Decoding
 
 
 # The model's distribution as it is, whatever its own generation config says: what the paper samples from.
-_NEUTRAL = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+_NEUTRAL: dict[str, Any] = {
+    "do_sample": True,
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": None,
+    "top_h": None,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "stop_strings": None,
+    "max_time": None,
+    "num_return_sequences": 1,
+}
 # Decodings with a budget, and the settings that say it otherwise.
 _BUDGETED = ("block_diffusion", "arpc")
 _BUDGETS = ("denoising_steps", "nfe_per_block")

@@ -46,7 +46,7 @@ class SampleScorer:
         if self.references and self.judge is None:
             raise ValueError("`references` need a `judge`, whose features MAUVE compares.")
         if self.references and find_spec("mauve") is None:
-            raise ImportError("`references` are for MAUVE, which needs `pip install mauve-text`.")
+            raise ImportError("`references` are for MAUVE, which needs `pip install 'blockgen-hf[mauve]'`.")
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -108,6 +108,11 @@ class SampleScorer:
             for row, text in enumerate(texts):
                 nlls[row] -= given.nlls[known[text.prompt]]
                 lengths[row] -= given.lengths[known[text.prompt]]
+        if sum(lengths) == 0:
+            raise ValueError(
+                f"`max_length` must be more than the prompts' tokens, but the judge, which reads {found.max_length} "
+                "tokens, sees nothing behind them."
+            )
         nll = math.fsum(nlls) / sum(lengths)
         error = _standard_error_of_ratio(nlls, lengths, nll)
         return {

@@ -354,7 +354,7 @@ class BlockDecoder:
         if config.diffusion_type == "masked":  # impossible, and it must not fill a place of top-k or top-p
             logits[:, config.mask_token_id] = -torch.inf
         if self.logits_processor:
-            text = BlockText(state.clean_context(), canvas, state.columns(canvas.shape[1]))
+            text = BlockText(state.clean_context(), canvas, state.columns(canvas.shape[1]), state.active)
             logits = process_logits(logits, where, text, self.logits_processor)
         return Prediction(logits, self.settings.do_sample)
 

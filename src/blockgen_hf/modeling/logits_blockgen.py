@@ -13,6 +13,7 @@
 # limitations under the License.
 """transformers' logits processors, written for one next token a row, on the logits of a whole block."""
 
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -59,11 +60,13 @@ class BlockText:
         context (`torch.LongTensor` of shape `[A, length]`): clean text before the block.
         canvas (`torch.LongTensor` of shape `[A, n]`): the block as it stands.
         columns (`torch.LongTensor` of shape `[A, n]`): how many tokens stand before each position of the block.
+        rows (`torch.LongTensor` of shape `[A]`): which rows of the batch they are.
     """
 
     context: torch.Tensor
     canvas: torch.Tensor
     columns: torch.Tensor
+    rows: torch.Tensor
 
 
 def process_logits(
@@ -87,8 +90,18 @@ def process_logits(
         if isinstance(processor, POSITION_PROCESSORS):
             logits = _process_by_position(logits, rows, text.columns[where], text, processor)
         else:
-            logits = processor(text.context[rows], logits)
+            logits = _of_rows(processor, text.rows[rows])(text.context[rows], logits)
     return logits
+
+
+def _of_rows(processor: LogitsProcessor, rows: torch.Tensor) -> LogitsProcessor:
+    """A repetition penalty knows how far the padding of each row goes; here it gets those of some rows, `[M]`."""
+    lengths = getattr(processor, "prompt_ignore_length", None)
+    if not isinstance(lengths, torch.Tensor):
+        return processor
+    processor = copy(processor)
+    processor.prompt_ignore_length = lengths[rows]
+    return processor
 
 
 def _process_by_position(

@@ -185,7 +185,21 @@ def make_model(recipe: Recipe, config: BlockGenConfig) -> "BlockGenForDiffusionL
         attn_implementation=attention,
         dtype="float32",
     )
+    _drop_settings_of_generation(model, recipe.config_fields())
     return add_adapter(model, recipe.adapter, recipe.checkpoint, revision) if recipe.adapter else model
+
+
+def _drop_settings_of_generation(model: BlockGenForDiffusionLM, changed: dict[str, Any]) -> None:
+    """Settings of the checkpoint's own that are for other block sizes or another noise become those by default."""
+    settings = model.generation_config
+    if "block_sizes" in changed and settings.block_size not in model.config.block_sizes:
+        settings.block_size = None
+    if "diffusion_type" in changed:
+        for name, check in (("corrector", model._validate_corrector), ("sampler", model._validate_sampler)):
+            try:
+                check(settings)
+            except ValueError:
+                setattr(settings, name, None)
 
 
 def _from_pretrained(kind: Any, name: str, what: str, **options: Any) -> Any:

@@ -3,7 +3,7 @@ Reinforcement learning with TRL's GRPO: [`BlockGenGRPOTrainer`].
 
     prompts -> rollouts by any decoding -> rewards -> advantages -> exact AR log-probabilities -> TRL's loss
 
-Needs TRL (`pip install trl`).
+Needs TRL (`pip install 'blockgen-hf[trl]'`).
 """
 
 from typing import Any
