@@ -1,4 +1,4 @@
-"""
+r"""
 Writes arithmetic with worked answers, in the form of GSM8K, for `blockgen-hf finetune` and `evaluate-answers`.
 
 The problems are `chain_sum` of reasoning-gym (`pip install reasoning-gym`), whose verifier has the last word: a worked
@@ -6,7 +6,7 @@ answer that it does not accept stops the script. No problem of the test file is 
 
     python examples/make_arithmetic.py arithmetic
 
-    {"prompt": "4 + 13 - 2 =", "completion": "\n4 + 13 = 17\n17 - 2 = 15\n#### 15"}
+    {"prompt": "4 - 2 + 9 - 9 =", "completion": "\n4 - 2 = 2\n2 + 9 = 11\n11 - 9 = 2\n#### 2"}
 """
 
 import argparse
@@ -55,10 +55,10 @@ def problems(seed: int, args: argparse.Namespace) -> Iterator[dict[str, str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--train", type=int, default=100_000, help="problems to train on")
+    parser.add_argument("--train", type=int, default=60_000, help="problems to train on")
     parser.add_argument("--test", type=int, default=500, help="problems to evaluate on")
-    parser.add_argument("--max-terms", type=int, default=3)
-    parser.add_argument("--max-digits", type=int, default=2)
+    parser.add_argument("--max-terms", type=int, default=4)
+    parser.add_argument("--max-digits", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
