@@ -80,7 +80,7 @@ def test_a_run_writes_tables_texts_and_figures(evaluate: Command, tmp_path: Path
     assert len(list((folder / "texts").glob("*.jsonl"))) == 5
     rows = [json.loads(line) for line in (folder / "texts" / "ar.jsonl").read_text().splitlines()]
     assert [row["index"] for row in rows] == [0, 1, 2, 3] and {len(row["token_ids"]) for row in rows} == {16}
-    assert not list(folder.rglob("*.part"))
+    assert not list(folder.rglob("*.unfinished"))
     expected_again = figures(folder)
     evaluate(*SMALL, "--ar-seed", "0,4")
     assert figures(folder) == expected_again

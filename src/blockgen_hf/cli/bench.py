@@ -2,14 +2,14 @@
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from .parsing import CommandError, add_loading_arguments, cpu_weights, integer, loading_options
+from ..whole_files import write_whole
+from .parsing import CommandError, add_loading_arguments, cpu_weights, integer, list_of, loading_options
 
 
 if TYPE_CHECKING:
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from ..evaluation.throughput_contenders import Decoding
 
 
-Value = TypeVar("Value")
 # Makes further contenders of a model and the decodings.
 MoreContenders = Callable[[Any, "list[Decoding]"], "list[Contender]"]
 
@@ -33,14 +32,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--diffusion-types",
-        type=_list_of(_diffusion_type),
+        type=list_of(_diffusion_type),
         metavar="NAME,...",
         help="of random weights (default: masked,uniform)",
     )
     add_loading_arguments(group)
     group.add_argument(
         "--cpu-weights",
-        type=_list_of(cpu_weights),
+        type=list_of(cpu_weights),
         default=[],
         metavar="NAME,...",
         help="int8, float16, float32: the model with weights packed so too, as contenders blockgen-int8 ...",
@@ -53,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("cases")
     group.add_argument(
         "--decodings",
-        type=_list_of(str),
+        type=list_of(str),
         default=_DECODINGS,
         metavar="NAME,...",
         help="ar, block_diffusion:STEPS, arpc:EVALUATIONS a block; settings may follow, as in "
@@ -64,27 +63,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--prefixes",
-        type=_list_of(integer(0)),
+        type=list_of(integer(0)),
         default="0,512",
         metavar="N,...",
         help="tokens of the prompts (default: 0,512)",
     )
     group.add_argument(
-        "--batch-sizes", type=_list_of(integer(1)), default="1,4,16", metavar="N,...", help="default: 1,4,16"
+        "--batch-sizes", type=list_of(integer(1)), default="1,4,16", metavar="N,...", help="default: 1,4,16"
     )
     group.add_argument("--new-tokens", type=integer(1), default=64, metavar="N", help="of every row (default: 64)")
     group = parser.add_argument_group("measurement")
-    group.add_argument("--contenders", type=_list_of(str), metavar="NAME,...", help="these only (default: all)")
+    group.add_argument("--contenders", type=list_of(str), metavar="NAME,...", help="these only (default: all)")
     group.add_argument("--repeats", type=integer(1), default=3, metavar="N", help="rounds (default: 3)")
     group.add_argument("--threads", type=integer(1), metavar="N", help="of the CPU (default: torch's)")
     group.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
-
-
-def _list_of(parse: Callable[[str], Value]) -> Callable[[str], list[Value]]:
-    def parse_list(text: str) -> list[Value]:
-        return [parse(word) for word in text.split(",")]
-
-    return parse_list
 
 
 def _diffusion_type(text: str) -> str:
@@ -251,6 +243,4 @@ class Report:
     def _write(self) -> None:
         if self.file is None:
             return
-        unfinished = self.file.with_name(self.file.name + ".part")
-        unfinished.write_text(json.dumps(self.figures, indent=2) + "\n", encoding="utf-8")
-        os.replace(unfinished, self.file)
+        write_whole(self.file, json.dumps(self.figures, indent=2) + "\n")

@@ -3,20 +3,19 @@
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from .finetune import KNOWN_DATASETS
-from .parsing import CommandError, add_loading_arguments, integer, loading_options
+from .parsing import CommandError, add_loading_arguments, integer, list_of, loading_options
 
 
 if TYPE_CHECKING:
     from ..evaluation.accuracy import AnswerResult
 
 
-Value = TypeVar("Value")
 _DECODINGS = "ar:do_sample=False,block_diffusion:16,arpc:16"
 
 
@@ -66,7 +65,7 @@ def _add_data_arguments(group: argparse._ArgumentGroup) -> None:
 def _add_sample_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--decodings",
-        type=_list_of(str),
+        type=list_of(str),
         default=_DECODINGS,
         metavar="NAME,...",
         help="ar, block_diffusion:STEPS, arpc:EVALUATIONS a block; settings may follow, as in "
@@ -76,7 +75,7 @@ def _add_sample_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--num-samples", type=integer(1), default=1, metavar="N", help="answers to each question (default: 1)"
     )
-    group.add_argument("--k", type=_list_of(integer(1)), default="1", metavar="N,...", help="of pass@k (default: 1)")
+    group.add_argument("--k", type=list_of(integer(1)), default="1", metavar="N,...", help="of pass@k (default: 1)")
     group.add_argument(
         "--max-new-tokens", type=integer(1), default=256, metavar="N", help="of an answer (default: 256)"
     )
@@ -91,13 +90,6 @@ def _add_sample_arguments(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--batch-size", type=integer(1), default=16, metavar="N", help="default: 16")
     group.add_argument("--seed", type=integer(0, 2**32 - 1), default=0, metavar="N", help="default: 0")
-
-
-def _list_of(parse: Callable[[str], Value]) -> Callable[[str], list[Value]]:
-    def parse_list(text: str) -> list[Value]:
-        return [parse(word) for word in text.split(",")]
-
-    return parse_list
 
 
 def run(args: argparse.Namespace) -> int:

@@ -3,18 +3,16 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from .parsing import CommandError, add_loading_arguments, cpu_weights, integer, loading_options
+from ..whole_files import write_whole
+from .parsing import CommandError, add_loading_arguments, cpu_weights, integer, list_of, loading_options, positive
 
 
 if TYPE_CHECKING:
     from ..evaluation.samples import SampleCell, SampleResults, SampleScorer, SkippedCell
 
-
-Value = TypeVar("Value")
 
 _JUDGE = "openai-community/gpt2-large"  # of the paper
 _DECODINGS = "ar,block_diffusion,arpc"
@@ -49,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_grid_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--decodings",
-        type=_list_of(str),
+        type=list_of(str),
         default=_DECODINGS,
         metavar="NAME,...",
         help="ar, block_diffusion, arpc; settings may follow, as in arpc:corrector=ar_kl:corrector_start=1 "
@@ -57,25 +55,23 @@ def _add_grid_arguments(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--nfe",
-        type=_list_of(integer(1)),
+        type=list_of(integer(1)),
         default="4,8,16,32,64",
         metavar="N,...",
         help="function evaluations a block, AR passes counted (default: 4,8,16,32,64)",
     )
-    group.add_argument(
-        "--block-sizes", type=_list_of(integer(1)), metavar="N,...", help="default: the model's largest"
-    )
+    group.add_argument("--block-sizes", type=list_of(integer(1)), metavar="N,...", help="default: the model's largest")
     group.add_argument(
         "--ar-seed",
-        type=_list_of(integer(0)),
+        type=list_of(integer(0)),
         default="0",
         metavar="N,...",
         help="first tokens, drawn autoregressively (default: 0)",
     )
     group.add_argument(
-        "--temperatures", type=_list_of(_positive), default="1", metavar="X,...", help="of all draws (default: 1)"
+        "--temperatures", type=list_of(positive), default="1", metavar="X,...", help="of all draws (default: 1)"
     )
-    group.add_argument("--top-p", type=_list_of(_share), default="1", metavar="X,...", help="default: 1")
+    group.add_argument("--top-p", type=list_of(_share), default="1", metavar="X,...", help="default: 1")
 
 
 def _add_text_arguments(group: argparse._ArgumentGroup) -> None:
@@ -111,25 +107,8 @@ def _add_score_arguments(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _list_of(parse: Callable[[str], Value]) -> Callable[[str], list[Value]]:
-    def parse_list(text: str) -> list[Value]:
-        return [parse(word) for word in text.split(",")]
-
-    return parse_list
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a positive number, but is {text!r}")
-    return value
-
-
 def _share(text: str) -> float:
-    value = _positive(text)
+    value = positive(text)
     if value > 1:
         raise argparse.ArgumentTypeError(f"must be a number from 0 to 1, but is {text!r}")
     return value
@@ -289,7 +268,6 @@ def _report(results: "SampleResults", output_dir: Path) -> None:
     """Prints the tables, and writes them and the plot beside the figures."""
     from importlib.util import find_spec
 
-    from ..evaluation.samples_folder import write_whole
     from ..evaluation.samples_tables import markdown, plot
 
     if sys.stderr.isatty():

@@ -2,13 +2,12 @@
 
 import argparse
 import json
-import math
 import os
 from pathlib import Path
 from typing import Any
 
 from ..checkpoints import shipped_checkpoint
-from .parsing import CommandError, integer
+from .parsing import CommandError, integer, positive
 from .train import run_recipe
 
 
@@ -115,9 +114,9 @@ def _add_data_arguments(group: argparse._ArgumentGroup) -> None:
 def _add_training_arguments(group: argparse._ArgumentGroup) -> None:
     length = group.add_mutually_exclusive_group()
     length.add_argument("--max-steps", type=integer(1), metavar="N", help="optimizer steps")
-    length.add_argument("--epochs", type=_positive, metavar="N", help="times the data (default: 3)")
+    length.add_argument("--epochs", type=positive, metavar="N", help="times the data (default: 3)")
     group.add_argument(
-        "--learning-rate", type=_positive, metavar="X", help=f"default: 1e-4, for adapters {_LORA_LEARNING_RATE:g}"
+        "--learning-rate", type=positive, metavar="X", help=f"default: 1e-4, for adapters {_LORA_LEARNING_RATE:g}"
     )
     group.add_argument("--batch-size", type=integer(1), metavar="N", help="rows of an optimizer step (default: 32)")
     group.add_argument("--seed", type=integer(0), metavar="N", help="of data, noise and adapters (default: 0)")
@@ -167,16 +166,6 @@ def _add_output_arguments(group: argparse._ArgumentGroup) -> None:
 def _padding(text: str) -> int | str:
     """A number, 0 for `no`, or `yes`, whose number is known later."""
     return text if text == "yes" else 0 if text == "no" else integer(0)(text)
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a positive number, but is {text!r}")
-    return value
 
 
 def _numbers(kind: type) -> Any:

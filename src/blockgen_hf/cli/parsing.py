@@ -1,11 +1,13 @@
 """What every command's options and errors have in common."""
 
 import argparse
+import math
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 
 PROGRAM = "blockgen-hf"
+Value = TypeVar("Value")
 
 
 class CommandError(Exception):
@@ -56,6 +58,26 @@ def add_loading_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--trust-remote-code", action="store_true", help="run the code of the checkpoint instead of this package's"
     )
+
+
+def positive(text: str) -> float:
+    """The type of an option: a number above zero."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a positive number, but is {text!r}")
+    return value
+
+
+def list_of(parse: Callable[[str], Value]) -> Callable[[str], list[Value]]:
+    """The type of an option: values of a type, between commas."""
+
+    def parse_list(text: str) -> list[Value]:
+        return [parse(word) for word in text.split(",")]
+
+    return parse_list
 
 
 def cpu_weights(text: str) -> str:

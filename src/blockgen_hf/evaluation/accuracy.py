@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_utils import unwrap_model
 
+from ..whole_files import write_whole
 from .answer_figures import AnswerFigures, answer_figures, answer_table
 from .answer_generation import AnswerSampler, generate_missing, make_tasks
 from .answer_questions import PromptEncoder, Question, read_questions
@@ -158,8 +159,9 @@ def evaluate_answers(
             rows,
         )
         if processes.is_main and output_dir is not None:
-            _write(Path(folder) / "results.json", json.dumps(result.to_dict(), indent=2, ensure_ascii=False))
-            _write(Path(folder) / "table.md", result.table())
+            figures = json.dumps(result.to_dict(), indent=2, ensure_ascii=False)
+            write_whole(Path(folder) / "results.json", figures + "\n")
+            write_whole(Path(folder) / "table.md", result.table() + "\n")
         processes.wait()
     return result
 
@@ -246,12 +248,6 @@ def _figures(
         if config.decoding != "ar":
             costs[decoding.name] = (config.block_size, config.function_evaluations(config.num_denoising_steps()))
     return answer_figures(samples, [question.answer for question in questions], k, costs, seed)
-
-
-def _write(file: Path, text: str) -> None:
-    unfinished = file.with_name(file.name + ".unfinished")
-    unfinished.write_text(text + "\n", encoding="utf-8")
-    os.replace(unfinished, file)
 
 
 __all__ = ["AnswerResult", "evaluate_answers"]

@@ -1,13 +1,13 @@
 """The folder of a sample evaluation: a file of texts and one of figures for each cell, written whole or not at all."""
 
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..whole_files import write_whole
 from .samples_drawing import DrawnText
 from .samples_grid import SampleCell
 
@@ -89,13 +89,6 @@ class SampleFolder:
         write_whole(self.path / name, content)
 
 
-def write_whole(target: Path, content: str | bytes) -> None:
-    """A file that is complete or not there."""
-    unfinished = target.with_name(target.name + ".part")
-    unfinished.write_bytes(content if isinstance(content, bytes) else content.encode())
-    os.replace(unfinished, target)
-
-
 def as_json(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
@@ -107,4 +100,4 @@ def _differing(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, A
     return [(name, before.get(name), now.get(name)) for name in names]
 
 
-__all__ = ["SampleFolder", "as_json", "write_whole"]
+__all__ = ["SampleFolder", "as_json"]

@@ -15,6 +15,7 @@ from typing import Any
 
 from huggingface_hub import DatasetCard, DatasetCardData, ModelCard, ModelCardData
 
+from ..whole_files import write_whole
 from .card_evaluation import Evaluation, model_index, read_results, validation_table
 from .card_facts import first_prompt, is_hub_id, read_model
 from .card_training import read_training
@@ -168,10 +169,7 @@ def write_samples(results: Iterable[Mapping[str, Any]], file: str | Path) -> int
             raise ValueError(
                 f"`results` must be what `blockgen-hf generate --json` prints; one lacks {error}."
             ) from error
-    path = Path(file)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    unfinished.replace(path)
+    write_whole(Path(file), "".join(f"{line}\n" for line in lines))
     return len(lines)
 
 
