@@ -43,7 +43,7 @@ def run(model: PreTrainedModel, decoding: str, batch_size: int, new_tokens: int)
         return_dict_in_generate=True,
         **Decoding.parse(decoding, block_size=16).settings,
     )
-    return clock, outputs.past_key_values
+    return clock, outputs.cache
 
 
 def stretches(clock: Clock, stretch: int) -> list[tuple[int, int, float]]:

@@ -58,7 +58,7 @@ class PlainDecoder:
         for _ in range(new_tokens):
             query = self._prior(1)
             outputs = self.model(
-                input_ids=pending, query_input_ids=query, past_key_values=self.cache, use_cache=True, logits_to_keep=1
+                input_ids=pending, query_input_ids=query, cache=self.cache, use_cache=True, logits_to_keep=1
             )
             self.evaluations += 1
             pending = gumbel_draw(self._log_probs(outputs.logits, query))
@@ -75,9 +75,7 @@ class PlainDecoder:
 
     def _commit(self, tokens: torch.Tensor) -> None:
         nothing = tokens[:, :0]
-        self.model(
-            input_ids=tokens, noisy_input_ids=nothing, past_key_values=self.cache, use_cache=True, noise_level=1.0
-        )
+        self.model(input_ids=tokens, noisy_input_ids=nothing, cache=self.cache, use_cache=True, noise_level=1.0)
 
     def _denoise_block(self, length: int) -> torch.Tensor:
         num_steps = self.settings.num_denoising_steps()
@@ -89,7 +87,7 @@ class PlainDecoder:
             outputs = self.model(
                 noisy_input_ids=z_t,
                 block_size=self.settings.block_size,
-                past_key_values=self.cache,
+                cache=self.cache,
                 noise_level=times[step].item(),
             )
             self.evaluations += 1
@@ -108,7 +106,7 @@ class PlainDecoder:
             input_ids=proposal,
             noisy_input_ids=queries,
             block_size=1,
-            past_key_values=self.cache,
+            cache=self.cache,
             noise_level=1.0,
         )
         self.evaluations += 1

@@ -131,13 +131,13 @@ def test_mask_with_cached_clean_tokens_is_the_rule(layout: str, cache_class: str
     config = model.config
     cache = DynamicCache(config=config) if cache_class == "dynamic" else StaticCache(config, max_cache_len=num_slots)
     text = words(1, len(clean))
-    model(text[:, :num_cached], words(1, 0), past_key_values=cache, use_cache=True)
+    model(text[:, :num_cached], words(1, 0), cache=cache, use_cache=True)
     mask = recorded_mask(
         model,
         text[:, num_cached:],
         words(1, len(noisy)),
         block_size=block_size,
-        past_key_values=cache,
+        cache=cache,
         noisy_position_ids=torch.tensor([*noisy])[None],
     )
     queries = tokens("clean", clean[num_cached:]) + tokens("noisy", noisy)

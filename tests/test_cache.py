@@ -91,7 +91,7 @@ def words_only(logits: torch.Tensor) -> torch.Tensor:
 def commit(model: BlockGenForDiffusionLM, tokens: torch.Tensor, cache: Cache, **kwargs: Any) -> None:
     """Clean tokens to the cache, in a call without a noisy token."""
     with torch.no_grad():
-        model(tokens, tokens[:, :0], past_key_values=cache, use_cache=True, noise_level=1.0, **kwargs)
+        model(tokens, tokens[:, :0], cache=cache, use_cache=True, noise_level=1.0, **kwargs)
 
 
 @pytest.mark.parametrize("name", CACHES)
@@ -108,12 +108,10 @@ def test_denoiser_with_cache_equals_the_denoiser_without(variant: str, name: str
             commit(model, text[:, start : start + length], cache)
             start += length
         assert int(cache.get_seq_length()) == start
-        logits = denoise(
-            model, text[:, start:], noisy, block_size=4, past_key_values=cache, noisy_position_ids=positions
-        )
+        logits = denoise(model, text[:, start:], noisy, block_size=4, cache=cache, noisy_position_ids=positions)
         assert difference(logits, expected) < tolerance
         if start == 12:
-            default = denoise(model, None, noisy, block_size=4, past_key_values=cache)
+            default = denoise(model, None, noisy, block_size=4, cache=cache)
             assert difference(default, expected) < tolerance
 
 
@@ -129,8 +127,8 @@ def test_error_of_a_quantised_cache_is_that_of_what_it_holds(name: str) -> None:
     for index in range(2):
         exact.update(*cache.update(nothing, nothing, index), index)
     noisy = words(2, 4, seed=1)
-    logits = denoise(model, None, noisy, block_size=4, past_key_values=cache)
-    expected = denoise(model, None, noisy, block_size=4, past_key_values=exact)
+    logits = denoise(model, None, noisy, block_size=4, cache=cache)
+    expected = denoise(model, None, noisy, block_size=4, cache=exact)
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -143,16 +141,16 @@ def test_denoiser_reads_without_writing(name: str) -> None:
     commit(model, text[:, :3], cache)
     commit(model, text[:, 3:], cache)
     before, length = contents(cache), int(cache.get_seq_length())
-    expected = denoise(model, None, words(2, 4), block_size=4, past_key_values=cache)
+    expected = denoise(model, None, words(2, 4), block_size=4, cache=cache)
     for _ in range(2):
-        again = denoise(model, None, words(2, 4), block_size=4, past_key_values=cache)
+        again = denoise(model, None, words(2, 4), block_size=4, cache=cache)
         assert (again - expected).abs().max() == 0
         denoise(
             model,
             words(2, 4),
             torch.full((2, 4), MASK),
             block_size=1,
-            past_key_values=cache,
+            cache=cache,
             noisy_position_ids=torch.arange(5, 9)[None],
         )
     assert int(cache.get_seq_length()) == length
@@ -165,7 +163,7 @@ def test_an_empty_cache_is_read_and_stays_empty(name: str) -> None:
     model = tiny_model()
     cache, _ = make_cache(name, model.config)
     noisy = words(2, 4)
-    logits = denoise(model, None, noisy, block_size=4, past_key_values=cache)
+    logits = denoise(model, None, noisy, block_size=4, cache=cache)
     torch.testing.assert_close(logits, denoise(model, None, noisy, block_size=4), atol=1e-5, rtol=1e-5)
     assert int(cache.get_seq_length()) == 0
 
@@ -176,9 +174,7 @@ def test_noisy_tokens_are_never_committed() -> None:
     text, noisy, positions = words(2, 6), words(2, 4, seed=1), torch.arange(6, 10)[None]
     cache = DynamicCache(config=model.config)
     expected = denoise(model, text, noisy, block_size=4, noisy_position_ids=positions)
-    fused = denoise(
-        model, text, noisy, block_size=4, past_key_values=cache, use_cache=True, noisy_position_ids=positions
-    )
+    fused = denoise(model, text, noisy, block_size=4, cache=cache, use_cache=True, noisy_position_ids=positions)
     torch.testing.assert_close(fused, expected, atol=1e-5, rtol=1e-5)
     assert cache.get_seq_length() == 6
     separate = DynamicCache(config=model.config)
@@ -199,10 +195,10 @@ def test_autoregressive_steps_with_cache_equal_one_pass_without(variant: str, na
             cache, tolerance = make_cache(name, model.config)
             start = 0
             for length in parts:
-                outputs = model(text[:, start : start + length], past_key_values=cache, use_cache=True)
+                outputs = model(text[:, start : start + length], cache=cache, use_cache=True)
                 assert difference(words_only(outputs.logits), expected[:, start : start + length]) < tolerance
                 start += length
-            assert outputs.past_key_values is cache and int(cache.get_seq_length()) == 8
+            assert outputs.cache is cache and int(cache.get_seq_length()) == 8
 
 
 @pytest.mark.parametrize("name", ["dynamic", "static", "quantized_fp8", "quantized_quanto"])
@@ -217,10 +213,10 @@ def test_cached_left_padded_rows_equal_one_by_one(variant: str, name: str) -> No
     first, second = words(rows, 4, seed=5), words(rows, 4, seed=6)
     cache, tolerance = make_cache(name, model.config)
     commit(model, batch["input_ids"], cache, attention_mask=mask)
-    first_logits = denoise(model, None, second, block_size=4, past_key_values=cache, attention_mask=mask)
+    first_logits = denoise(model, None, second, block_size=4, cache=cache, attention_mask=mask)
     mask = torch.nn.functional.pad(mask, (0, 4), value=1)
     commit(model, first, cache, attention_mask=mask)
-    second_logits = denoise(model, None, second, block_size=4, past_key_values=cache, attention_mask=mask)
+    second_logits = denoise(model, None, second, block_size=4, cache=cache, attention_mask=mask)
     for row, prompt in enumerate(prompts):
         text = torch.cat([prompt, first[row]])[None]
         n = len(prompt)
@@ -249,32 +245,32 @@ def test_given_positions_are_kept_with_a_cache(name: str) -> None:
     with torch.no_grad():
         expected = model(text, position_ids=positions, use_cache=False).logits
         cache, _ = make_cache(name, model.config)
-        logits = model(text, position_ids=positions, past_key_values=cache, use_cache=True).logits
+        logits = model(text, position_ids=positions, cache=cache, use_cache=True).logits
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_cache_is_made_on_request_and_follows_the_configuration() -> None:
     """Default of the causal language model: `config.use_cache`; of the denoiser: none."""
     model, text = tiny_model(), words(1, 4)
-    assert model(text).past_key_values.get_seq_length() == 4
-    assert model(text, use_cache=False).past_key_values is None
-    assert tiny_model(use_cache=False)(text).past_key_values is None
-    assert model(text, text, block_size=4).past_key_values is None
-    assert model(text, text, block_size=4, use_cache=True).past_key_values.get_seq_length() == 4
+    assert model(text).cache.get_seq_length() == 4
+    assert model(text, use_cache=False).cache is None
+    assert tiny_model(use_cache=False)(text).cache is None
+    assert model(text, text, block_size=4).cache is None
+    assert model(text, text, block_size=4, use_cache=True).cache.get_seq_length() == 4
 
 
 def test_training_has_no_cache() -> None:
     """`labels` with a cache is a contradiction."""
     model, text = tiny_model(), words(1, 8)
-    with pytest.raises(ValueError, match="`past_key_values`"):
-        model(text, labels=text, past_key_values=DynamicCache())
+    with pytest.raises(ValueError, match="`cache`"):
+        model(text, labels=text, cache=DynamicCache())
     with pytest.raises(ValueError, match="`use_cache=True`"):
         model(text, labels=text, use_cache=True)
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 def test_gradient_checkpointing_in_training_mode_does_not_lose_the_cache_silently() -> None:
-    """Layers that run under checkpointing drop `past_key_values`: the causal model goes without, the rest says so."""
+    """Layers that run under checkpointing drop the cache: the causal model goes without, the rest says so."""
     model, text = tiny_model(), words(1, 6)
     expected = model(text).logits
     cache = DynamicCache(config=model.config)
@@ -282,15 +278,15 @@ def test_gradient_checkpointing_in_training_mode_does_not_lose_the_cache_silentl
     model.gradient_checkpointing_enable()
     model.train()
     outputs = model(text)
-    assert outputs.past_key_values is None
+    assert outputs.cache is None
     torch.testing.assert_close(outputs.logits, expected, atol=1e-5, rtol=1e-5)
-    with pytest.raises(ValueError, match="`past_key_values`"):
-        model(text[:, 3:], past_key_values=cache)
-    with pytest.raises(ValueError, match="`past_key_values`"):
-        model(None, words(1, 4), block_size=4, past_key_values=cache)
+    with pytest.raises(ValueError, match="`cache`"):
+        model(text[:, 3:], cache=cache)
+    with pytest.raises(ValueError, match="`cache`"):
+        model(None, words(1, 4), block_size=4, cache=cache)
     assert cache.get_seq_length() == 3
     model.eval()
-    torch.testing.assert_close(model(text[:, 3:], past_key_values=cache).logits, expected[:, 3:], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model(text[:, 3:], cache=cache).logits, expected[:, 3:], atol=1e-5, rtol=1e-5)
 
 
 def test_no_state_of_a_sequence_stays_in_a_module() -> None:
@@ -311,9 +307,7 @@ def test_recorded_forwards_of_generate_never_cache_noisy_tokens() -> None:
     lengths = []
     with record_forwards(model) as calls:
         hook = model.register_forward_hook(lambda *_: lengths.append(cache.get_seq_length()))
-        model.generate(
-            words(1, 3), max_new_tokens=8, decoding="arpc", block_size=4, denoising_steps=3, past_key_values=cache
-        )
+        model.generate(words(1, 3), max_new_tokens=8, decoding="arpc", block_size=4, denoising_steps=3, cache=cache)
         hook.remove()
     previous = 0
     for call, length in zip(calls, lengths, strict=True):

@@ -62,12 +62,10 @@ def test_blocks_of_a_static_cache_share_their_graphs(variant: str) -> None:
         block = words(2, 4, seed=number)
         for time in (0.8, 0.3):
             kwargs = dict(noisy_input_ids=block, block_size=4, noise_level=torch.tensor(time))
-            got, expected = (
-                one(past_key_values=cache, **kwargs).logits for one, cache in zip(models, caches, strict=True)
-            )
+            got, expected = (one(cache=cache, **kwargs).logits for one, cache in zip(models, caches, strict=True))
             torch.testing.assert_close(got, expected)
         for one, cache in zip(models, caches, strict=True):
-            one(block, block[:, :0], past_key_values=cache, use_cache=True, noise_level=torch.tensor(1.0))
+            one(block, block[:, :0], cache=cache, use_cache=True, noise_level=torch.tensor(1.0))
         counts.append(counter.frame_count)
     assert 0 < counts[0] <= 4 and counts[1:] == counts[:1] * 4
 
@@ -92,7 +90,7 @@ def test_a_compiled_model_generates_the_same_text(variant: str, decoding: str, p
         for one in (compiled, model):
             torch.manual_seed(0)
             cache = StaticCache(model.config, max_cache_len=40)
-            texts.append(one.generate(**inputs, past_key_values=cache, max_new_tokens=length, **DECODINGS[decoding]))
+            texts.append(one.generate(**inputs, cache=cache, max_new_tokens=length, **DECODINGS[decoding]))
         assert torch.equal(*texts)
         counts.append(counter.frame_count)
     assert counts[0] == counts[1] > 0
@@ -176,7 +174,7 @@ def test_an_export_with_fixed_shapes_loads_through_transformers(tmp_path: Path) 
 def filled_cache(model: BlockGenForDiffusionLM, length: int, rows: int, static: bool) -> Cache:
     cache = StaticCache(model.config, max_cache_len=32) if static else DynamicCache(config=model.config)
     text = words(rows, length, seed=length)
-    model(text, text[:, :0], past_key_values=cache, use_cache=True, noise_level=1.0)
+    model(text, text[:, :0], cache=cache, use_cache=True, noise_level=1.0)
     return cache
 
 
@@ -190,7 +188,7 @@ def test_an_exported_denoising_step_reads_a_cache(variant: str, static: bool) ->
     def inputs(length: int, rows: int) -> dict[str, Any]:
         step = {name: value for name, value in step_inputs(rows).items() if "noisy_position" not in name}
         step.pop("input_ids")
-        return {**step, "past_key_values": filled_cache(model, length, rows, static)}
+        return {**step, "cache": filled_cache(model, length, rows, static)}
 
     exported = DynamoExporter().export(model, inputs(8, 2), config=DynamoConfig(dynamic=not static))
     program = exported.program.module()

@@ -98,8 +98,8 @@ def test_generation_use(tmp_path: Path, name: str) -> None:
     prefix, block = ids(2, 12), noised(ids(2, 4, seed=1), model)
     cache = DynamicCache(config=model.config)
     for part in (prefix[:, :8], prefix[:, 8:]):
-        model(part, part[:, :0], past_key_values=cache, use_cache=True, block_size=4)
-    found = model(noisy_input_ids=block, past_key_values=cache, block_size=4).logits
+        model(part, part[:, :0], cache=cache, use_cache=True, block_size=4)
+    found = model(noisy_input_ids=block, cache=cache, block_size=4).logits
     clean, noisy = range(12), range(12, 16)
     expected = reference.logits(
         torch.cat([prefix, block], dim=1),
@@ -117,8 +117,8 @@ def test_verification_use(tmp_path: Path, name: str) -> None:
     prefix, proposal = ids(2, 9), ids(2, 5, seed=1)
     queries = model.diffusion.prior((2, 5), "cpu", torch.Generator().manual_seed(3))
     cache = DynamicCache(config=model.config)
-    model(prefix, prefix[:, :0], past_key_values=cache, use_cache=True)
-    found = model(proposal, queries, past_key_values=cache, block_size=1).logits
+    model(prefix, prefix[:, :0], cache=cache, use_cache=True)
+    found = model(proposal, queries, cache=cache, block_size=1).logits
     clean, noisy = range(14), range(9, 14)
     expected = reference.logits(
         torch.cat([prefix, proposal, queries], dim=1),

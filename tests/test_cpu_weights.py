@@ -119,7 +119,7 @@ def test_every_decoding_and_cache(weights: str, variant: str) -> None:
         assert text.shape == (2, 14)
         assert variant == "uniform" or not (text == MASK).any()
         cache = StaticCache(config=model.config, max_cache_len=32)
-        assert torch.equal(generate(model, words(2, 8), max_new_tokens=6, past_key_values=cache, **settings), text)
+        assert torch.equal(generate(model, words(2, 8), max_new_tokens=6, cache=cache, **settings), text)
 
 
 @pytest.mark.parametrize("settings", DECODINGS, ids=str)

@@ -216,7 +216,7 @@ def test_what_documents_cannot_go_with_is_refused() -> None:
     ids = torch.zeros(2, 8, dtype=torch.long)
     cache = DynamicCache(config=model.config)
     refused = [
-        dict(past_key_values=cache),
+        dict(cache=cache),
         dict(use_cache=True),
         dict(position_ids=torch.arange(8)[None]),
         dict(noisy_position_ids=torch.arange(8)[None]),
@@ -233,7 +233,7 @@ def test_what_documents_cannot_go_with_is_refused() -> None:
     for wrong in (dict(position_ids=torch.arange(8)[None]), dict(document_ids=ids[:, :7])):
         with pytest.raises(ValueError, match="`document_ids`"):
             model(**(dict(input_ids=text, labels=text, document_ids=ids, block_size=4) | wrong))
-    with pytest.raises(ValueError, match="`past_key_values` and `use_cache=True`"):
+    with pytest.raises(ValueError, match="`cache` and `use_cache=True`"):
         model(text, labels=text, document_ids=ids, use_cache=True)
     with pytest.raises(ValueError, match="`document_ids` serve training and the denoiser"):
         model(text, document_ids=ids)
@@ -313,8 +313,8 @@ def test_rows_behind_a_cache_may_have_their_block_sizes() -> None:
     def denoise(rows: slice, block_size: Any) -> torch.Tensor:
         cache = DynamicCache(config=model.config)
         with torch.no_grad():
-            model(prefix[rows], noisy[rows][:, :0], past_key_values=cache, use_cache=True)
-            return model(noisy_input_ids=noisy[rows], past_key_values=cache, block_size=block_size).logits
+            model(prefix[rows], noisy[rows][:, :0], cache=cache, use_cache=True)
+            return model(noisy_input_ids=noisy[rows], cache=cache, block_size=block_size).logits
 
     sizes = [4, 2, 6]
     logits = denoise(slice(None), sizes)

@@ -99,16 +99,16 @@ def test_what_needs_a_mask_is_refused(name: str, monkeypatch: pytest.MonkeyPatch
     """Training, all logits at once, verification, padding, a static cache: the error says what to use instead."""
     model, text = flash(monkeypatch, name), words(2, 8)
     cache = DynamicCache(config=model.config)
-    model(text, logits_to_keep=1, past_key_values=cache)
+    model(text, logits_to_keep=1, cache=cache)
     padded = left_padded([words(5), words(3)])
     with pytest.raises(ValueError, match=REFUSAL):
         model(text, labels=text)
     with pytest.raises(ValueError, match=REFUSAL):
         model(text)
     with pytest.raises(ValueError, match=REFUSAL):
-        model(words(2, 4), torch.full((2, 4), MASK), block_size=1, past_key_values=cache)
+        model(words(2, 4), torch.full((2, 4), MASK), block_size=1, cache=cache)
     with pytest.raises(ValueError, match=REFUSAL):
-        model(None, words(2, 8), block_size=4, past_key_values=cache)  # two blocks
+        model(None, words(2, 8), block_size=4, cache=cache)  # two blocks
     with pytest.raises(ValueError, match=REFUSAL):
         model(**padded, logits_to_keep=1)
     for settings in (

@@ -28,7 +28,7 @@ def test_input_ids_alone_give_next_token_logits() -> None:
     assert isinstance(outputs, BlockGenOutput)
     assert outputs.logits.shape == (2, 6, model.config.vocab_size)
     assert outputs.loss is None
-    assert outputs.past_key_values.get_seq_length() == 6
+    assert outputs.cache.get_seq_length() == 6
     for length in range(1, 7):
         shorter = model(text[:, :length]).logits[:, -1]
         torch.testing.assert_close(shorter, outputs.logits[:, length - 1], **TOLERANCE)
@@ -39,7 +39,7 @@ def test_noisy_input_ids_make_it_the_denoiser() -> None:
     model = tiny_model()
     outputs = model(words(2, 8), words(2, 8, seed=1), block_size=4)
     assert outputs.logits.shape == (2, 8, model.config.vocab_size)
-    assert outputs.loss is None and outputs.past_key_values is None
+    assert outputs.loss is None and outputs.cache is None
     assert (outputs.logits[..., MASK] > -100).all()  # raw: before the masked parameterisation
 
 
@@ -48,7 +48,7 @@ def test_labels_make_it_the_training_loss() -> None:
     outputs = tiny_model()(input_ids=words(2, 8), labels=words(2, 8))
     assert outputs.loss.shape == () and outputs.loss.requires_grad and outputs.loss > 0
     assert outputs.logits.shape[:2] == (2, 8)
-    assert outputs.past_key_values is None
+    assert outputs.cache is None
 
 
 @pytest.mark.parametrize("variant", CAUSAL)

@@ -89,7 +89,7 @@ def test_every_cache_gives_the_same_text(variant: str, settings: dict[str, Any])
     assert torch.equal(generate(model, None, **kwargs), expected)
     assert torch.equal(generate(model, None, cache_implementation="static", **kwargs), expected)
     cache = DynamicCache(config=model.config)
-    assert torch.equal(generate(model, None, past_key_values=cache, **kwargs), expected)
+    assert torch.equal(generate(model, None, cache=cache, **kwargs), expected)
 
 
 @every_variant
@@ -97,10 +97,10 @@ def test_a_second_turn_goes_on_from_the_returned_cache(variant: str) -> None:
     """Its length is a multiple of the grid, so that a longer text may follow at any place."""
     model = tiny_model(variant)
     first = generate(model, words(1, 5), max_new_tokens=8, return_dict_in_generate=True, **DIFFUSION)
-    assert first.past_key_values.get_seq_length() % 4 == 0
+    assert first.cache.get_seq_length() % 4 == 0
     second = torch.cat([first.sequences, words(1, 2, seed=4)], dim=1)
     expected = generate(model, second, max_new_tokens=6, **DIFFUSION)
-    text = generate(model, second, max_new_tokens=6, past_key_values=first.past_key_values, **DIFFUSION)
+    text = generate(model, second, max_new_tokens=6, cache=first.cache, **DIFFUSION)
     assert torch.equal(text, expected)
 
 

@@ -251,17 +251,17 @@ def test_a_second_turn_with_the_returned_cache_equals_one_without(decoding: str,
     settings = dict(decoding=decoding, max_new_tokens=9) | ({} if decoding == "ar" else {"block_size": 4})
     kwargs = {
         "dynamic": {},
-        "static": dict(past_key_values=StaticCache(model.config, max_cache_len=40)),
-        "own": dict(past_key_values=DynamicCache(config=model.config)),
+        "static": dict(cache=StaticCache(model.config, max_cache_len=40)),
+        "own": dict(cache=DynamicCache(config=model.config)),
     }[cache_class]
     first = outputs_of(model, prompt, **kwargs, **settings)
-    cache = first.past_key_values
+    cache = first.cache
     cached = int(cache.get_seq_length())
     assert 5 < cached < 14
     second = torch.cat([first.sequences, words(2, 3, seed=4)], dim=1)
     expected = generate(model, second, **settings)
     with record_forwards(model) as calls:
-        text = generate(model, second, past_key_values=cache, **settings)
+        text = generate(model, second, cache=cache, **settings)
     assert torch.equal(text, expected)
     committed = sum(call["input_ids"].shape[1] for call in calls if call.get("use_cache"))
     assert committed == int(cache.get_seq_length()) - cached
@@ -272,19 +272,15 @@ def test_a_second_turn_with_new_tokens_only() -> None:
     model, prompt = tiny_model(), words(2, 5)
     settings = dict(decoding="block_diffusion", block_size=4, max_new_tokens=8, do_sample=False)
     cache = DynamicCache(config=model.config)
-    model(prompt, past_key_values=cache, use_cache=True)
+    model(prompt, cache=cache, use_cache=True)
     following = words(2, 3, seed=4)
-    text = generate(
-        model, following, past_key_values=cache, attention_mask=torch.ones(2, 8, dtype=torch.long), **settings
-    )
+    text = generate(model, following, cache=cache, attention_mask=torch.ones(2, 8, dtype=torch.long), **settings)
     assert torch.equal(text[:, :3], following)
     assert text.shape == (2, 11)
     greedy = dict(decoding="ar", do_sample=False, max_new_tokens=8)
     cache = DynamicCache(config=model.config)
-    model(prompt, past_key_values=cache, use_cache=True)
-    text = generate(
-        model, following, past_key_values=cache, attention_mask=torch.ones(2, 8, dtype=torch.long), **greedy
-    )
+    model(prompt, cache=cache, use_cache=True)
+    text = generate(model, following, cache=cache, attention_mask=torch.ones(2, 8, dtype=torch.long), **greedy)
     expected = generate(model, torch.cat([prompt, following], dim=1), **greedy)
     assert torch.equal(text[:, 3:], expected[:, 8:])
 
@@ -298,13 +294,13 @@ def test_a_second_turn_of_a_padded_batch_whose_rows_ended_apart(decoding: str) -
     cache = DynamicCache(config=model.config)
     free = generate(model, None, **batch, **settings)
     end = int(free[0, 7])
-    first = generate(model, None, eos_token_id=end, past_key_values=cache, **batch, **settings)
+    first = generate(model, None, eos_token_id=end, cache=cache, **batch, **settings)
     ended = (first == 20).long().cumsum(-1) > 0
     mask = torch.cat([batch["attention_mask"], (~ended[:, 5:]).long()], dim=1)
     second = torch.cat([first, words(2, 3, seed=4)], dim=1)
     mask = torch.nn.functional.pad(mask, (0, 3), value=1)
     expected = generate(model, second, attention_mask=mask, **settings)
-    text = generate(model, second, attention_mask=mask, past_key_values=cache, **settings)
+    text = generate(model, second, attention_mask=mask, cache=cache, **settings)
     assert torch.equal(text, expected)
 
 
@@ -312,9 +308,9 @@ def test_a_cache_longer_than_the_text_is_refused() -> None:
     """It is the cache of something else."""
     model = tiny_model()
     cache = DynamicCache(config=model.config)
-    model(words(1, 8), past_key_values=cache, use_cache=True)
-    with pytest.raises(ValueError, match="`past_key_values`"):
-        generate(model, words(1, 5), past_key_values=cache, max_new_tokens=4, decoding="block_diffusion")
+    model(words(1, 8), cache=cache, use_cache=True)
+    with pytest.raises(ValueError, match="`cache`"):
+        generate(model, words(1, 5), cache=cache, max_new_tokens=4, decoding="block_diffusion")
 
 
 def test_no_cache_is_returned_when_rows_have_left_it() -> None:
@@ -322,12 +318,12 @@ def test_no_cache_is_returned_when_rows_have_left_it() -> None:
     model, prompts = tiny_model(), words(4, 3)
     settings = dict(decoding="block_diffusion", block_size=4, max_new_tokens=12)
     end = int(generate(model, prompts, **settings)[1, 4])
-    assert outputs_of(model, prompts, eos_token_id=end, **settings).past_key_values is None
+    assert outputs_of(model, prompts, eos_token_id=end, **settings).cache is None
     cache = DynamicCache(config=model.config)
-    outputs = outputs_of(model, prompts, eos_token_id=end, past_key_values=cache, **settings)
-    assert outputs.past_key_values is cache
+    outputs = outputs_of(model, prompts, eos_token_id=end, cache=cache, **settings)
+    assert outputs.cache is cache
     assert cache.layers[0].keys.shape[0] == 4
-    assert outputs_of(model, prompts, use_cache=False, **settings).past_key_values is None
+    assert outputs_of(model, prompts, use_cache=False, **settings).cache is None
 
 
 def test_evaluations_are_counted_a_row_when_rows_stay() -> None:
@@ -337,9 +333,7 @@ def test_evaluations_are_counted_a_row_when_rows_stay() -> None:
     end = int(generate(model, prompts, **settings).sequences[1, 4])
     expected = generate(model, prompts, eos_token_id=end, **settings)
     with record_forwards(model) as calls:
-        kept = generate(
-            model, prompts, eos_token_id=end, past_key_values=DynamicCache(config=model.config), **settings
-        )
+        kept = generate(model, prompts, eos_token_id=end, cache=DynamicCache(config=model.config), **settings)
     assert {num_rows(call) for call in calls} == {4}
     assert torch.equal(kept.sequences, expected.sequences)
     assert kept.num_function_evaluations.tolist() == expected.num_function_evaluations.tolist()

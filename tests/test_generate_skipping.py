@@ -103,7 +103,7 @@ def test_rows_that_are_done_need_no_pass_where_they_stay_in_the_batch() -> None:
     with record_forwards(model) as together:
         cache = DynamicCache(config=model.config)
         criteria = StoppingCriteriaList([ends_the_first_row])
-        texts = generate(model, prompts, past_key_values=cache, stopping_criteria=criteria, **settings)
+        texts = generate(model, prompts, cache=cache, stopping_criteria=criteria, **settings)
     assert texts[1].tolist() == expected[0].tolist()
     assert passes_behind_the_first_block(together) == passes_behind_the_first_block(alone) > 10
 

@@ -130,7 +130,7 @@ def test_rows_that_are_done_change_no_other(settings: dict[str, Any], cache: str
     free = generate(model, prompts, max_new_tokens=NEW_TOKENS, **settings)[:, 3:]
     end = frequent_token(free)
     kwargs = {"static": dict(cache_implementation="static"), "none": dict(use_cache=False)}.get(
-        cache, dict(past_key_values=DynamicCache(config=model.config))
+        cache, dict(cache=DynamicCache(config=model.config))
     )
     text = generate(model, prompts, max_new_tokens=NEW_TOKENS, eos_token_id=end, **kwargs, **settings)
     assert text[:, 3:].tolist() == padded([cut(row, end) for row in free.tolist()])

@@ -88,9 +88,9 @@ def test_gradients_pass_through_what_was_read() -> None:
 def test_what_autograd_reads_is_not_overwritten() -> None:
     """Only queries are trained: keys need no gradient, but the gradient of the queries needs the keys."""
     model, noisy = tiny_model().requires_grad_(False), words(2, 4)
-    cache = generate(model, words(2, 5), max_new_tokens=9, return_dict_in_generate=True).past_key_values
+    cache = generate(model, words(2, 5), max_new_tokens=9, return_dict_in_generate=True).cache
     query = model.model.layers[0].self_attn.q_proj.weight.requires_grad_()
-    passes = [model(noisy_input_ids=noisy + i, block_size=4, past_key_values=cache).logits.sum() for i in range(2)]
+    passes = [model(noisy_input_ids=noisy + i, block_size=4, cache=cache).logits.sum() for i in range(2)]
     torch.stack(passes).sum().backward()
     assert query.grad.abs().sum() > 0
 
@@ -100,7 +100,7 @@ def test_a_cache_from_inference_mode_can_be_continued() -> None:
     with torch.inference_mode():
         first = generate(model, words(2, 5), return_dict_in_generate=True, **settings)
     text = first.sequences.clone()
-    continued = generate(model, text, past_key_values=first.past_key_values, **settings)
+    continued = generate(model, text, cache=first.cache, **settings)
     assert continued.tolist() == generate(model, text, **settings).tolist()
 
 
@@ -117,12 +117,12 @@ def test_generate_grows_its_own_cache_and_leaves_those_of_others() -> None:
     model = tiny_model()
     settings: dict[str, Any] = dict(decoding="block_diffusion", block_size=4, return_dict_in_generate=True)
     ours = generate(model, words(2, 5), max_new_tokens=12, **settings)
-    assert all(type(layer) is GrowingLayer for layer in ours.past_key_values.layers)
+    assert all(type(layer) is GrowingLayer for layer in ours.cache.layers)
     plain = DynamicCache(config=model.config)
-    given_one = generate(model, words(2, 5), max_new_tokens=12, past_key_values=plain, **settings)
-    assert given_one.past_key_values is plain and type(plain.layers[0]) is DynamicLayer
+    given_one = generate(model, words(2, 5), max_new_tokens=12, cache=plain, **settings)
+    assert given_one.cache is plain and type(plain.layers[0]) is DynamicLayer
     assert given_one.sequences.tolist() == ours.sequences.tolist()
-    longer = generate(model, ours.sequences, max_new_tokens=8, past_key_values=ours.past_key_values, **settings)
+    longer = generate(model, ours.sequences, max_new_tokens=8, cache=ours.cache, **settings)
     anew = generate(model, ours.sequences, max_new_tokens=8, **settings)
     assert longer.sequences.tolist() == anew.sequences.tolist()
 
@@ -144,7 +144,7 @@ def test_other_caches_stay_as_they_are(kind: str) -> None:
     elif kind == "offloading":
         cache.offloading = True
     else:
-        model(words(1, 3), past_key_values=cache, use_cache=True)
+        model(words(1, 3), cache=cache, use_cache=True)
     before = [type(layer) for layer in cache.layers]
     make_growing(cache)
     assert [type(layer) for layer in cache.layers] == before

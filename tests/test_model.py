@@ -138,8 +138,8 @@ def test_autocast_runs_forward_and_backward() -> None:
     model, text = tiny_model().train(), words(2, 8)
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(text, labels=text, block_size=4).loss
-        cached = model.eval()(text).past_key_values
-        model(text[:, :1], past_key_values=cached)
+        cached = model.eval()(text).cache
+        model(text[:, :1], cache=cached)
     loss.backward()
     assert loss.dtype == torch.float32
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())

@@ -63,9 +63,9 @@ def test_logits_depend_on_the_tokens_up_to_their_own_and_on_it(model: BlockGenFo
 def test_cached_logits_are_those_of_the_whole_text(model: BlockGenForDiffusionLM, static: bool) -> None:
     text = words(2, 12)
     cache = StaticCache(config=model.config, max_cache_len=16) if static else None
-    first = model(text[:, :7], past_key_values=cache, use_cache=True)
-    one = model(text[:, 7:8], past_key_values=first.past_key_values, use_cache=True)
-    rest = model(text[:, 8:], past_key_values=one.past_key_values, use_cache=True)
+    first = model(text[:, :7], cache=cache, use_cache=True)
+    one = model(text[:, 7:8], cache=first.cache, use_cache=True)
+    rest = model(text[:, 8:], cache=one.cache, use_cache=True)
     cached = torch.cat([first.logits, one.logits, rest.logits], dim=1)
     torch.testing.assert_close(cached, model(text).logits, atol=1e-5, rtol=1e-5)
 

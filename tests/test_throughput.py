@@ -82,10 +82,10 @@ def test_flops_are_those_of_the_matrix_products() -> None:
     model = tiny_model("without_adaln", attn_implementation="eager")
     cache = DynamicCache(config=model.config)
     with FlopCounterMode(display=False) as counter, NetworkMeter(model) as use, torch.no_grad():
-        model(words(3, 6), words(3, 0), past_key_values=cache, use_cache=True)
-        model(noisy_input_ids=words(3, 4), block_size=4, past_key_values=cache)
-        model(words(3, 4), words(3, 4), block_size=1, past_key_values=cache)
-        model(words(3, 2), past_key_values=cache, use_cache=True, query_input_ids=words(3, 1))
+        model(words(3, 6), words(3, 0), cache=cache, use_cache=True)
+        model(noisy_input_ids=words(3, 4), block_size=4, cache=cache)
+        model(words(3, 4), words(3, 4), block_size=1, cache=cache)
+        model(words(3, 2), cache=cache, use_cache=True, query_input_ids=words(3, 1))
     assert use.flops == counter.get_total_flops()
 
 
@@ -106,9 +106,9 @@ def test_bytes_are_weights_and_cache() -> None:
     embedding = 4 * config.vocab_size * config.hidden_size
     assert trunk + head + embedding == sum(weight.nbytes for weight in model.parameters())
     with NetworkMeter(model) as use, torch.no_grad():
-        model(words(3, 6), words(3, 0), past_key_values=cache, use_cache=True)
+        model(words(3, 6), words(3, 0), cache=cache, use_cache=True)
         assert use.bytes_read == trunk  # nothing is cached yet, and nothing goes through the head
-        model(noisy_input_ids=words(3, 4), block_size=4, past_key_values=cache)
+        model(noisy_input_ids=words(3, 4), block_size=4, cache=cache)
     keys_and_values = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert use.bytes_read == 2 * trunk + head + keys_and_values
 

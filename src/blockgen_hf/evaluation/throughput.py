@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, set_seed
 from transformers.cache_utils import Cache
 
+from ..modeling.releases_blockgen import take_cache
 from ..quantization import PackedLinear
 
 
@@ -131,7 +132,7 @@ class NetworkMeter:
         clean_or_noisy = [ids for ids in given if isinstance(ids, torch.Tensor)]
         rows = clean_or_noisy[0].shape[0]
         length = sum(ids.shape[1] for ids in clean_or_noisy)
-        cached = _cached_tokens(kwargs.get("past_key_values"))
+        cached = _cached_tokens(take_cache({**kwargs}))
         config: PreTrainedConfig = self._model.config
         width, layers = config.hidden_size, config.num_hidden_layers
         self.use.forwards += 1

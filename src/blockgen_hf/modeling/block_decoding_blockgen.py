@@ -64,7 +64,7 @@ class BlockDecoder:
         generation_config: GenerationConfig,
         streamer: BaseStreamer | None = None,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         use_cache: bool = True,
         logits_to_keep: int | None = None,
         tokenizer: Any = None,
@@ -82,7 +82,7 @@ class BlockDecoder:
         self.block_size = generation_config.block_size
         config = model.config
         self.block_grid = config.block_sizes[0] if config.clean_attention == "block_causal" else 1
-        cache = past_key_values if use_cache else None
+        cache = cache if use_cache else None
         max_new_tokens = generation_config.max_length - input_ids.shape[1]
         mask_length = attention_mask.shape[1] if attention_mask is not None else generation_config._mask_length
         self.state = DecodingState(
@@ -170,7 +170,7 @@ class BlockDecoder:
             input_ids=state.pending,
             query_input_ids=queries,
             attention_mask=state.context_mask,
-            past_key_values=state.cache,
+            cache=state.cache,
             use_cache=state.cache is not None,
             logits_to_keep=1,
             modulations=self._modulations,
@@ -283,7 +283,7 @@ class BlockDecoder:
             noisy_position_ids=state.next_positions(z_t.shape[1]) if state.pending.shape[1] else None,
             block_size=self.block_size,
             attention_mask=state.context_mask,
-            past_key_values=state.cache,
+            cache=state.cache,
             use_cache=state.cache is not None,
             noise_level=time if self.model.config.time_conditioning else None,
             logits_to_keep=0 if is_compiled or num_wanted == wanted.numel() else wanted,
@@ -310,7 +310,7 @@ class BlockDecoder:
             noisy_position_ids=state.next_positions(length) if state.pending.shape[1] else None,
             block_size=1,
             attention_mask=state.mask_with(length),
-            past_key_values=state.cache,
+            cache=state.cache,
             noise_level=1.0,
             modulations=self._modulations,
         )
@@ -333,7 +333,7 @@ class BlockDecoder:
                 input_ids=tokens,
                 noisy_input_ids=tokens[:, :0],
                 attention_mask=None if state.context_mask is None else state.context_mask[:, :length],
-                past_key_values=state.cache,
+                cache=state.cache,
                 use_cache=True,
                 noise_level=1.0,
                 modulations=self._modulations,

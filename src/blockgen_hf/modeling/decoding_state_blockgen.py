@@ -70,7 +70,7 @@ class DecodingState:
 
         if prompt_is_cached and num_cached > self.prompt_width:
             raise ValueError(
-                f"`past_key_values` hold {num_cached} tokens, but `inputs` only {self.prompt_width}: pass the whole "
+                f"`cache` hold {num_cached} tokens, but `inputs` only {self.prompt_width}: pass the whole "
                 "text, or the new tokens with an `attention_mask` that covers the cached ones too."
             )
         self.pending = input_ids[:, num_cached:] if prompt_is_cached else input_ids

@@ -14,6 +14,7 @@
 """`generate` for BlockGen: transformers' own preparation, then a block loop instead of one token after the other."""
 
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
@@ -23,12 +24,13 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
-from transformers.utils import ModelOutput
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .block_decoding_blockgen import BlockDecoder
 from .cache_blockgen import make_growing
 from .generation_configuration_blockgen import AR_CORRECTORS, DIFFUSION_CORRECTORS, BlockGenGenerationConfig
 from .logits_blockgen import STATEFUL_PROCESSORS, looks_at_neighbours
+from .releases_blockgen import CACHE_NAME, BothCacheNames, named_cache, take_cache
 
 
 # Outputs that only GenerationMixin's own loop collects.
@@ -36,9 +38,10 @@ _STEPWISE_OUTPUTS = ("output_scores", "output_logits", "output_attentions", "out
 
 
 @dataclass
-class BlockGenGenerateOutput(ModelOutput):
+class BlockGenGenerateOutput(BothCacheNames, GenerateDecoderOnlyOutput):
     """
-    Output of `generate(..., return_dict_in_generate=True)`.
+    Output of `generate(..., return_dict_in_generate=True)`. `scores`, `logits`, `attentions` and `hidden_states` are
+    None: with `output_scores=True` and the like the output is transformers' own [`GenerateDecoderOnlyOutput`].
 
     Args:
         sequences (`torch.LongTensor` of shape `[B, prompt + new]`):
@@ -52,23 +55,29 @@ class BlockGenGenerateOutput(ModelOutput):
             New tokens divided by function evaluations.
         trajectory (`tuple(tuple(torch.LongTensor))`, *optional*, returned with `output_trajectory=True`):
             For each block the states of its tokens, `[B, n]`: fully noised, then after every denoising step.
-        past_key_values (`Cache`, *optional*):
+        cache (`Cache`, *optional*, `past_key_values` too):
             The cache, for a following call: prompt and new tokens but for the last block, which no one needed yet.
             None if rows ended early and left the batch (pass a cache of your own to keep them in).
     """
 
-    sequences: torch.Tensor
     num_function_evaluations: torch.Tensor | None = None
     num_new_tokens: torch.Tensor | None = None
     tokens_per_forward: torch.Tensor | None = None
     trajectory: tuple[tuple[torch.Tensor, ...], ...] | None = None
-    past_key_values: Cache | None = None
 
 
 class BlockGenGenerationMixin(GenerationMixin):
     """Adds the decodings of BlockGen to [`GenerationMixin`]; beam search and assisted decoding stay what they are."""
 
     generation_config: GenerationConfig
+
+    @wraps(GenerationMixin.generate)
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        # Which of its two names the cache has in GenerationMixin, and in the hooks below, depends on the release.
+        cache = take_cache(kwargs)
+        if cache is not None:
+            kwargs[CACHE_NAME] = cache
+        return super().generate(*args, **kwargs)
 
     # 1. settings
 
@@ -192,7 +201,7 @@ class BlockGenGenerationMixin(GenerationMixin):
             raise ValueError(
                 f"`inputs` must be token ids of shape [batch, length], but have shape {list(inputs.shape)}."
             )
-        self._check_attention_mask(inputs, model_kwargs.get("attention_mask"), model_kwargs.get("past_key_values"))
+        self._check_attention_mask(inputs, model_kwargs.get("attention_mask"), model_kwargs.get(CACHE_NAME))
         self._check_prompt(inputs, model_kwargs.get("attention_mask"))
         if inputs.shape[1] == 0 and inputs.shape[0] > 1:
             # generate() looks at the last prompt token of batches: pass it one empty prompt, expanded below.
@@ -219,20 +228,16 @@ class BlockGenGenerationMixin(GenerationMixin):
 
     @staticmethod
     def _check_attention_mask(
-        input_ids: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values: Cache | None
+        input_ids: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache | None
     ) -> None:
         if attention_mask is None:
             return
         rows, width = input_ids.shape
         fits = attention_mask.ndim == 2 and attention_mask.shape[0] == rows
-        if (
-            not fits
-            or attention_mask.shape[1] < width
-            or (past_key_values is None and attention_mask.shape[1] > width)
-        ):
+        if not fits or attention_mask.shape[1] < width or (cache is None and attention_mask.shape[1] > width):
             raise ValueError(
                 f"`attention_mask` must have a number for each of the prompt tokens, shape {[rows, width]}, or for "
-                f"those in `past_key_values` too, but has the shape {list(attention_mask.shape)}."
+                f"those in `cache` too, but has the shape {list(attention_mask.shape)}."
             )
 
     def _check_prompt(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
@@ -284,10 +289,10 @@ class BlockGenGenerationMixin(GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        given = model_kwargs.get("past_key_values")
+        given = model_kwargs.get(CACHE_NAME)
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         if given is None:
-            make_growing(model_kwargs.get("past_key_values"))
+            make_growing(model_kwargs.get(CACHE_NAME))
 
     # 3. forward passes of GenerationMixin's own loops (beams, assistants)
 
@@ -317,7 +322,7 @@ class BlockGenGenerationMixin(GenerationMixin):
         # Training mode with gradient checkpointing has no cache.
         if self.gradient_checkpointing_active:
             model_kwargs["use_cache"] = False
-            model_kwargs.pop("past_key_values", None)
+            take_cache(model_kwargs)
         stateful = any(isinstance(item, STATEFUL_PROCESSORS) for item in logits_processor)
         if generation_config.decoding != "ar":
             self._validate_processors(logits_processor, generation_config)
@@ -333,7 +338,14 @@ class BlockGenGenerationMixin(GenerationMixin):
                 **model_kwargs,
             )
         decoder = BlockDecoder(
-            self, input_ids, logits_processor, stopping_criteria, generation_config, streamer, **model_kwargs
+            self,
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            streamer,
+            cache=take_cache(model_kwargs),
+            **model_kwargs,
         )
         decoder.run()
         if not generation_config.return_dict_in_generate:
@@ -344,7 +356,7 @@ class BlockGenGenerationMixin(GenerationMixin):
             num_new_tokens=decoder.num_new_tokens,
             tokens_per_forward=decoder.num_new_tokens / decoder.num_function_evaluations.clamp(min=1),
             trajectory=decoder.trajectory(),
-            past_key_values=decoder.returned_cache(),
+            **named_cache(decoder.returned_cache()),
         )
 
     @staticmethod

@@ -150,7 +150,7 @@ class BlockGenAttention(nn.Module):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: Any = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         num_committed: int = 0,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -164,10 +164,8 @@ class BlockGenAttention(nn.Module):
         )
         value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
 
-        if past_key_values is not None:
-            key_states, value_states = commit_and_read(
-                past_key_values, self.layer_idx, key_states, value_states, num_committed
-            )
+        if cache is not None:
+            key_states, value_states = commit_and_read(cache, self.layer_idx, key_states, value_states, num_committed)
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward

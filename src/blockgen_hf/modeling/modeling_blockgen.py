@@ -40,6 +40,7 @@ from .next_token_blockgen import (
 from .objective_blockgen import chunked_mixture_loss, draw_training_noise, mixture_loss
 from .outputs_blockgen import BlockGenOutput, with_logits
 from .positions_blockgen import clean_positions, document_positions, following_position, last_columns
+from .releases_blockgen import given_cache
 from .sampling_blockgen import CounterGenerator
 from .trunk_blockgen import BlockGenModel, BlockGenPreTrainedModel
 
@@ -104,6 +105,7 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
         noisy_position_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
+        cache: Cache | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         labels: torch.Tensor | None = None,
@@ -133,8 +135,10 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
                 Zero for padding among cached and clean tokens. It gives the default positions.
             position_ids (`torch.LongTensor` of shape `[B or 1, C]`, *optional*):
                 Positions of `input_ids`.
-            past_key_values (`Cache`, *optional*):
+            cache (`Cache`, *optional*):
                 Keys and values of earlier clean tokens, any class of transformers. Always read.
+            past_key_values (`Cache`, *optional*):
+                The name of `cache` before transformers 5.24. Pass one of the two.
             use_cache (`bool`, *optional*):
                 Whether to commit the clean tokens of this call to the cache. Noisy tokens never are. Default: the
                 configuration's for the causal language model, False for the denoiser and for training.
@@ -172,6 +176,7 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
         Raises:
             ValueError: arguments that contradict one another, or attention that the implementation cannot compute.
         """
+        cache = given_cache(cache, past_key_values)
         # CODEPATH: the paper's AR baseline has neither noise nor blocks.
         if self.config.next_token_prediction:
             refuse_noise(noisy_input_ids=noisy_input_ids, query_input_ids=query_input_ids, objective=objective)
@@ -179,7 +184,7 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
         if labels is not None:
             return self._training_forward(
                 input_ids, labels, noisy_input_ids, block_size, noise_level, attention_mask, position_ids,
-                past_key_values, use_cache, document_ids, num_items_in_batch, objective, skip_logits, **kwargs,
+                cache, use_cache, document_ids, num_items_in_batch, objective, skip_logits, **kwargs,
             )  # fmt: skip
         if noisy_input_ids is None:
             if input_ids is None:
@@ -190,18 +195,18 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
             # CODEPATH: the paper's AR baseline predicts the next token from the clean ones themselves.
             if self.config.next_token_prediction:
                 return self._next_token_forward(
-                    input_ids, attention_mask, position_ids, past_key_values, use_cache, logits_to_keep, document_ids,
+                    input_ids, attention_mask, position_ids, cache, use_cache, logits_to_keep, document_ids,
                     **kwargs,
                 )  # fmt: skip
             return self._causal_forward(
-                input_ids, query_input_ids, attention_mask, position_ids, past_key_values, use_cache, logits_to_keep,
+                input_ids, query_input_ids, attention_mask, position_ids, cache, use_cache, logits_to_keep,
                 **kwargs,
             )  # fmt: skip
         if input_ids is None:
             input_ids = noisy_input_ids[:, :0]
         block_size = checked_block_size(self.config, block_size, noisy_input_ids.shape[0])
         outputs = self._denoise(
-            input_ids, noisy_input_ids, block_size, noisy_position_ids, attention_mask, position_ids, past_key_values,
+            input_ids, noisy_input_ids, block_size, noisy_position_ids, attention_mask, position_ids, cache,
             bool(use_cache), noise_level, document_ids, **kwargs,
         )  # fmt: skip
         is_mask = isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.dtype == torch.bool
@@ -215,16 +220,16 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
         query_input_ids: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         use_cache: bool,
         logits_to_keep: int | torch.Tensor,
         **kwargs: Any,
     ) -> BlockGenOutput:
         """A fully noised query at the position behind every kept token: block size 1."""
         check_leak(self.config, 1)
-        position_ids = clean_positions(input_ids, attention_mask, position_ids, past_key_values)
+        position_ids = clean_positions(input_ids, attention_mask, position_ids, cache)
         if query_input_ids is None and input_ids.shape[1] == 0:  # nothing precedes the one logit of an empty text
-            query_positions = following_position(input_ids, attention_mask, position_ids, past_key_values)
+            query_positions = following_position(input_ids, attention_mask, position_ids, cache)
             query_mask = None
             query_input_ids = self.fixed_queries(query_positions).expand(input_ids.shape[0], -1)
         elif query_input_ids is None:
@@ -238,7 +243,7 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
             query_input_ids = self.fixed_queries(query_positions).expand(input_ids.shape[0], -1)
         else:
             num_queries = query_input_ids.shape[1]
-            following = following_position(input_ids, attention_mask, position_ids, past_key_values)
+            following = following_position(input_ids, attention_mask, position_ids, cache)
             query_positions = following + torch.arange(1 - num_queries, 1, device=following.device)
             query_mask = None
         is_last = isinstance(logits_to_keep, int) and query_positions.shape[1] == 1
@@ -250,7 +255,7 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
             noisy_position_ids=query_positions,
             noisy_mask=query_mask,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            cache=cache,
             use_cache=use_cache,
             noise_level=1.0,
             is_causal=is_last,
@@ -277,16 +282,16 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         use_cache: bool,
         logits_to_keep: int | torch.Tensor,
         document_ids: torch.Tensor | None,
         **kwargs: Any,
     ) -> BlockGenOutput:
         """As every causal language model: the last layer of a token predicts the next one."""
-        position_ids = next_token_positions(input_ids, attention_mask, position_ids, past_key_values, document_ids)
+        position_ids = next_token_positions(input_ids, attention_mask, position_ids, cache, document_ids)
         outputs = next_token_states(
-            self.model, input_ids, position_ids, attention_mask, past_key_values, use_cache, document_ids, **kwargs
+            self.model, input_ids, position_ids, attention_mask, cache, use_cache, document_ids, **kwargs
         )
         hidden_states = outputs.last_hidden_state[:, _kept(logits_to_keep)]
         return with_logits(outputs, self.lm_head(hidden_states))
@@ -299,7 +304,7 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
         noisy_position_ids: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         use_cache: bool,
         noise_level: torch.Tensor | float | None,
         document_ids: torch.Tensor | None,
@@ -307,7 +312,7 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
     ) -> BaseModelOutputWithPast:
         num_clean, num_noisy = input_ids.shape[1], noisy_input_ids.shape[1]
         aligned = noisy_position_ids is None and num_noisy == num_clean > 0
-        cached = past_key_values is not None or use_cache
+        cached = cache is not None or use_cache
         ordered = aligned and position_ids is None and not cached
         if document_ids is not None:
             if not ordered or document_ids.shape != input_ids.shape:
@@ -317,7 +322,7 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
                 )
             position_ids = document_positions(document_ids, attention_mask)
             document_ids = (position_ids == 0).cumsum(1)  # an id that comes back is another document
-        position_ids = clean_positions(input_ids, attention_mask, position_ids, past_key_values)
+        position_ids = clean_positions(input_ids, attention_mask, position_ids, cache)
         noisy_mask, follows = None, False
         if aligned:
             noisy_position_ids = position_ids
@@ -329,7 +334,7 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
                     f"that of `input_ids` ({num_clean}) nor is `input_ids` empty."
                 )
             follows = True
-            start = following_position(input_ids, attention_mask, position_ids, past_key_values)
+            start = following_position(input_ids, attention_mask, position_ids, cache)
             noisy_position_ids = start + torch.arange(num_noisy, device=noisy_input_ids.device)
         elif noisy_position_ids.shape[-1] != num_noisy:
             raise ValueError(
@@ -346,7 +351,7 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
             noisy_position_ids=noisy_position_ids,
             noisy_mask=noisy_mask,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            cache=cache,
             use_cache=use_cache,
             noise_level=noise_level,
             is_causal=num_noisy == 0 and self.config.clean_attention == "causal",
@@ -386,7 +391,7 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
         noise_level: torch.Tensor | float | None,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         use_cache: bool | None,
         document_ids: torch.Tensor | None,
         num_items_in_batch: torch.Tensor | int | None,
@@ -398,10 +403,8 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
         if input_ids is None or labels.shape != input_ids.shape:
             shape = None if input_ids is None else tuple(input_ids.shape)
             raise ValueError(f"`labels` must have the shape of `input_ids` {shape}, but have {tuple(labels.shape)}.")
-        if past_key_values is not None or use_cache:
-            raise ValueError(
-                "`past_key_values` and `use_cache=True` have no meaning with `labels`: training has no cache."
-            )
+        if cache is not None or use_cache:
+            raise ValueError("`cache` and `use_cache=True` have no meaning with `labels`: training has no cache.")
         if kwargs.get("shift_labels") is not None:
             raise ValueError(
                 "`shift_labels` come from sequence or context parallelism, which cuts the sequences that the loss "

@@ -41,7 +41,7 @@ def next_token_positions(
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
-    past_key_values: Cache | None,
+    cache: Cache | None,
     document_ids: torch.Tensor | None,
 ) -> torch.Tensor:
     """
@@ -56,8 +56,8 @@ def next_token_positions(
             "next token from the last: begin with the BOS token."
         )
     if document_ids is None:
-        return clean_positions(input_ids, attention_mask, position_ids, past_key_values)
-    if document_ids.shape != input_ids.shape or position_ids is not None or past_key_values is not None:
+        return clean_positions(input_ids, attention_mask, position_ids, cache)
+    if document_ids.shape != input_ids.shape or position_ids is not None or cache is not None:
         raise ValueError(
             "`document_ids` must have the shape of `input_ids`, without `position_ids` and a cache: positions restart "
             "with each document."
@@ -70,7 +70,7 @@ def next_token_states(
     input_ids: torch.Tensor,
     position_ids: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    past_key_values: Cache | None = None,
+    cache: Cache | None = None,
     use_cache: bool = False,
     document_ids: torch.Tensor | None = None,
     **kwargs: Any,
@@ -84,7 +84,7 @@ def next_token_states(
         position_ids=position_ids,
         noisy_position_ids=position_ids[:, :0],
         attention_mask=attention_mask,
-        past_key_values=past_key_values,
+        cache=cache,
         use_cache=use_cache,
         document_ids=document_ids,
         is_causal=True,

@@ -16,14 +16,15 @@
 from dataclasses import dataclass
 
 import torch
-from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.utils import ModelOutput, auto_docstring
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import auto_docstring
+
+from .releases_blockgen import CACHE_NAME, BothCacheNames, named_cache
 
 
 @auto_docstring
 @dataclass
-class BlockGenOutput(ModelOutput):
+class BlockGenOutput(BothCacheNames, CausalLMOutputWithPast):
     """
     Output of [`BlockGenForDiffusionLM`].
 
@@ -32,7 +33,7 @@ class BlockGenOutput(ModelOutput):
             The training loss of the mixture bound (Eq. 7), in nats a scored token.
         logits (`torch.FloatTensor` of shape `[B, N, V]`):
             Raw scores of the clean token at every noisy position. None where the loss was computed without them.
-        past_key_values (`Cache`, *optional*):
+        cache (`Cache`, *optional*, `past_key_values` too):
             The cache, with the clean tokens of the call if `use_cache=True`.
         hidden_states (`tuple(torch.FloatTensor)`, *optional*, returned with `output_hidden_states=True`):
             Input of the first layer and output of every layer, each `[B, C + N, hidden_size]`, clean tokens first
@@ -43,11 +44,6 @@ class BlockGenOutput(ModelOutput):
             The loss of every token, in nats; zero where it is not scored. Without gradients.
     """
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
     token_losses: torch.Tensor | None = None
 
 
@@ -60,10 +56,10 @@ def with_logits(
     return BlockGenOutput(
         loss=loss,
         logits=logits,
-        past_key_values=outputs.past_key_values,
         hidden_states=outputs.hidden_states,
         attentions=outputs.attentions,
         token_losses=token_losses,
+        **named_cache(getattr(outputs, CACHE_NAME)),
     )
 
 

@@ -39,11 +39,11 @@ def clean_positions(
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
-    past_key_values: Cache | None,
+    cache: Cache | None,
 ) -> torch.Tensor:
     """Positions of the clean tokens of the call, `[B or 1, C]`."""
     num_clean = input_ids.shape[1]
-    past = 0 if past_key_values is None else past_key_values.get_seq_length()
+    past = 0 if cache is None else cache.get_seq_length()
     if attention_mask is not None:
         # The length of a static cache is a tensor, whose value would cost a synchronisation.
         expected = attention_mask.shape[1] if isinstance(past, torch.Tensor) else past + num_clean
@@ -68,7 +68,7 @@ def following_position(
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor,
-    past_key_values: Cache | None,
+    cache: Cache | None,
 ) -> torch.Tensor:
     """The position behind the last clean token, `[B or 1, 1]`."""
     if attention_mask is not None:
@@ -77,7 +77,7 @@ def following_position(
         return length if input_ids.shape[1] == 0 else torch.where(length > 0, position_ids[:, -1:] + 1, 0)
     if input_ids.shape[1] > 0:
         return position_ids[:, -1:] + 1
-    past = 0 if past_key_values is None else past_key_values.get_seq_length()
+    past = 0 if cache is None else cache.get_seq_length()
     return torch.zeros(1, 1, dtype=torch.long, device=input_ids.device) + past
 
 

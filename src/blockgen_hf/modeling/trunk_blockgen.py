@@ -37,6 +37,7 @@ from .layers_blockgen import (
 )
 from .masking_blockgen import AttentionLayout, BlockSize, build_layout, concat, make_attention_mask, unreachable
 from .positions_blockgen import last_columns
+from .releases_blockgen import named_cache
 from .training_mask_blockgen import make_training_mask
 
 
@@ -45,7 +46,7 @@ class BlockGenPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["BlockGenDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -101,7 +102,7 @@ class BlockGenModel(BlockGenPreTrainedModel):
         noisy_position_ids: torch.Tensor | None = None,
         noisy_mask: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         use_cache: bool = False,
         noise_level: torch.Tensor | None = None,
         document_ids: torch.Tensor | None = None,
@@ -115,7 +116,7 @@ class BlockGenModel(BlockGenPreTrainedModel):
         Args:
             input_ids (`torch.LongTensor` of shape `[B, C]`): clean tokens of the call; C may be 0.
             noisy_input_ids (`torch.LongTensor` of shape `[B, N]`): noisy tokens; N may be 0, to fill the cache.
-            block_size, position_ids, attention_mask, past_key_values, use_cache, noise_level:
+            block_size, position_ids, attention_mask, cache, use_cache, noise_level:
                 as in [`BlockGenForDiffusionLM.forward`]; the positions are not optional here.
             noisy_mask (`torch.Tensor` of shape `[B, N]`, *optional*): zero where a noisy token is padding.
             is_causal (`bool`): the caller knows that the mask is causal over cache, clean and noisy tokens in this
@@ -135,12 +136,12 @@ class BlockGenModel(BlockGenPreTrainedModel):
                 "tokens. Call `BlockGenForDiffusionLM`, which makes them (trainers that call the base model train it "
                 "wrongly; with TRL take `BlockGenSFTTrainer` and `BlockGenGRPOTrainer` of blockgen-hf)."
             )
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        self._check_checkpointing(past_key_values)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        self._check_checkpointing(cache)
         num_clean = input_ids.shape[1]
         num_committed = num_clean if use_cache else 0
-        read_cache = past_key_values if self._reads(past_key_values, num_committed) else None
+        read_cache = cache if self._reads(cache, num_committed) else None
         if is_aligned:
             mask, is_causal = self._training_mask(position_ids, block_size, attention_mask, document_ids), False
         else:
@@ -173,7 +174,7 @@ class BlockGenModel(BlockGenPreTrainedModel):
                 position_embeddings=position_embeddings,
                 attention_mask=mask,
                 is_causal=is_causal,
-                past_key_values=read_cache,
+                cache=read_cache,
                 num_committed=num_committed,
                 **kwargs,
             )
@@ -184,7 +185,7 @@ class BlockGenModel(BlockGenPreTrainedModel):
         if self.norm_modulation is not None:
             modulation = self.norm_modulation(condition) if modulations is None else modulations[-1]
         hidden_states = self._final_norm(hidden_states, modulation)
-        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, **named_cache(cache))
 
     def _final_norm(self, hidden_states: torch.Tensor, modulation: torch.Tensor | None) -> torch.Tensor:
         if modulation is None:
@@ -231,33 +232,33 @@ class BlockGenModel(BlockGenPreTrainedModel):
             sigma = torch.cat([sigma.expand(num_rows, num_clean), -alpha.log().float()], dim=1)
         return nn.functional.silu(self.time_embedding(sigma, hidden_states.dtype))
 
-    def _check_checkpointing(self, past_key_values: Cache | None) -> None:
-        if past_key_values is not None and self.gradient_checkpointing and self.training:
+    def _check_checkpointing(self, cache: Cache | None) -> None:
+        if cache is not None and self.gradient_checkpointing and self.training:
             raise ValueError(
-                "`past_key_values` cannot be read under gradient checkpointing in training mode: the layers would "
+                "`cache` cannot be read under gradient checkpointing in training mode: the layers would "
                 "silently run without it. Call `model.eval()`, or pass `use_cache=False`."
             )
 
     @staticmethod
-    def _reads(past_key_values: Cache | None, num_committed: int) -> bool:
+    def _reads(cache: Cache | None, num_committed: int) -> bool:
         """Whether the layers touch the cache. Quantised caches cannot be read before something is in them."""
-        if past_key_values is None:
+        if cache is None:
             return False
-        return num_committed > 0 or past_key_values.is_compileable or past_key_values.get_seq_length() > 0
+        return num_committed > 0 or cache.is_compileable or cache.get_seq_length() > 0
 
     @staticmethod
     def _cached_positions(
-        past_key_values: Cache | None,
+        cache: Cache | None,
         num_committed: int,
         position_ids: torch.Tensor,
         attention_mask: torch.Tensor | None,
     ) -> torch.Tensor:
         """Positions of the tokens in the slots that the cache will return, `[B or 1, slots]`."""
-        if past_key_values is None:
+        if cache is None:
             return position_ids.new_empty(1, 0)
-        past = past_key_values.get_seq_length()  # a tensor for static caches, whose value is not needed
+        past = cache.get_seq_length()  # a tensor for static caches, whose value is not needed
         length = past + num_committed
-        slots = past_key_values.get_max_length() if past_key_values.is_compileable else length
+        slots = cache.get_max_length() if cache.is_compileable else length
         index = torch.arange(slots, device=position_ids.device)[None]
         positions = index
         if attention_mask is not None:
