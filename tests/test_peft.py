@@ -177,3 +177,13 @@ def test_prompt_tuning_is_refused() -> None:
     model = peft.get_peft_model(tiny_model(), config)
     with pytest.raises(ValueError, match="`input_ids`"):
         model(input_ids=TEXT)
+
+
+@pytest.mark.parametrize("decoding", ["ar", "block_diffusion", "beams"])
+@pytest.mark.parametrize("name", ["PrefixTuningConfig", "PromptTuningConfig"])
+def test_generation_refuses_virtual_tokens_instead_of_ignoring_them(name: str, decoding: str) -> None:
+    config = getattr(peft, name)(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    model = peft.get_peft_model(tiny_model(), config).eval()
+    settings: dict[str, Any] = dict(decoding="ar", num_beams=2) if decoding == "beams" else dict(decoding=decoding)
+    with pytest.raises(ValueError, match=name):
+        model.generate(input_ids=TEXT, max_new_tokens=4, **settings)

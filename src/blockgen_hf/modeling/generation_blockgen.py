@@ -141,10 +141,21 @@ class BlockGenGenerationMixin(GenerationMixin):
                 f"`decoding={generation_config.decoding!r}` needs a diffusion model: one with "
                 "`next_token_prediction=True` has `decoding='ar'` only."
             )
+        self._validate_adapter()
         self._validate_corrector(generation_config)
         self._validate_sampler(generation_config)
         self._validate_clean_attention(generation_config)
         super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
+
+    def _validate_adapter(self) -> None:
+        # PEFT puts a method of its own model in the place of ours while that generates.
+        wrapper = getattr(self.prepare_inputs_for_generation, "__self__", self)
+        adapter = getattr(wrapper, "active_peft_config", None)
+        if getattr(adapter, "is_prompt_learning", False):
+            raise ValueError(
+                f"PEFT's {type(adapter).__name__} cannot be used with BlockGen: its virtual tokens stand before the "
+                "prompt, where the passes of a block do not look. Train an adapter of the weights, such as LoRA."
+            )
 
     def _validate_corrector(self, generation_config: GenerationConfig) -> None:
         corrector = generation_config.corrector
