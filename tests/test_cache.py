@@ -315,3 +315,11 @@ def test_recorded_forwards_of_generate_never_cache_noisy_tokens() -> None:
         assert length == previous + committed
         previous = length
     assert previous == 3 + 4  # the last block is never committed
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+@pytest.mark.parametrize("decoding", ["ar", "block_diffusion"])
+@pytest.mark.parametrize("implementation", ["offloaded", "offloaded_static"])
+def test_an_offloaded_cache_of_a_model_on_the_cpu_is_refused(implementation: str, decoding: str) -> None:
+    with pytest.raises(ValueError, match="`cache_implementation='offloaded"):
+        tiny_model().generate(words(1, 3), decoding=decoding, max_new_tokens=4, cache_implementation=implementation)

@@ -300,6 +300,12 @@ class BlockGenGenerationMixin(GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
+        implementation = generation_config.cache_implementation or ""
+        if implementation.startswith("offloaded") and self.device.type == "cpu":
+            raise ValueError(
+                f"`cache_implementation={implementation!r}` keeps the cache in the CPU's memory and copies it to the "
+                "model's device, but the model is on the CPU: leave it out, or use 'static'."
+            )
         given = model_kwargs.get(CACHE_NAME)
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         if given is None:
