@@ -180,6 +180,15 @@ def test_the_weights_are_moved_last(weights: str, tmp_path: Path, monkeypatch: p
     assert [name for name in WEIGHTS if (target / name).exists()] == [weights]
 
 
+def test_a_model_that_is_saved_deletes_no_folder_and_no_file_of_another_name(tmp_path: Path) -> None:
+    target = make_folder(tmp_path / "model", "model-mine.safetensors", "model.safetensors")
+    make_folder(target / "config.json", "precious.txt")
+    source = make_folder(target / "_unfinished" / "model", "config.json", "model.safetensors")
+    with pytest.raises(OSError, match=r"config\.json"):
+        move_model(source, target)
+    assert (target / "config.json" / "precious.txt").exists() and (target / "model-mine.safetensors").exists()
+
+
 def test_rotation_deletes_the_oldest_that_are_neither_last_nor_best(tmp_path: Path) -> None:
     def names() -> list[int]:
         return [int(name.split("-")[1]) for name in checkpoints(tmp_path)]

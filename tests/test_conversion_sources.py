@@ -417,6 +417,56 @@ def test_overwriting_replaces_the_model_and_nothing_else(tmp_path: Path) -> None
     assert {path.name: path.read_bytes() for path in out.iterdir()} == {**fresh, "diary.txt": b"dear diary"}
 
 
+@pytest.mark.parametrize(
+    "entry", ["..", ".", "../precious.txt", "folder", "diary.txt", "README.md", 7, None, ["config.json"]]
+)
+def test_the_list_of_a_converted_folder_deletes_no_file_of_another_name(entry: Any, tmp_path: Path) -> None:
+    """conversion.json travels with published models, so that anybody may have written it."""
+    source = write(tmp_path / "source", settings("block-dit"), weights("block-dit"))
+    out = tmp_path / "parent" / "out"
+    convert_checkpoint(source, out, **BLOCK_DIT)
+    (tmp_path / "parent" / "precious.txt").write_text("precious")
+    (out / "folder").mkdir()
+    for name in ("diary.txt", "README.md", "folder/model.safetensors"):
+        (out / name).write_text("mine")
+    notes = json.loads((out / "conversion.json").read_text())
+    (out / "conversion.json").write_text(json.dumps({**notes, "files": [*notes["files"], entry]}))
+    before = set((tmp_path / "parent").rglob("*"))
+    convert_checkpoint(source, out, overwrite=True, **BLOCK_DIT)
+    assert set((tmp_path / "parent").rglob("*")) == before
+    for name in ("diary.txt", "README.md", "folder/model.safetensors"):
+        assert (out / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize("files", [None, 5, "config.json", {"..": 1}])
+def test_a_list_of_another_shape_deletes_nothing(files: Any, tmp_path: Path) -> None:
+    source = write(tmp_path / "source", settings("block-dit"), weights("block-dit"))
+    convert_checkpoint(source, tmp_path / "out", **BLOCK_DIT)
+    (tmp_path / "out" / "conversion.json").write_text(json.dumps({"files": files}))
+    (tmp_path / "out" / "vocab.txt").write_text("mine")
+    convert_checkpoint(source, tmp_path / "out", overwrite=True, **BLOCK_DIT)
+    assert (tmp_path / "out" / "vocab.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "layers_blockgen.py"])
+@pytest.mark.parametrize("kind", ["link", "folder"])
+def test_a_link_or_a_folder_is_not_replaced_by_a_file_of_the_model(name: str, kind: str, tmp_path: Path) -> None:
+    source = write(tmp_path / "source", settings("block-dit"), weights("block-dit"))
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    out.mkdir()
+    elsewhere.mkdir()
+    (elsewhere / "precious.txt").write_text("precious")
+    if kind == "link":
+        (out / name).symlink_to(elsewhere)
+    else:
+        (out / name).mkdir()
+        (out / name / "precious.txt").write_text("precious")
+    with pytest.raises(ValueError, match=rf"{name} is a {kind}, which is not replaced"):
+        convert_checkpoint(source, out, overwrite=True, **BLOCK_DIT)
+    assert (out / name / "precious.txt").read_text() == "precious"
+    assert [path.name for path in out.iterdir()] == [name]
+
+
 def test_an_output_that_cannot_be_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refusal(output: Any) -> str:
         with pytest.raises(ValueError) as error:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .files import CONVERSION, move_model, read_json
+from .files import ADAPTER_FILES, CONFIG, CONVERSION, MODEL_FILES, WEIGHT_FILES, matches, move_model, read_json
 
 
 _UNFINISHED = "_unfinished-"  # one that was killed stays, and is not pushed
@@ -15,7 +15,8 @@ _UNFINISHED = "_unfinished-"  # one that was killed stays, and is not pushed
 def check_output(output: Path, overwrite: bool) -> None:
     """
     Raises:
-        ValueError: `output` cannot be written, or holds something and `overwrite` is False.
+        ValueError: `output` cannot be written, holds something and `overwrite` is False, or has a link or a folder
+            where a file of the model goes.
     """
     place = next(path for path in (output, *output.resolve().parents) if path.exists())
     if not place.is_dir():
@@ -28,6 +29,13 @@ def check_output(output: Path, overwrite: bool) -> None:
             f"`output` {output} is not empty: name another folder, or replace the model in it with `overwrite` "
             "(--overwrite)."
         )
+    for path in sorted(output.iterdir()) if output.is_dir() else ():
+        is_of_a_model = matches(path.name, (*MODEL_FILES, *WEIGHT_FILES, CONFIG, *ADAPTER_FILES, CONVERSION))
+        if is_of_a_model and (path.is_symlink() or not path.is_file()):
+            kind = "link" if path.is_symlink() else "folder"
+            raise ValueError(
+                f"{path} is a {kind}, which is not replaced by a file: move it away, or name another folder."
+            )
 
 
 @contextmanager
@@ -57,11 +65,16 @@ def new_folder(output: Path, overwrite: bool) -> Iterator[Path]:
 
 
 def _former_files(folder: Path) -> list[Path]:
-    """What an earlier conversion wrote."""
+    """
+    What an earlier conversion wrote and a new one may not write again. The list came with the folder, which may be a
+    download: it only chooses among the files of the folder that have the names of a model's files.
+    """
     if not (folder / CONVERSION).is_file():
         return []
-    names = read_json(folder / CONVERSION).get("files", [])
-    return [folder / name for name in names if isinstance(name, str) and Path(name).name == name]
+    names = read_json(folder / CONVERSION).get("files")
+    if not isinstance(names, list):
+        return []
+    return [path for path in folder.iterdir() if path.name in names and matches(path.name, MODEL_FILES)]
 
 
 __all__ = ["check_output", "new_folder"]

@@ -1,5 +1,6 @@
 """The files of a model's folder: their names, how the small ones are read, and how new ones replace old ones."""
 
+import fnmatch
 import json
 import os
 import shutil
@@ -12,9 +13,20 @@ from huggingface_hub import RepoCard
 
 
 CONFIG = "config.json"
-WEIGHTS, INDEX, SHARDS = "model.safetensors", "model.safetensors.index.json", "model-*.safetensors"
+WEIGHTS, INDEX, SHARDS = "model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors"
+WEIGHT_FILES = (WEIGHTS, INDEX, SHARDS)
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 CONVERSION = "conversion.json"  # of a converted checkpoint: where it comes from
+GENERATION_CONFIG = "generation_config.json"
+TOKENIZER_CONFIG, TOKENIZER = "tokenizer_config.json", "tokenizer.json"
+TOKENIZER_FILES = (
+    TOKENIZER, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
+    "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+CODE = "*_blockgen.py"  # that travels with a model
+# What `save_pretrained` of a model and its tokenizer may write beside the weights and config.json.
+MODEL_FILES = (GENERATION_CONFIG, *TOKENIZER_FILES, CODE)
 README = "README.md"
 
 
@@ -29,6 +41,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"There is no file {path}.") from error
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path} cannot be read as JSON: it is nested too deep.") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a JSON object, but holds a {type(values).__name__}.")
     return values
@@ -50,6 +64,11 @@ def read_card(folder: Path) -> RepoCard | None:
         raise ValueError(f"{file} cannot be read: {error}. Mend it, or delete it to have a card written.") from error
 
 
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether the name of a file is one of these, or matches one."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
 def move_model(source: Path, target: Path, former: Iterable[Path] = ()) -> None:
     """
     Moves the files of a model into a folder that holds other things too, the weights, or the index of their shards,
@@ -57,32 +76,40 @@ def move_model(source: Path, target: Path, former: Iterable[Path] = ()) -> None:
 
     Args:
         former: what is deleted beside the weights and the configuration of the old model.
+
+    Raises:
+        OSError: a folder stands where a file goes; it is left alone.
     """
     weights = (WEIGHTS, INDEX, ADAPTER_WEIGHTS)
     for path in [*(target / name for name in (*weights, CONFIG, ADAPTER_CONFIG)), *target.glob(SHARDS), *former]:
-        _remove(path)
+        if path.is_symlink() or path.is_file():
+            path.unlink()
     for path in sorted(source.iterdir(), key=lambda path: path.name in weights):
-        _remove(target / path.name)
-        os.replace(path, target / path.name)
+        old = target / path.name
+        if path.is_dir() and old.is_dir() and not old.is_symlink():
+            shutil.rmtree(old)
+        os.replace(path, old)
     shutil.rmtree(source)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 __all__ = [
     "ADAPTER_CONFIG",
+    "ADAPTER_FILES",
     "ADAPTER_WEIGHTS",
+    "CODE",
     "CONFIG",
     "CONVERSION",
+    "GENERATION_CONFIG",
     "INDEX",
+    "MODEL_FILES",
     "README",
     "SHARDS",
+    "TOKENIZER",
+    "TOKENIZER_CONFIG",
+    "TOKENIZER_FILES",
     "WEIGHTS",
+    "WEIGHT_FILES",
+    "matches",
     "move_model",
     "read_card",
     "read_json",

@@ -16,13 +16,12 @@ from pathlib import Path
 import blockgen_hf
 
 from .card_facts import read_model
-from .files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, CONVERSION, INDEX, README, SHARDS, WEIGHTS, read_json
+from .files import ADAPTER_FILES, CODE, CONFIG, CONVERSION, MODEL_FILES, README, WEIGHT_FILES, matches, read_json
 from .weights import check_shapes, model_shapes
 
 
 # Where files of the remote code and their like lie: DESIGN's closure, which `save_pretrained` copies.
 _CODE = Path(blockgen_hf.__file__).parent / "modeling"
-_CODE_SUFFIX = "_blockgen.py"
 AUTO_MAP = {
     "AutoConfig": "configuration_blockgen.BlockGenConfig",
     "AutoModel": "modeling_blockgen.BlockGenForDiffusionLM",
@@ -33,10 +32,8 @@ _EVERYWHERE = (README, "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", ".gitat
 _KINDS: dict[str, tuple[str, ...]] = {
     "model": (
         *_EVERYWHERE,
-        CONFIG, "generation_config.json", WEIGHTS, INDEX, SHARDS, ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONVERSION,
-        "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-        "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json",
-        "additional_chat_templates/*.jinja", "recipe.yaml", f"*{_CODE_SUFFIX}",
+        CONFIG, *WEIGHT_FILES, *ADAPTER_FILES, CONVERSION, *MODEL_FILES, "additional_chat_templates/*.jinja",
+        "recipe.yaml",
     ),
     "dataset": (*_EVERYWHERE, "*.jsonl"),
     "space": (*_EVERYWHERE, "app.py", "requirements.txt"),
@@ -222,14 +219,14 @@ def is_model_file(path: str) -> bool:
 
 def code_files() -> dict[str, Path]:
     """The remote code of this package, by name."""
-    return {path.name: path for path in sorted(_CODE.glob(f"*{_CODE_SUFFIX}"))}
+    return {path.name: path for path in sorted(_CODE.glob(CODE))}
 
 
 def _with_code(folder: Path, contents: FolderContents, update: bool) -> FolderContents:
     """With this package's code and the map to it, so that `trust_remote_code=True` loads it; adapters have none."""
     if CONFIG not in contents.files:
         return contents
-    own, code = {path for path in contents.files if path.endswith(_CODE_SUFFIX)}, code_files()
+    own, code = {path for path in contents.files if matches(path, [CODE])}, code_files()
     differing = sorted(
         name for name in own if name not in code or contents.files[name].read() != code[name].read_bytes()
     )
