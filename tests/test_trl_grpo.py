@@ -165,6 +165,12 @@ def test_settings_of_generation_are_checked_before_the_training(tmp_path: Path) 
             make(tmp_path, **{name: True})
 
 
+def test_a_token_that_would_be_uploaded_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`hub_token` must be None") as error:
+        make(tmp_path, hub_token="hf_secret")
+    assert "hf_secret" not in str(error.value)
+
+
 def test_a_model_without_autoregressive_probabilities_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="`clean_attention` of the model must be 'causal', but is 'block_causal'"):
         make(tmp_path, tiny_model("block_causal"))

@@ -8,6 +8,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..hub.secrets import without_secrets
 from .parsing import CommandError
 
 
@@ -87,6 +88,13 @@ class OutputFolder:
                     )
 
     def save_recipe(self, values: dict[str, Any]) -> None:
+        """
+        Writes the sections, without secrets such as `training.hub_token`.
+
+        Raises:
+            ValueError: another value looks like one.
+        """
+        values = without_secrets(values)
         self.path.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
         (self.path / RECIPE).write_text(text, encoding="utf-8")

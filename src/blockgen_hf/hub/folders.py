@@ -17,6 +17,7 @@ import blockgen_hf
 
 from .card_facts import read_model
 from .files import ADAPTER_FILES, CODE, CONFIG, CONVERSION, MODEL_FILES, README, WEIGHT_FILES, matches, read_json
+from .secrets import find_secret
 from .weights import check_shapes, model_shapes
 
 
@@ -108,13 +109,15 @@ def read_folder(
         strict: whether files that do not belong there are refused, instead of being left out.
 
     Raises:
-        ValueError: files that do not belong there, links out of the folder, or a model that would not load.
+        ValueError: files that do not belong there, links out of the folder, a file with a token or a password, or a
+            model that would not load.
     """
     if repo_type not in _KINDS:
         raise ValueError(f"`repo_type` must be one of {list(_KINDS)}, but is {repo_type!r}.")
     if not folder.is_dir():
         raise ValueError(f"There is no folder {folder}.")
     contents = _sort_files(folder, (*_KINDS[repo_type], *include), ignore, repo_type if strict else None)
+    _refuse_secrets(folder, contents)
     if repo_type == "model":
         return _with_code(folder, _checked_model(folder, contents), update_code)
     needed = {"dataset": (), "space": ("app.py", README)}[repo_type]
@@ -155,6 +158,19 @@ def _sort_files(folder: Path, accepted: Sequence[str], ignore: Sequence[str], re
             "GLOB (`ignore=`), or, if they belong there, take them with --include GLOB (`include=`)."
         )
     return FolderContents(files, sorted(left_out))
+
+
+def _refuse_secrets(folder: Path, contents: FolderContents) -> None:
+    """Looks into every file but the weights: an older version, or a user, may have written a token there."""
+    for path, file in contents.files.items():
+        if path.endswith(".safetensors"):
+            continue
+        place = find_secret(path, file.read().decode("utf-8", errors="replace"))
+        if place is not None:
+            raise ValueError(
+                f"{folder / path} holds a secret, {place}, and is not published. Delete it there; if the folder was "
+                "ever uploaded or shared, revoke the token too."
+            )
 
 
 def _shown(paths: list[str]) -> str:

@@ -17,6 +17,7 @@ from ..hub.files import README, move_model
 from ..hub.folders import is_model_file
 from ..hub.licenses import find_license
 from ..hub.push import PushPlan, plan_push
+from ..hub.secrets import is_secret
 from .arguments import BlockGenTrainingArguments
 from .checkpointing import UNFINISHED
 
@@ -139,6 +140,17 @@ class PublishingTrainer(Trainer):
         )
         logger.info(f"Pushing {len(plan.files)} files; left out: {', '.join(path for path, _ in plan.left_out)}")
         return plan
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """As [`Trainer`] does, without secrets (`hub_token`) in the arguments that it saves."""
+        secrets = {name: value for name, value in vars(self.args).items() if is_secret(name, value)}
+        for name in secrets:
+            setattr(self.args, name, None)
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            for name, value in secrets.items():
+                setattr(self.args, name, value)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         strategy = self.args.hub_strategy

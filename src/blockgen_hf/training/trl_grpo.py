@@ -37,8 +37,9 @@ class BlockGenGRPOTrainer(GRPOTrainer):
     The arguments are those of `GRPOTrainer`.
 
     Raises:
-        ValueError: a setting of generation that the model does not have, other engines than `generate`, or a model
-            with `clean_attention="block_causal"`, which has no autoregressive probabilities.
+        ValueError: a setting of generation that the model does not have, other engines than `generate`, a `hub_token`,
+            which would be uploaded, or a model with `clean_attention="block_causal"`, which has no autoregressive
+            probabilities.
     """
 
     def __init__(
@@ -49,6 +50,11 @@ class BlockGenGRPOTrainer(GRPOTrainer):
         for name in ("use_vllm", "use_transformers_continuous_batching"):
             if getattr(args, name):
                 raise ValueError(f"`{name}` must be False: BlockGen's decodings are those of `generate`.")
+        if args.hub_token is not None:
+            raise ValueError(
+                "`hub_token` must be None, as TRL writes it to training_args.bin, which it uploads: log in with "
+                "`hf auth login`, or set HF_TOKEN."
+            )
         args.generation_kwargs = {"decoding": "ar", **(args.generation_kwargs or {})}
         args.disable_dropout = True
         super().__init__(model, reward_funcs, args, **kwargs)
