@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoTokenizer
 
 from ..modeling.configuration_blockgen import BlockGenConfig
+from ..tokenizer_loading import pretrained_tokenizer
 from ..training.estimates import (
     ParameterCount,
     count_parameters,
@@ -74,7 +74,7 @@ def _cached_tokenizer(name: str, revision: str | None) -> Any:
     folder = Path(name).expanduser()
     name = str(folder) if folder.is_dir() else name
     try:
-        return AutoTokenizer.from_pretrained(name, revision=revision or "main", local_files_only=True)
+        return pretrained_tokenizer(name, revision=revision or "main", local_files_only=True)
     except Exception:  # transformers raises all kinds of errors for what is not there
         return None
 

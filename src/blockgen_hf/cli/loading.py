@@ -15,7 +15,6 @@ from huggingface_hub.utils import enable_progress_bars
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -25,6 +24,7 @@ from transformers.utils import is_datasets_available, logging
 from ..checkpoints import shipped_checkpoint
 from ..modeling.configuration_blockgen import BlockGenConfig
 from ..quantization import quantize_for_cpu
+from ..tokenizer_loading import pretrained_tokenizer
 from .parsing import CommandError
 
 
@@ -114,11 +114,14 @@ def load(
         source = str(name)
         options = {"local_files_only": not _is_on_hub(source, revision), "revision": revision or "main"}
     _check_model_type(source, options)
-    if trust_remote_code:
-        options["trust_remote_code"] = True
     try:
         model, loading_info = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True, **options
+            source,
+            trust_remote_code=trust_remote_code,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            output_loading_info=True,
+            **options,
         )
     except _LOADING_ERRORS as error:
         raise CommandError(f"The model {source} cannot be loaded: {_first_line(error)}") from error
@@ -128,7 +131,7 @@ def load(
             f"are missing, for example {min(loading_info['missing_keys'])}."
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        tokenizer = pretrained_tokenizer(source, trust_remote_code=trust_remote_code, **options)
     except _LOADING_ERRORS as error:
         raise CommandError(f"The tokenizer of {source} cannot be loaded: {_first_line(error)}") from error
     set_num_threads(device, model.num_parameters())

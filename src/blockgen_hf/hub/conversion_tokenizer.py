@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ..special_tokens import add_special_tokens
+from ..tokenizer_loading import pretrained_tokenizer
 from .sources import download
 
 
@@ -58,15 +59,13 @@ def _load(name: str, **settings: Any) -> PreTrainedTokenizerBase:
         path = folder if folder.is_dir() else download(name, _FILES)
         if not any(any(path.glob(pattern)) for pattern in _NEEDED):
             raise ValueError("there are no files of a tokenizer")
-        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, **settings)
+        return pretrained_tokenizer(str(path), local_files_only=True, **settings)
     except Exception as error:  # transformers, tokenizers and the Hub's client raise all kinds
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ValueError(
             f"`tokenizer` {name!r} cannot be loaded: {first.rstrip(':.')}. Name a folder with a tokenizer, or one on "
             "the Hub."
         ) from error
-    tokenizer.init_kwargs.pop("local_files_only")  # else it is saved
-    return tokenizer
 
 
 __all__ = ["load_fitting_tokenizer"]

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 MODEL = "MODEL_ID"
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
-tokenizer = AutoTokenizer.from_pretrained(MODEL)
+tokenizer = AutoTokenizer.from_pretrained(MODEL, trust_remote_code=False)
 model = AutoModelForCausalLM.from_pretrained(MODEL, trust_remote_code=True).to(device).eval()
 
 SIZES = sorted(model.config.block_sizes)

@@ -1,15 +1,16 @@
 """From a recipe to a trainer: tokenizer, configuration, rows, model."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 
 from ..modeling.configuration_blockgen import BlockGenConfig
 from ..modeling.modeling_blockgen import BlockGenForDiffusionLM
 from ..special_tokens import add_special_tokens
+from ..tokenizer_loading import pretrained_tokenizer
 from .arguments import BlockGenTrainingArguments
 from .data import DataArguments, load_datasets
 from .recipe import Recipe, checkpoint_config
@@ -82,7 +83,7 @@ def load_tokenizer(
         name, revision = str(folder), None
     elif arguments.name_or_path is None:
         revision = recipe.model.get("revision")
-    tokenizer = _from_pretrained(AutoTokenizer, str(name), "tokenizer", revision=revision or "main")
+    tokenizer = _from_pretrained(pretrained_tokenizer, str(name), "tokenizer", revision=revision or "main")
     special = {key: getattr(arguments, key) for key in ("bos_token", "eos_token", "pad_token", "mask_token")}
     for key, token in special.items():
         if token is None:
@@ -177,9 +178,10 @@ def make_model(recipe: Recipe, config: BlockGenConfig) -> "BlockGenForDiffusionL
         return model
     revision = recipe.model.get("revision")
     model = _from_pretrained(
-        BlockGenForDiffusionLM,
+        BlockGenForDiffusionLM.from_pretrained,
         recipe.checkpoint,
         "model",
+        trust_remote_code=False,
         config=config,
         revision=revision or "main",
         attn_implementation=attention,
@@ -202,12 +204,12 @@ def _drop_settings_of_generation(model: BlockGenForDiffusionLM, changed: dict[st
                 setattr(settings, name, None)
 
 
-def _from_pretrained(kind: Any, name: str, what: str, **options: Any) -> Any:
+def _from_pretrained(load: Callable[..., Any], name: str, what: str, **options: Any) -> Any:
     folder = Path(name).expanduser()
     if folder.is_dir():
         name, options = str(folder), {**options, "local_files_only": True}
     try:
-        return kind.from_pretrained(name, **options)
+        return load(name, **options)
     except Exception as error:  # transformers, tokenizers, safetensors and the Hub's client raise all kinds
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ValueError(f"The {what} {name} cannot be loaded: {first}") from error

@@ -56,7 +56,9 @@ def token_sequences(predictions: Sequence[Any], tokenizer: str | PreTrainedToken
         return list(predictions)
     if tokenizer is None:
         return [text.split() for text in predictions]
-    encode = AutoTokenizer.from_pretrained(tokenizer) if isinstance(tokenizer, str) else tokenizer
+    encode = (
+        AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False) if isinstance(tokenizer, str) else tokenizer
+    )
     return encode(list(predictions), add_special_tokens=False, verbose=False)["input_ids"]
 
 

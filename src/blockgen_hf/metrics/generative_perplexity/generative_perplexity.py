@@ -120,9 +120,9 @@ def load_judge(
     source = {} if gguf_file is None else {"gguf_file": gguf_file}
     if gguf_file is not None and dtype == "auto":
         dtype = torch.float32
-    tokenizer = AutoTokenizer.from_pretrained(model_id, **source)
+    tokenizer = AutoTokenizer.from_pretrained(model_id, trust_remote_code=False, **source)
     start_token_id(tokenizer, start_token)
-    model = AutoModelForCausalLM.from_pretrained(model_id, dtype=dtype, **source)
+    model = AutoModelForCausalLM.from_pretrained(model_id, dtype=dtype, trust_remote_code=False, **source)
     model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     return Judge(model, tokenizer, judge_name(model_id, gguf_file), start_token)
 

@@ -155,8 +155,8 @@ def load_featurizer(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
     """Model without head, tokenizer and name of a featurizer on the Hub or in a folder; see `load_judge`."""
     source = {} if gguf_file is None else {"gguf_file": gguf_file}
-    tokenizer = AutoTokenizer.from_pretrained(model_id, **source)
-    model = AutoModel.from_pretrained(model_id, **source)
+    tokenizer = AutoTokenizer.from_pretrained(model_id, trust_remote_code=False, **source)
+    model = AutoModel.from_pretrained(model_id, trust_remote_code=False, **source)
     model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     return model, tokenizer, name_of(model_id, gguf_file)
 

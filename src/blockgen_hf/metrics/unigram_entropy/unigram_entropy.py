@@ -108,6 +108,10 @@ class UnigramEntropy(evaluate.Metric):
         if any(isinstance(text, str) for text in predictions):
             if tokenizer is None:
                 raise ValueError("predictions are texts: give the generator's tokenizer=, or token ids instead")
-            encode = AutoTokenizer.from_pretrained(tokenizer) if isinstance(tokenizer, str) else tokenizer
+            encode = (
+                AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
+                if isinstance(tokenizer, str)
+                else tokenizer
+            )
             predictions = encode(list(predictions), add_special_tokens=False, verbose=False)["input_ids"]
         return asdict(unigram_entropy(predictions))
