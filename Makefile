@@ -1,7 +1,7 @@
 # Short names for what run.py does; where there is no make, type what stands behind them.
 PYTHON ?= python3
 
-.PHONY: setup run test test-slow quality style
+.PHONY: setup run test test-slow quality style compat lock
 
 setup:
 	$(PYTHON) run.py setup
@@ -20,3 +20,9 @@ quality:
 
 style:
 	$(PYTHON) run.py style
+
+compat:
+	$(PYTHON) run.py compat
+
+lock:
+	$(PYTHON) run.py lock

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from test_conversion import SOURCES, convert
 from tiny import generate, tiny_model, tiny_tokenizer, words
 from training import TokenRows, make_trainer
+from transformers import Trainer
 
 from blockgen_hf import BlockGenForDiffusionLM
 from blockgen_hf.hub.folders import AUTO_MAP, code_files, read_folder
@@ -437,6 +438,18 @@ def prepared(folder: Path) -> Path:
     (folder / "README.md").write_text("---\nlicense: mit\nlanguage: en\n---\n")
     (folder / "notes.txt").write_text("not of the model")
     return folder
+
+
+def test_a_trainer_makes_a_private_repository_where_transformers_cannot_be_told(
+    tmp_path: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`Trainer.init_hf_repo` takes `private` from transformers 5.23 on; `hub_private_repo` works everywhere."""
+    init = Trainer.init_hf_repo
+    monkeypatch.setattr(Trainer, "init_hf_repo", lambda self, token=None: init(self, token))
+    trainer = make_trainer(prepared(tmp_path / "run"), hub_model_id=REPO)
+    trainer.hub_model_id = None
+    trainer.push_to_hub(private=True)
+    assert hub.repositories["model", REPO].private
 
 
 def test_a_trainer_pushes_what_the_command_would(tmp_path: Path, hub: FakeHub) -> None:

@@ -16,6 +16,14 @@
 from math import isfinite
 from typing import Any
 
+from transformers.utils.versions import require_version
+
+
+# Before anything is imported that an older release does not have. No upper bound: this file travels with checkpoints.
+require_version(
+    "transformers>=5.20", "BlockGen models work with transformers 5.20 and newer: pip install -U transformers"
+)
+
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS

@@ -43,6 +43,8 @@ class PublishingTrainer(Trainer):
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """As [`Trainer`] does, after a look at what can be known before the training."""
+        if private is not None:  # an argument of Trainer's from transformers 5.23 on, which does the same
+            self.args.hub_private_repo = private
         if self.is_world_process_zero() and self.args.push_to_hub:
             self._check_license(self.args.hub_license)
             for name, adapter in (getattr(self.model, "peft_config", None) or {}).items():
@@ -51,7 +53,7 @@ class PublishingTrainer(Trainer):
                         f"`push_to_hub=True`: the adapter {name!r} is for {adapter.base_model_name_or_path!r}, which "
                         "nobody else can load. Push that model first, and load it by its name on the Hub."
                     )
-        super().init_hf_repo(token, private)
+        super().init_hf_repo(token)
 
     def _check_license(self, license: str | None) -> None:
         folder = Path(self.args.output_dir)

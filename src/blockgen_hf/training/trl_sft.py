@@ -3,7 +3,7 @@ Supervised fine-tuning on TRL's data forms: [`BlockGenSFTTrainer`].
 
     text, messages, prompt and completion -> TRL: template, tokens, labels, packing -> collator -> [`BlockGenTrainer`]
 
-Needs TRL (`pip install 'blockgen-hf[trl]'`).
+Needs TRL (`pip install 'blockgen-hf[trl]'`) and Python 3.11.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,0 +1,130 @@
+#!/usr/bin/env python3
+"""
+Tests the oldest and the newest releases that pyproject.toml allows, one dependency at a time: `python3 run.py compat`.
+
+Each environment sees what is pinned in .venv, with one package in another release over it. The table is printed and
+written to docs/compatibility.md; `--short` tries the oldest and the newest transformers only, and writes nothing.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import run  # noqa: E402
+
+
+FOLDER = ROOT / ".venv-compat"
+PAGE = ROOT / "docs" / "compatibility.md"
+TABLE = "<!-- written by `python3 run.py compat` -->"
+
+PARTS = {
+    "generate": "tests/test_generate.py",
+    "cache": "tests/test_cache.py",
+    "forward": "tests/test_forward.py",
+    "remote code": "tests/test_remote_code.py",
+    "trainer": "tests/test_trainer.py",
+    "push": "tests/test_push.py",
+    "PEFT": "tests/test_peft.py",
+    "TRL": "tests/test_trl_sft.py",
+    "lm-eval": "tests/test_lm_eval.py",
+    "data": "tests/test_data.py",
+}
+SHORT = ("generate", "cache", "forward", "trainer")
+PARTS_OF = {  # what a dependency can break
+    "transformers": tuple(PARTS),
+    "torch": ("generate", "cache", "forward", "remote code", "trainer", "PEFT"),
+    "accelerate": ("trainer", "push", "PEFT", "TRL"),
+    "datasets": ("trainer", "TRL", "data"),
+    "peft": ("PEFT", "TRL"),
+    "trl": ("TRL",),
+    "lm-eval": ("lm-eval",),
+}
+
+
+def window(name: str) -> tuple[str, str]:
+    """The requirements that stand for the oldest and for the newest release of what pyproject.toml allows."""
+    extras, oldest, rest = re.findall(rf'"{name}(\[\w+\])?>=([\d.]+)([^";]*)', run.PROJECT)[0]
+    return f"{name}{extras}=={oldest}", f"{name}{extras}>={oldest}{rest}"
+
+
+def try_release(name: str, requirement: str, parts: tuple[str, ...], short: bool = False) -> dict[str, str]:
+    """A row of the table."""
+    venv = FOLDER / re.sub(r"\W+", "-", requirement)
+    run.lay_over(venv)
+    pinned = run.releases(run.VENV)
+    kept = [f"{other}=={pinned[other]}" for other in ("torch", "transformers") if other != name]
+    installed = name == "torch" and requirement.startswith("torch>") and run.takes_cpu_torch()
+    if installed:  # only the CPU build: the default one is gigabytes
+        installed = run.answers(run.CPU_INDEX) and run.pip_install(
+            venv, "--upgrade", requirement, "--index-url", run.CPU_INDEX
+        )
+    elif run.takes_cpu_torch() and name == "torch":
+        index = ("--extra-index-url", run.CPU_INDEX) if run.answers(run.CPU_INDEX) else ()
+        installed = run.pip_install(venv, f"{requirement}+cpu", *index)
+    else:
+        installed = run.pip_install(venv, "--upgrade", requirement, *kept)
+    if not installed:
+        return {"package": name, "release": requirement, "others": "not installed here"}
+    found = run.releases(venv)
+    others = [
+        f"{other} {release}" for other, release in found.items() if other != name and pinned.get(other) != release
+    ]
+    row = {"package": name, "release": found[name], "others": ", ".join(sorted(others))}
+    if found[name] == pinned[name]:
+        row["release"] += " (pinned)"
+        if short:  # the tests have had it
+            return row
+    return row | {part: run_tests(venv, PARTS[part]) for part in parts}
+
+
+def run_tests(venv: Path, path: str) -> str:
+    """`ok`, or what failed."""
+    command = [run.python_of(venv), "-m", "pytest", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", path]
+    started = time.monotonic()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    status = {0: "ok", 5: "none"}.get(done.returncode, "FAILS")
+    print(f"   {path}: {status} in {time.monotonic() - started:.0f} s", flush=True)
+    if status == "FAILS":
+        print(done.stdout[-4000:], done.stderr[-1000:], flush=True)
+    return status
+
+
+def as_table(rows: list[dict[str, str]]) -> str:
+    columns = ["package", "release", *PARTS, "others"]
+    titles = ["package", "release", *PARTS, "other releases that it brings"]
+    lines = [titles, ["---"] * len(columns), *([row.get(column, "") for column in columns] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="run.py compat", description=__doc__)
+    parser.add_argument("--short", action="store_true", help="transformers and a few tests only; writes nothing")
+    parser.add_argument("packages", nargs="*", help=f"of {', '.join(PARTS_OF)}; all by default")
+    options = parser.parse_args()
+    names = options.packages or (["transformers"] if options.short else list(PARTS_OF))
+    unknown = set(names) - set(PARTS_OF)
+    if unknown:
+        parser.error(f"unknown: {', '.join(sorted(unknown))}. Known: {', '.join(PARTS_OF)}")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    rows: list[dict[str, str]] = []
+    for name in names:
+        for requirement in window(name):
+            print(f"== {requirement}", flush=True)
+            rows.append(try_release(name, requirement, SHORT if options.short else PARTS_OF[name], options.short))
+    print(as_table(rows))
+    if names == list(PARTS_OF):
+        text = PAGE.read_text(encoding="utf-8").split(TABLE)[0]
+        PAGE.write_text(f"{text}{TABLE}\n\n{as_table(rows)}\n", encoding="utf-8")
+    sys.exit(any("FAILS" in row.values() for row in rows))
+
+
+if __name__ == "__main__":
+    main()
