@@ -55,8 +55,8 @@ def model_columns(given: Any, where: str) -> Batch:
     Args:
         given: a mapping with `input_ids`, and perhaps
 
-            - `labels` (or `label_ids`, `label`): -100 where a token is not scored. Without them all tokens are, or those
-              that `assistant_masks` and `completion_mask` name;
+            - `labels` (or `label_ids`, `label`): -100 where a token is not scored. Without them all tokens are, or
+              those that `assistant_masks` and `completion_mask` name;
             - `attention_mask`: 0 for padding, on either side, which is neither attended to nor scored;
             - `document_ids` (or `seq_idx`, or `seq_lengths` of a row, or `position_ids` that restart at 0): documents
               packed into a row, which do not see one another;
