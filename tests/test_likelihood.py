@@ -405,7 +405,7 @@ def test_rows_without_scored_tokens_are_skipped_and_counted(model: BlockGenForDi
         ({"dataset": [{"input_ids": [1], "labels": [-100]}]}, "none of its 1 rows"),
         ({"dataset": {"train": [], "test": []}}, "['train', 'test']"),
         ({"dataset": [[1], {"text": "a"}]}, "Row 1 of `dataset` has no `input_ids`, but only ['text']"),
-        ({"dataset": [[1], {"input_ids": [1, 2], "labels": [1]}]}, "Row 1 of `dataset` must have columns"),
+        ({"dataset": [[1], {"input_ids": [1, 2], "labels": [1]}]}, "`labels` of the shape [1]: every token needs one"),
         ({"dataset": [[[1, 2]]]}, "Row 0 of `dataset` must have columns of one dimension"),
         ({"dataset": [[1], [2] * 65]}, "Row 1 of `dataset` has 65 tokens, but the model has 64 positions"),
         ({"dataset": [[1], [VOCAB_SIZE]]}, "Row 1 of `dataset` has the token 23"),

@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from ..modeling.configuration_blockgen import BlockGenConfig
 from ..modeling.objective_blockgen import SMALLEST_TIME
+from .columns import model_columns
 from .draws import evaluation_rows, is_exact, make_draw
 from .figures import LikelihoodResult, likelihood_metrics, mixture_weights
 from .processes import Processes
@@ -37,9 +38,9 @@ def sequence_nll(
 
     Args:
         model ([`BlockGenForDiffusionLM`]): also wrapped, as for training in several processes.
-        batch (mapping): `input_ids`, long `[B, L]`, and as the case may be, of the same shape, `labels` (-100 where
-            not scored; without them every token is scored that is not padding), `attention_mask` (0 for padding, which
-            is never scored) and `document_ids`. On any device; other entries are ignored.
+        batch (mapping): `input_ids`, long `[B, L]`, and the columns that [`model_columns`] lists, of the same shape:
+            `labels` (-100 where not scored; without them every token is scored that is not padding), `attention_mask`
+            (0 for padding, which is never scored), `document_ids` ... On any device; other entries are ignored.
         block_sizes (`Sequence[int]`, *optional*): S sizes. Default: those of the configuration.
         monte_carlo_samples (`int`): K. The first K // 2 draws are independent of the others.
         seed (`int`): of the noise.
@@ -56,10 +57,10 @@ def sequence_nll(
     config: BlockGenConfig = unwrapped.config
     sizes = checked_block_sizes(config, block_sizes)
     check_draws(monte_carlo_samples, smallest_time)
-    columns = ("input_ids", "labels", "attention_mask", "document_ids")
-    tensors = {name: batch[name].to(unwrapped.device) for name in columns if batch.get(name) is not None}
-    attention_mask, document_ids = tensors.get("attention_mask"), tensors.get("document_ids")
-    rows = evaluation_rows(tensors["input_ids"], tensors.get("labels"), attention_mask, document_ids, seed)
+    tensors = {name: tensor.to(unwrapped.device) for name, tensor in model_columns(batch, "`batch`").items()}
+    attention_mask = None if tensors["attention_mask"].all() else tensors["attention_mask"]
+    document_ids = tensors.get("document_ids")
+    rows = evaluation_rows(tensors["input_ids"], tensors["labels"], attention_mask, document_ids, seed)
     labels = torch.where(rows.scored, rows.tokens, -100)
     nll = torch.zeros(
         len(rows.tokens), len(sizes), monte_carlo_samples, dtype=torch.float64, device=rows.tokens.device
@@ -165,10 +166,10 @@ def evaluate_likelihood(
 
     Args:
         model ([`BlockGenForDiffusionLM`]): on its device, also wrapped by `accelerator.prepare`.
-        dataset: rows `{"input_ids", "labels", "attention_mask", "document_ids"}`, lists or tensors, all but the first
-            optional, as a sequence, a `Dataset` or an iterable; or token ids alone; or the columns that a tokenizer
-            returns; or a tensor of token ids `[N, L]`. Rows of unequal length are padded. Scored are the tokens whose
-            label is not -100 (without labels all), but not padding.
+        dataset: rows with `input_ids` and the columns that [`model_columns`] lists, lists or tensors, as a sequence, a
+            `Dataset` or an iterable; or token ids alone; or the columns that a tokenizer returns; or a tensor of token
+            ids `[N, L]`. Rows of unequal length are padded. Scored are the tokens whose label is not -100 (without
+            labels all), but not padding.
         block_sizes (`Sequence[int]`, *optional*): what to evaluate, any positive sizes. Default: those of the
             configuration.
         monte_carlo_samples (`int`): K, draws of noise for each row and block size. The time taken is in proportion.

@@ -1,20 +1,18 @@
 """From rows of a dataset to the tensors of a batch."""
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..modeling.positions_blockgen import document_positions
-
-
-IGNORED_LABEL = -100  # not scored, as everywhere in transformers
+from ..evaluation.columns import IGNORED_LABEL, model_columns, stack_rows, token_positions
 
 
 class BlockGenDataCollator:
     """
-    Rows of unequal length, side by side, padded on the right.
+    Rows of unequal length, side by side, filled up on the right. Rows that are padded already stay as they are.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`, *optional*): its padding token fills what is left, or else its token for
@@ -51,62 +49,50 @@ class BlockGenDataCollator:
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """
         Args:
-            rows: mappings with `input_ids`, and as the case may be `labels`, `document_ids` (all of the row's length)
-                and `source` (a number). Other columns are dropped. Rows without `labels` are scored throughout.
+            rows: mappings with `input_ids`, and the columns that [`model_columns`] lists, each of which means what it
+                means to transformers' own collators: `labels`, `attention_mask`, `document_ids`, `position_ids` ... Or
+                the `input_ids` alone. Also `source`, the number of the document that a row begins with. Rows without
+                `labels` are scored throughout. Other columns are dropped.
 
         Returns:
             `input_ids` and `labels`, long `[B, L]`, labels -100 at padding; `attention_mask`, long `[B, L]`, only when
-            some row is padded; `document_ids`, long `[B, L]`, and `source`, long `[B]`, if the rows have them. Padding
-            belongs to the last document of its row.
+            there is padding, of the rows or of the batch; `document_ids`, long `[B, L]`, if a row has some, and
+            `source`, long `[B]`, if all have one. Padding at the end belongs to the last document of its row.
 
         Raises:
-            ValueError: no rows, a row without tokens, or columns of a row that differ in length.
+            ValueError: no rows, a row without tokens, or columns that cannot be followed, by name.
         """
         if not rows:
             raise ValueError("A batch has at least one row.")
-        lengths = [len(row["input_ids"]) for row in rows]
-        for row, length in zip(rows, lengths, strict=True):
-            if length == 0:
-                raise ValueError(f"A row has no tokens{_source(row)}.")
+        table = [model_columns(row, f"A row{_source(row)}") for row in rows]
+        for row, columns in zip(rows, table, strict=True):
+            if columns["input_ids"].ndim != 1 or not columns["attention_mask"].any():
+                raise ValueError(
+                    f"A row has no tokens, or more than one dimension{_source(row)}: its `input_ids` have the shape "
+                    f"{list(columns['input_ids'].shape)}."
+                )
         multiple = self.pad_to_multiple_of or 1
-        width = -(-max(lengths) // multiple) * multiple
-
-        input_ids = self._stack(rows, "input_ids", width, self.pad_token_id)
-        batch = {"input_ids": input_ids}
-        if all("labels" in row for row in rows):
-            batch["labels"] = self._stack(rows, "labels", width, IGNORED_LABEL)
-        else:
-            batch["labels"] = torch.stack([_labels(row, width) for row in rows])
-        if min(lengths) < width:
-            batch["attention_mask"] = (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
-        if all("document_ids" in row for row in rows):
-            batch["document_ids"] = self._stack(rows, "document_ids", width, None)
-        if all("source" in row for row in rows):
-            batch["source"] = torch.tensor([int(row["source"]) for row in rows])
+        width = -(-max(len(columns["input_ids"]) for columns in table) // multiple) * multiple
+        batch = stack_rows(table, width, self.pad_token_id)
         if not self.score_first_token:
-            documents = batch.get("document_ids", torch.zeros_like(input_ids))
-            batch["labels"] = batch["labels"].masked_fill(document_positions(documents) == 0, IGNORED_LABEL)
+            first = token_positions(batch["attention_mask"], batch.get("document_ids")) == 0
+            batch["labels"] = batch["labels"].masked_fill(first, IGNORED_LABEL)
+        if batch["attention_mask"].all():
+            del batch["attention_mask"]
+        sources = [_number_of_document(row) for row in rows]
+        if None not in sources:
+            batch["source"] = torch.tensor(sources)
         return batch
 
-    @staticmethod
-    def _stack(rows: Sequence[Mapping[str, Any]], column: str, width: int, fill: int | None) -> torch.Tensor:
-        """A column of all rows, long `[B, width]`; where `fill` is None the last value of a row goes on."""
-        stacked = torch.empty(len(rows), width, dtype=torch.long)
-        for place, row in zip(stacked, rows, strict=True):
-            values = torch.as_tensor(row[column])
-            length = len(row["input_ids"])
-            if len(values) != length:
-                raise ValueError(f"A row has {length} `input_ids` and {len(values)} `{column}`{_source(row)}.")
-            place[:length] = values
-            place[length:] = values[-1] if fill is None else fill
-        return stacked
+
+def _number_of_document(row: Any) -> int | None:
+    """Other data calls a source what is none of ours, such as a name."""
+    source = row.get("source") if isinstance(row, Mapping) else None
+    if isinstance(source, torch.Tensor) and source.ndim == 0 and not source.is_floating_point():
+        return int(source)
+    return int(source) if isinstance(source, Integral) else None
 
 
-def _labels(row: Mapping[str, Any], width: int) -> torch.Tensor:
-    """Labels of one row, its `input_ids` if it has none, long `[width]`."""
-    column = "labels" if "labels" in row else "input_ids"
-    return BlockGenDataCollator._stack([row], column, width, IGNORED_LABEL)[0]
-
-
-def _source(row: Mapping[str, Any]) -> str:
-    return f" (document {row['source']} of the data, counted from 0)" if "source" in row else ""
+def _source(row: Any) -> str:
+    number = _number_of_document(row)
+    return "" if number is None else f" (document {number} of the data, counted from 0)"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from transformers.utils import logging
 
-from .collator import IGNORED_LABEL
+from ..evaluation.columns import IGNORED_LABEL
 from .tokenization import NUM_STATUS, REASONS, SKIPPED
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from .collator import IGNORED_LABEL
+from ..evaluation.columns import IGNORED_LABEL
 from .documents import RowForm, split_text
 
 

@@ -6,7 +6,7 @@ Training on the mixture of block sizes with transformers' Trainer (BlockGen, Sec
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import EvalPrediction
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
+from ..evaluation.columns import model_columns
 from ..evaluation.figures import likelihood_metrics, mixture_weights
 from ..evaluation.likelihood import sequence_nll
 from ..hub.files import README, move_model
@@ -106,6 +107,7 @@ class BlockGenTrainer(PublishingTrainer):
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, torch.Tensor | int | None]:
         """The micro-batches of an optimizer step, with block sizes, noise levels and noisy tokens."""
+        epoch_iterator = map(self._checked_batch, epoch_iterator)
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         copies = self.get_tp_size() * self.get_cp_size() * self.get_sp_size()  # ranks that work on the same rows
         num_ranks, rank = self.accelerator.num_processes // copies, self.accelerator.process_index // copies
@@ -133,6 +135,22 @@ class BlockGenTrainer(PublishingTrainer):
                 noise = corrupt_batch(batch, self.diffusion, draws, places, block_size, args.noise_level_sampling)
                 batch.update(noise)
         return batches, num_items_in_batch
+
+    def _checked_batch(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """A batch of any collator, with the columns that the model knows: see [`model_columns`]."""
+        if isinstance(self.data_collator, BlockGenDataCollator):  # which has checked its rows
+            return dict(batch)
+        columns: dict[str, Any] = model_columns(batch, "The batch of `data_collator`")
+        if columns["input_ids"].ndim != 2 or not any(batch.get(name) is not None for name in ("labels", "label_ids")):
+            raise ValueError(
+                "`data_collator` must return `input_ids` and `labels` of the shape [rows, length], -100 where a token "
+                f"is not scored, but returned {list(batch)}, `input_ids` of the shape "
+                f"{list(columns['input_ids'].shape)}. `BlockGenDataCollator`, the default, makes labels where there "
+                "are none."
+            )
+        if columns["attention_mask"].all():
+            del columns["attention_mask"]
+        return {**columns, "source": batch["source"]} if "source" in batch else columns
 
     def compute_loss(
         self,
@@ -175,7 +193,7 @@ class BlockGenTrainer(PublishingTrainer):
             the mean loss of the batch (Eq. 7), negative log-likelihoods `[B, block sizes, draws]` in nats a sequence,
             and numbers of scored tokens `[B]`.
         """
-        inputs = self._prepare_inputs(inputs)
+        inputs = self._checked_batch(self._prepare_inputs(inputs))
         inputs.pop("source", None)
         samples = self.args.eval_monte_carlo_samples
         nll = sequence_nll(model, inputs, self.model.config.block_sizes, samples, seed=self.args.seed)

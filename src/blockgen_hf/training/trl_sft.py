@@ -6,11 +6,9 @@ Supervised fine-tuning on TRL's data forms: [`BlockGenSFTTrainer`].
 Needs TRL (`pip install 'blockgen-hf[trl]'`) and Python 3.11.
 """
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 from trl import SFTConfig, SFTTrainer
 
@@ -50,21 +48,6 @@ class BlockGenSFTConfig(SFTConfig, BlockGenTrainingArguments):
             if value != accepted:
                 raise ValueError(f"`{name}` must be {accepted!r}, but is {value!r}: {instead}.")
         super().__post_init__()
-
-
-class BlockGenSFTDataCollator(BlockGenDataCollator):
-    """[`BlockGenDataCollator`] for rows that TRL has packed: `seq_lengths` of a row become its `document_ids`."""
-
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """As [`BlockGenDataCollator`]; each of a row's `seq_lengths` is the length of a document."""
-        return super().__call__([_with_documents(row) for row in rows])
-
-
-def _with_documents(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    if "seq_lengths" not in row:
-        return row
-    documents = [number for number, length in enumerate(row["seq_lengths"]) for _ in range(length)]
-    return {**row, "document_ids": documents}
 
 
 class _SFTData(SFTTrainer):
@@ -119,11 +102,11 @@ class BlockGenSFTTrainer(BlockGenTrainer, _SFTData):
             raise ValueError("`compute_loss_func` must be None: the loss is that of the mixture (Eq. 7).")
         if data_collator is None:
             config = self.model.config
-            self.data_collator = BlockGenSFTDataCollator(
+            self.data_collator = BlockGenDataCollator(
                 self.processing_class,
                 pad_to_multiple_of=self.args.pad_to_multiple_of,
                 score_first_token=not config.next_token_prediction,
             )
 
 
-__all__ = ["BlockGenSFTConfig", "BlockGenSFTDataCollator", "BlockGenSFTTrainer"]
+__all__ = ["BlockGenSFTConfig", "BlockGenSFTTrainer"]
