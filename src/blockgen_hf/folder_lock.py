@@ -1,0 +1,46 @@
+"""A lock on an output folder: one process at a time writes to it."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+
+LOCK = ".lock"
+
+
+class FolderInUseError(ValueError):
+    """Another process is writing to a folder."""
+
+
+@contextmanager
+def lock_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """
+    Keeps other processes from writing to a folder, which is created if it does not exist, until the block ends.
+
+    The operating system holds the lock, so that nothing is left of it when a process is killed. Its file stays in the
+    folder: a process that deletes it might delete the lock of another one.
+
+    Raises:
+        FolderInUseError: another process has the lock.
+        OSError: the folder cannot be created or written to.
+    """
+    path = Path(folder).expanduser()
+    path.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise FolderInUseError(
+            f"Another process is writing to the folder {folder}. Wait until it has finished, or choose another "
+            "output folder."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+__all__ = ["LOCK", "FolderInUseError", "lock_folder"]
