@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -21,13 +21,14 @@ def lock_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
     Keeps other processes from writing to a folder, which is created if it does not exist, until the block ends.
 
     The operating system holds the lock, so that nothing is left of it when a process is killed. Its file stays in the
-    folder: a process that deletes it might delete the lock of another one.
+    folder, since another process may be about to take it; a folder that was created here and is still empty goes.
 
     Raises:
         FolderInUseError: another process has the lock.
         OSError: the folder cannot be created or written to.
     """
     path = Path(folder).expanduser()
+    is_new = not path.exists()
     path.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path / LOCK)
     try:
@@ -40,6 +41,10 @@ def lock_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     finally:
+        if is_new and [entry.name for entry in path.iterdir()] == [LOCK]:
+            with suppress(OSError):
+                (path / LOCK).unlink()
+                path.rmdir()
         lock.release()
 
 
