@@ -302,7 +302,7 @@ def test_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     monkeypatch.setattr("blockgen_hf.cli.training.build_trainer", interrupt)
     arguments = [*TINY, *stand_ins("laptop", tmp_path / "data"), "--output-dir", str(tmp_path / "run")]
     assert main(["train", "laptop", *arguments]) == 130
-    assert capsys.readouterr().err == "\n"
+    assert capsys.readouterr().err == f"\nInterrupted. {tmp_path / 'run'} holds no checkpoint.\n"
 
 
 # the process

@@ -1,7 +1,12 @@
-"""Files that are complete or not there."""
+"""Files that are complete or not there, and disks that are full."""
 
+import errno
 import os
 from pathlib import Path
+
+
+# How libraries say it that do not hand on the error of the operating system: safetensors, pyarrow; torch.
+_FULL = ("no space left on device", "os error 28", "pytorchstreamwriter failed", "inline_container.cc")
 
 
 def write_whole(target: Path, content: str | bytes) -> None:
@@ -11,4 +16,14 @@ def write_whole(target: Path, content: str | bytes) -> None:
     os.replace(unfinished, target)
 
 
-__all__ = ["write_whole"]
+def full_disk_error(error: BaseException | None) -> BaseException | None:
+    """Of an error and those that it came from, the one of a disk that is full."""
+    while error is not None:
+        is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if is_full or any(words in str(error).lower() for words in _FULL):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+__all__ = ["full_disk_error", "write_whole"]

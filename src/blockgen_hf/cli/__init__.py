@@ -55,8 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"\n{error}" if error.args else "", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader, such as `head`, has seen enough; do not fail again on exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..folder_lock import LOCK, FolderInUseError, lock_folder
 from ..modeling.configuration_blockgen import BlockGenConfig
 from ..tokenizer_loading import pretrained_tokenizer
 from ..training.estimates import (
@@ -21,6 +22,7 @@ from ..training.recipe import Recipe, checkpoint_config
 from ..training.recipe_building import vocabulary
 from .figures import noise_name
 from .loading import set_num_threads
+from .parsing import CommandError
 
 
 if TYPE_CHECKING:
@@ -196,10 +198,15 @@ def _duration(seconds: float) -> str:
 
 def _output(prepared: "Prepared") -> str:
     folder = prepared.folder
-    if prepared.refusal is not None:
-        return f"refused: {prepared.refusal}"
-    if prepared.checkpoint is not None:
-        return f"{folder.path}, resumed from {Path(prepared.checkpoint).name}"
+    try:
+        if (folder.path / LOCK).exists():  # which is not made here
+            with lock_folder(folder.path):
+                pass
+        checkpoint = prepared.checkpoint()
+    except (CommandError, FolderInUseError) as error:
+        return f"refused: {error}"
+    if checkpoint is not None:
+        return f"{folder.path}, resumed from {Path(checkpoint).name}"
     if not folder.contents:
         return f"{folder.path}, nothing is overwritten"
     return f"{folder.path}; replaced: {folder.contents}"

@@ -9,14 +9,16 @@ import yaml  # type: ignore[import-untyped]
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..hub.secrets import without_secrets
+from ..training.checkpointing import missing_file
+from ..training.recipe import Recipe, read_recipe
+from ..training.resuming import compare_recipes
+from ..whole_files import write_whole
 from .parsing import CommandError
 
 
 RECIPE = "recipe.yaml"
 _CHECKPOINTS = "checkpoint-*"
 _MODEL_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json", "adapter_config.json")
-# What may change when a run goes on, since the rows stay the same.
-_FREE_DATA_KEYS = ("num_proc", "cache_dir", "overwrite_cache")
 
 
 @dataclass(frozen=True)
@@ -41,18 +43,16 @@ class OutputFolder:
         words += ["a model"] if self.has_model else []
         return " and ".join(words)
 
-    def check(self, values: dict[str, Any], resume: bool, overwrite: bool) -> str | None:
+    def check(self, recipe: Recipe, resume: bool, overwrite: bool) -> str | None:
         """
         The checkpoint to go on from, None to begin.
 
         Args:
-            values: the recipe's sections, to be compared with those of the run that is resumed.
+            recipe: to be compared with that of the run that is resumed.
 
         Raises:
             CommandError: the folder cannot be written, or holds what is not to be overwritten or gone on from.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise CommandError(f"The output folder {self.path} is a file.")
         if overwrite or not self.contents:
             return None
         if not resume:
@@ -66,26 +66,37 @@ class OutputFolder:
                 f"The output folder {self.path} holds a model, but no checkpoint to resume from. To train it further, "
                 f"start anew with model.name_or_path={self.path} and another --output-dir."
             )
-        self._compare(values)
+        self.changes(recipe)
+        missing = missing_file(checkpoint, has_average=recipe.training_setting("ema_decay") > 0)
+        if missing:
+            raise CommandError(
+                f"The checkpoint {checkpoint} has no {missing}, without which the run would not go on as it was. "
+                "Delete that folder to resume from an earlier checkpoint, or start anew in another --output-dir, from "
+                f"its weights with model.name_or_path={checkpoint}."
+            )
         return checkpoint
 
-    def _compare(self, values: dict[str, Any]) -> None:
-        """Refuses to go on with another model, tokenizer or other data; `training` may change, as to train longer."""
+    def changes(self, recipe: Recipe) -> list[str]:
+        """
+        What is another than in the run so far, in words.
+
+        Raises:
+            CommandError: a setting that cannot change on the way, or a damaged file.
+        """
         file = self.path / RECIPE
         if not file.is_file():
-            return
+            return []
         try:
-            before = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise CommandError(f"{file} is damaged: {error}. Without it, runs are resumed unchecked.") from error
-        for section in ("model", "adapter", "tokenizer", "data"):
-            old, new = (_without_free(found.get(section) or {}) for found in (before, values))
-            for key in sorted({*old, *new}):
-                if old.get(key) != new.get(key):
-                    raise CommandError(
-                        f"The run in {self.path} cannot be resumed with another `{section}.{key}`: it was "
-                        f"{old.get(key)!r}, and is {new.get(key)!r} now. Begin anew in another --output-dir."
-                    )
+            before = read_recipe(file)
+        except (ValueError, OSError) as error:
+            raise CommandError(
+                f"{file} is damaged, or was written by another version: {error} If you delete it, the run is resumed "
+                "unchecked."
+            ) from error
+        try:
+            return compare_recipes(before, recipe)
+        except ValueError as error:
+            raise CommandError(f"The run in {self.path} {error}") from error
 
     def save_recipe(self, values: dict[str, Any]) -> None:
         """
@@ -96,14 +107,9 @@ class OutputFolder:
         """
         values = without_secrets(values)
         self.path.mkdir(parents=True, exist_ok=True)
-        text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
-        (self.path / RECIPE).write_text(text, encoding="utf-8")
+        write_whole(self.path / RECIPE, yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120))
 
     def clear(self) -> None:
         """Deletes the checkpoints of a former run. Its model is overwritten, all else stays."""
         for name in self.checkpoints:
             shutil.rmtree(self.path / name)
-
-
-def _without_free(section: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in section.items() if key not in _FREE_DATA_KEYS}

@@ -58,7 +58,7 @@ def run_recipe(recipe: str, overrides: Sequence[str], resume: bool, overwrite: b
 
     with quiet_transformers():
         try:
-            prepared = prepare(recipe, overrides, resume, overwrite, is_dry)
+            prepared = prepare(recipe, overrides, resume, overwrite)
         except CommandError:
             if process > 0:
                 return 1  # the main process says it: all find the same

@@ -52,6 +52,7 @@ _LEFTOVERS = {
     ".git/": "version control",
     ".cache/": "a cache",
     "__pycache__/": "a cache",
+    ".lock": "the lock of a run",
 }
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz", ".h5")
 

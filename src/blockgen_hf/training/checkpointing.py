@@ -1,12 +1,20 @@
-"""Folders that are complete or not there: written beside their place, then moved to it."""
+"""Checkpoints are complete or not there: written beside their place, then moved to it. And how they are read."""
 
+import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
 from transformers.trainer_utils import sort_checkpoints
 
+from .ema import TRAINING_WEIGHTS
 
+
+STATE = "trainer_state.json"
 # Where things are written that are not complete; the upper bar keeps it out of what Trainer uploads to the Hub.
 UNFINISHED = "_unfinished"
 
@@ -45,6 +53,63 @@ def keep_checkpoint(folder: Path, best: str) -> None:
         shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
 
 
+# Reading
+
+
+@contextmanager
+def reading(checkpoint: str | os.PathLike[str]) -> Iterator[None]:
+    """
+    Whatever goes wrong within is the checkpoint's.
+
+    Raises:
+        ValueError: names the checkpoint, and says what to do.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # torch, safetensors, json, pickle and zipfile raise all kinds for damaged files
+        raise ValueError(
+            f"The checkpoint {checkpoint} cannot be read: {first_line(error)}. If it is damaged, delete its folder to "
+            "resume from an earlier one, or start a new run."
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def read_state(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
+    """
+    The state of the training, as [`Trainer`] saved it.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
+    with reading(checkpoint):
+        state = json.loads((Path(checkpoint) / STATE).read_text(encoding="utf-8"))
+        if not isinstance(state, dict):
+            raise ValueError(f"{STATE} holds a {type(state).__name__}")
+        return state
+
+
+def missing_file(checkpoint: str | os.PathLike[str], has_average: bool) -> str | None:
+    """
+    A file that is not there, and without which a run goes on otherwise than before; None if all are there.
+
+    Args:
+        has_average: whether the run averages its weights, and saves both.
+    """
+    folder = Path(checkpoint)
+    needed = {"*optimizer*": "optimizer.pt", "scheduler.pt": "scheduler.pt", "rng_state*.pth": "rng_state.pth"}
+    if any(folder.glob("global_step*")):  # DeepSpeed keeps all in files of its own
+        needed = {}
+    elif has_average and not any(folder.glob("pytorch_model_fsdp*")):
+        needed[TRAINING_WEIGHTS] = TRAINING_WEIGHTS
+    needed[STATE] = STATE
+    return next((name for pattern, name in needed.items() if not any(folder.glob(pattern))), None)
+
+
 def _delete(folder: Path, unfinished: Path) -> None:
     unfinished.mkdir(parents=True, exist_ok=True)
     doomed = unfinished / f"deleted-{folder.name}"
@@ -53,4 +118,14 @@ def _delete(folder: Path, unfinished: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-__all__ = ["UNFINISHED", "keep_checkpoint", "replace_folder", "rotate_checkpoints"]
+__all__ = [
+    "STATE",
+    "UNFINISHED",
+    "first_line",
+    "keep_checkpoint",
+    "missing_file",
+    "read_state",
+    "reading",
+    "replace_folder",
+    "rotate_checkpoints",
+]

@@ -10,6 +10,7 @@ import glob
 import itertools
 import json
 import lzma
+import math
 import os
 import re
 import zlib
@@ -284,9 +285,17 @@ def read_json(groups: list[list[FileStamp]], form: RowForm, limit: int | None) -
         missing = [column for column in form.columns if column not in row]
         if missing:
             raise ValueError(f"{where}: no column `{missing[0]}`; there are {', '.join(f'`{name}`' for name in row)}.")
+        values = [number_as_text(row[column], form) for column in form.columns]
         yield {
-            column: _json_value(row[column], form.conversational, f"{where}, `{column}`") for column in form.columns
+            column: _json_value(value, form.conversational, f"{where}, `{column}`")
+            for column, value in zip(form.columns, values, strict=True)
         }
+
+
+def number_as_text(value: Any, form: RowForm) -> Any:
+    """A prompt or completion that is a number, such as the answer 4, as its text; all else as it is."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return str(value) if is_number and form.kind == "prompt" and not form.conversational else value
 
 
 def _json_value(value: Any, conversational: bool, where: str) -> str:

@@ -145,6 +145,13 @@ class Recipe:
             args.gradient_accumulation_steps = self.accumulation_steps(args.train_batch_size, args.world_size)
         return args
 
+    def training_setting(self, name: str) -> Any:
+        """A value of the section `training`, or the default of [`BlockGenTrainingArguments`]."""
+        if name in self.training:
+            return self.training[name]
+        entry = BlockGenTrainingArguments.__dataclass_fields__[name]
+        return entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()
+
     def accumulation_steps(self, batch_size: int, world_size: int) -> int:
         """
         Micro-batches a step, so that they are the global batch together.
@@ -202,7 +209,19 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         FileNotFoundError: no such recipe, or files that it names are not there.
         ValueError: a key or a value that is not accepted; names file and key.
     """
-    path = find_recipe(name)
+    recipe = read_recipe(find_recipe(name), overrides)
+    _check(recipe)
+    return recipe
+
+
+def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """
+    Reads a recipe as it is written: keys and types are checked, and not whether what it names is there.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a key or a value that is not accepted; names file and key.
+    """
     source, values = path.name, read_yaml(path)
     check_keys(values, SECTIONS, source, "section")
     for section in SECTIONS:
@@ -213,9 +232,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         keys, value = parse_override(text)
         check_keys(keys[:1], SECTIONS, f"The override {text!r}", "section")
         override(values, keys, value)
-    recipe = _make_recipe(source, values)
-    _check(recipe)
-    return recipe
+    return _make_recipe(source, values)
 
 
 def _make_recipe(source: str, values: dict[str, Any]) -> Recipe:
@@ -396,4 +413,12 @@ def _is_local(name: str) -> bool:
     return name.startswith((".", "~", "/")) or name.count("/") > 1
 
 
-__all__ = ["Recipe", "TokenizerArguments", "bundled_recipes", "checkpoint_config", "find_recipe", "load_recipe"]
+__all__ = [
+    "Recipe",
+    "TokenizerArguments",
+    "bundled_recipes",
+    "checkpoint_config",
+    "find_recipe",
+    "load_recipe",
+    "read_recipe",
+]

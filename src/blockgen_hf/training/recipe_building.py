@@ -12,6 +12,7 @@ from ..modeling.modeling_blockgen import BlockGenForDiffusionLM
 from ..special_tokens import add_special_tokens
 from ..tokenizer_loading import pretrained_tokenizer
 from .arguments import BlockGenTrainingArguments
+from .checkpointing import first_line
 from .data import DataArguments, load_datasets
 from .recipe import Recipe, checkpoint_config
 from .recipe_adapter import add_adapter
@@ -211,8 +212,7 @@ def _from_pretrained(load: Callable[..., Any], name: str, what: str, **options: 
     try:
         return load(name, **options)
     except Exception as error:  # transformers, tokenizers, safetensors and the Hub's client raise all kinds
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ValueError(f"The {what} {name} cannot be loaded: {first}") from error
+        raise ValueError(f"The {what} {name} cannot be loaded: {first_line(error)}") from error
 
 
 __all__ = ["build_trainer", "load_tokenizer", "make_config", "make_model", "training_texts", "vocabulary"]

@@ -10,7 +10,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..evaluation.columns import IGNORED_LABEL
-from .documents import RowForm, split_text
+from .documents import RowForm, number_as_text, split_text
 
 
 # What became of a document.
@@ -105,7 +105,8 @@ class DocumentTokenizer:
         Raises:
             ValueError: a value of the wrong type, or a conversation that the chat template refuses.
         """
-        rows = [tuple(batch[column][row] for column in self.form.columns) for row in range(len(indices))]
+        columns_of = [[number_as_text(value, self.form) for value in batch[column]] for column in self.form.columns]
+        rows = list(zip(*columns_of, strict=True))
         for index, row in zip(indices, rows, strict=True):
             self._check(row, index)
         begins = batch.get("begins") or [True] * len(rows)

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import EvalPrediction
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.utils import logging
 
 from ..evaluation.columns import model_columns
 from ..evaluation.figures import likelihood_metrics, mixture_weights
@@ -23,12 +25,23 @@ from ..evaluation.likelihood import sequence_nll
 from ..hub.files import README, move_model
 from ..modeling.diffusion_blockgen import diffusion_from_config
 from .arguments import BlockGenTrainingArguments
-from .checkpointing import UNFINISHED, keep_checkpoint, replace_folder, rotate_checkpoints
+from .checkpointing import (
+    UNFINISHED,
+    keep_checkpoint,
+    missing_file,
+    read_state,
+    reading,
+    replace_folder,
+    rotate_checkpoints,
+)
 from .collator import BlockGenDataCollator
 from .draws import StepDraws, corrupt_batch
 from .ema import TRAINING_WEIGHTS, EMACallback
 from .losses import LossesBySize
 from .publishing import PublishingTrainer
+
+
+logger = logging.get_logger(__name__)
 
 
 class BlockGenTrainer(PublishingTrainer):
@@ -81,6 +94,7 @@ class BlockGenTrainer(PublishingTrainer):
             self._check_ema()
             self.add_callback(self.ema)
         self._is_saving_checkpoint = False
+        self.num_steps_trained = 0
 
     def _check_ema(self) -> None:
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
@@ -96,7 +110,11 @@ class BlockGenTrainer(PublishingTrainer):
             )
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As [`Trainer`] does; nothing is left of a training that was interrupted, or of another model."""
+        """
+        As [`Trainer`] does; nothing is left of a training that was interrupted, or of another model. A run that is
+        resumed after its last step is not trained further.
+        """
+        self.num_steps_trained = 0
         self.ema.stop()
         self.losses = LossesBySize(self.model.config.block_sizes)
         return super().train(*args, **kwargs)
@@ -107,6 +125,9 @@ class BlockGenTrainer(PublishingTrainer):
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, torch.Tensor | int | None]:
         """The micro-batches of an optimizer step, with block sizes, noise levels and noisy tokens."""
+        if self.state.global_step >= self.state.max_steps:  # Trainer looks only after a step
+            self.control.should_training_stop = True
+            return [], None
         epoch_iterator = map(self._checked_batch, epoch_iterator)
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         copies = self.get_tp_size() * self.get_cp_size() * self.get_sp_size()  # ranks that work on the same rows
@@ -120,6 +141,7 @@ class BlockGenTrainer(PublishingTrainer):
         if torch.is_tensor(num_items_in_batch):  # a step without a scored token has a loss of zero
             num_items_in_batch = num_items_in_batch.clamp(min=1)
         if batches:
+            self.num_steps_trained += 1
             sizes = draws.block_sizes(
                 config.block_sizes,
                 config.block_size_weights,
@@ -231,6 +253,9 @@ class BlockGenTrainer(PublishingTrainer):
         self._is_saving_checkpoint = True
         try:
             yield
+        except Exception:
+            shutil.rmtree(self._get_output_dir(None), ignore_errors=True)  # on a disk that may be full
+            raise
         finally:
             self._is_saving_checkpoint = False
 
@@ -312,15 +337,36 @@ class BlockGenTrainer(PublishingTrainer):
             self.ema.save(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        model = self.model if model is None else model
-        if self.is_fsdp_enabled:
-            if self.args.ema_decay > 0:
-                self.ema.load_averages(resume_from_checkpoint, model)
-        elif (Path(resume_from_checkpoint) / TRAINING_WEIGHTS).exists():
-            self.ema.load(resume_from_checkpoint, model)
-            if self.args.ema_decay == 0:
-                self.ema.stop()
+        read_state(resume_from_checkpoint)  # in words, if it cannot be read
+        with reading(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            model = self.model if model is None else model
+            if self.is_fsdp_enabled:
+                if self.args.ema_decay > 0:
+                    self.ema.load_averages(resume_from_checkpoint, model)
+            elif (Path(resume_from_checkpoint) / TRAINING_WEIGHTS).exists():
+                self.ema.load(resume_from_checkpoint, model)
+                if self.args.ema_decay == 0:
+                    self.ema.stop()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        with reading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+        if missing := missing_file(checkpoint, has_average=self.args.ema_decay > 0):
+            logger.warning("The checkpoint %s has no %s: training goes on, but not as it was.", checkpoint, missing)
+        if isinstance(self.lr_scheduler, LambdaLR):  # the schedule of this run, which may be longer than before
+            schedule = self.lr_scheduler
+            factors = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+            schedule._last_lr = [rate * factor(schedule.last_epoch) for rate, factor in factors]
+            for group, rate in zip(self.optimizer.param_groups, schedule.get_last_lr(), strict=True):
+                group["lr"] = rate
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            with reading(checkpoint):
+                super()._load_rng_state(checkpoint)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
