@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from .. import __version__
 from . import bench, convert, evaluate, evaluate_answers, evaluate_samples, finetune, generate, push, train
 from .parsing import PROGRAM, CommandError, Parser
 
@@ -28,7 +29,9 @@ COMMANDS = {
 
 def make_parser() -> Parser:
     parser = Parser(prog=PROGRAM, description="BlockGen language models.", allow_abbrev=False)
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    parser.set_defaults(run=lambda args: parser.print_help() or 0, parser=parser)  # no command
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for name, module in COMMANDS.items():
         summary = str(module.__doc__).strip()
         command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)

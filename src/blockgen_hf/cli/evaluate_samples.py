@@ -7,7 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..whole_files import write_whole
-from .parsing import CommandError, add_loading_arguments, cpu_weights, integer, list_of, loading_options, positive
+from .parsing import (
+    MODEL_HELP,
+    CommandError,
+    add_loading_arguments,
+    cpu_weights,
+    integer,
+    list_of,
+    loading_options,
+    model_name,
+    positive,
+)
 
 
 if TYPE_CHECKING:
@@ -19,9 +29,7 @@ _DECODINGS = "ar,block_diffusion,arpc"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "model", nargs="?", help="a folder or a model on the Hub (default: the small one of this package)"
-    )
+    parser.add_argument("model", nargs="?", type=model_name, help=f"{MODEL_HELP} (the default)")
     group = parser.add_argument_group("model")
     add_loading_arguments(group)
     group.add_argument(
