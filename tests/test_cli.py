@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from io import StringIO
+from io import BytesIO, StringIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import huggingface_hub
 import pytest
 import transformers
 from tiny import EOS, PAD, spaced_tokenizer, tiny_model
+from tokenizers.processors import TemplateProcessing
 
 import blockgen_hf
 from blockgen_hf.checkpoints import shipped_checkpoint
@@ -181,6 +182,25 @@ def test_prompt_from_standard_input(run: Command, monkeypatch: pytest.MonkeyPatc
     out = json.loads(run("-", "--json"))
     assert out["prompt"] == "d e f"
     assert out["results"][0]["samples"][0]["text"].startswith("d e f ")
+
+
+def test_a_prompt_ends_where_the_user_ended_it(run: Command, tmp_path: Path) -> None:
+    model = save(tmp_path)
+    tokenizer = spaced_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="a $A b", special_tokens=[("a", 0), ("b", 1)]
+    )
+    assert tokenizer("c")["input_ids"] == [0, 2, 1]
+    tokenizer.save_pretrained(tmp_path)
+    (result,) = results(run, "c d", "--model", model)
+    assert result["samples"] == results(run, "c d")[0]["samples"]
+    assert result["samples"][0]["text"].startswith("c d ")
+
+
+def test_a_prompt_that_is_not_utf8(fail: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "The prompt is not valid UTF-8 text: 'caf\\udce9'" in fail("caf\udce9")
+    monkeypatch.setattr("sys.stdin", TextIOWrapper(BytesIO(b"caf\xe9"), encoding="utf-8"))
+    assert "standard input is not valid UTF-8 text" in fail("-")
 
 
 def test_end_of_text(run: Command, tmp_path: Path) -> None:
@@ -415,7 +435,8 @@ def test_the_shipped_model_by_its_name(
     main(words)
     printed = capsys.readouterr()
     assert "is not a model folder" not in printed.err and "There is no folder" not in printed.err
-    expected = "there are blockgen, gpt2" if words[0] == "bench" else ""  # as far as a contender that the model does not have
+    # The benchmark goes as far as a contender that there is not.
+    expected = "there are blockgen, gpt2" if words[0] == "bench" else ""
     assert expected in printed.err and (expected or "error" not in printed.err)
 
 

@@ -207,7 +207,9 @@ def _length_of_texts(args: argparse.Namespace, model: Any, tokenizer: Any, promp
     """What was asked for, or what the model has room for behind the prompts."""
     if args.max_new_tokens is not None:
         return int(args.max_new_tokens)
-    longest = max((len(tokenizer(prompt)["input_ids"]) for prompt in prompts), default=0)
+    from ..prompts import PromptEncoder
+
+    longest = max(map(len, map(PromptEncoder(tokenizer), prompts)), default=0)
     room = model.config.max_position_embeddings - longest
     if room < 1:
         raise CommandError(f"--prompts: one has {longest} tokens, which leave the model no room for a text.")

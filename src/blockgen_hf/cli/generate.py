@@ -118,7 +118,10 @@ def run(args: argparse.Namespace) -> int:
     settings = {name: getattr(args, name) for name in _SETTINGS if getattr(args, name) is not None}
     if args.greedy:
         settings["do_sample"] = False
-    prompt = sys.stdin.read().removesuffix("\n") if args.prompt == "-" else args.prompt
+    try:
+        prompt = sys.stdin.read().removesuffix("\n") if args.prompt == "-" else args.prompt
+    except UnicodeDecodeError as error:
+        raise CommandError(f"The prompt on standard input is not valid UTF-8 text: {error}.") from error
 
     from .loading import quiet_transformers
 
