@@ -4,6 +4,7 @@ The command `blockgen-hf`, one module a subcommand: `add_arguments(parser)` and 
 What is slow to import (torch, transformers) is imported when a subcommand runs, not to print its help.
 """
 
+import argparse
 import io
 import os
 import sys
@@ -30,7 +31,7 @@ COMMANDS = {
 def make_parser() -> Parser:
     parser = Parser(prog=PROGRAM, description="BlockGen language models.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
-    parser.set_defaults(run=lambda args: parser.print_help() or 0, parser=parser)  # no command
+    parser.set_defaults(run=_print_help, parser=parser)  # no command
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for name, module in COMMANDS.items():
         summary = str(module.__doc__).strip()
@@ -38,6 +39,11 @@ def make_parser() -> Parser:
         module.add_arguments(command)
         command.set_defaults(run=module.run, parser=command)
     return parser
+
+
+def _print_help(args: argparse.Namespace) -> int:
+    args.parser.print_help()
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
