@@ -16,9 +16,10 @@ from tiny import EOS, spaced_tokenizer, tiny_model, tiny_tokenizer
 from blockgen_hf.evaluation import answer_generation
 from blockgen_hf.evaluation.accuracy import AnswerResult, evaluate_answers
 from blockgen_hf.evaluation.answer_figures import answer_figures, bootstrap_estimates, majority_answer, pass_at_k
-from blockgen_hf.evaluation.answer_questions import PromptEncoder, read_questions
+from blockgen_hf.evaluation.answer_questions import read_questions
 from blockgen_hf.evaluation.generation_log import GenerationLog
 from blockgen_hf.evaluation.processes import Processes
+from blockgen_hf.prompts import PromptEncoder
 
 
 QUESTIONS = [

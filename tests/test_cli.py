@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from io import StringIO
+from io import BytesIO, StringIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,13 @@ import huggingface_hub
 import pytest
 import transformers
 from tiny import EOS, PAD, spaced_tokenizer, tiny_model
+from tokenizers.processors import TemplateProcessing
 
 import blockgen_hf
 from blockgen_hf.checkpoints import shipped_checkpoint
-from blockgen_hf.cli import main
+from blockgen_hf.cli import COMMANDS, main
+from blockgen_hf.cli.generate import CHOICES
+from blockgen_hf.modeling.generation_configuration_blockgen import CORRECTORS, DECODINGS, NOISE_REMOVALS, SAMPLERS
 
 
 COST = re.compile(
@@ -181,6 +184,25 @@ def test_prompt_from_standard_input(run: Command, monkeypatch: pytest.MonkeyPatc
     assert out["results"][0]["samples"][0]["text"].startswith("d e f ")
 
 
+def test_a_prompt_ends_where_the_user_ended_it(run: Command, tmp_path: Path) -> None:
+    model = save(tmp_path)
+    tokenizer = spaced_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="a $A b", special_tokens=[("a", 0), ("b", 1)]
+    )
+    assert tokenizer("c")["input_ids"] == [0, 2, 1]
+    tokenizer.save_pretrained(tmp_path)
+    (result,) = results(run, "c d", "--model", model)
+    assert result["samples"] == results(run, "c d")[0]["samples"]
+    assert result["samples"][0]["text"].startswith("c d ")
+
+
+def test_a_prompt_that_is_not_utf8(fail: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "The prompt is not valid UTF-8 text: 'caf\\udce9'" in fail("caf\udce9")
+    monkeypatch.setattr("sys.stdin", TextIOWrapper(BytesIO(b"caf\xe9"), encoding="utf-8"))
+    assert "standard input is not valid UTF-8 text" in fail("-")
+
+
 def test_end_of_text(run: Command, tmp_path: Path) -> None:
     model = save(tmp_path, eos_token_id=[0, 1, 2, 3, 4], pad_token_id=PAD)  # 'a' to 'e' end a text
     (result,) = results(run, "t", "--model", model, "--num-samples", "8", "--max-new-tokens", "40")
@@ -280,7 +302,7 @@ def test_compare_leaves_out_what_a_block_causal_model_cannot(run: Command, tmp_p
         (("--num-samples", "0"), "must be an integer of at least 1, but is '0'"),
         (("--seed", "-1"), "must be an integer from 0 to 4294967295, but is '-1'"),
         (("--device", "tpu"), "invalid choice: 'tpu'"),
-        (("--decoding", "diffusion"), "`decoding` must be one of ['ar', 'block_diffusion', 'arpc'"),
+        (("--decoding", "diffusion"), "--decoding: invalid choice: 'diffusion'"),
         (("--block-size", "0"), "`block_size` must be an integer of at least 1, but is 0."),
         (("--denoising-steps", "4", "--nfe-per-block", "4"), "contradict one another"),
         ((*ARPC, "--nfe-per-block", "1"), "`nfe_per_block=1` is too small"),
@@ -316,16 +338,28 @@ def test_interruption(checkpoint: str, monkeypatch: pytest.MonkeyPatch, capsys: 
 
 
 def test_no_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith("usage: blockgen-hf ") and "evaluate-answers" in printed.out
+    assert printed.err == ""
+
+
+def test_choices_are_those_of_the_generation_config() -> None:
+    accepted = {"decoding": DECODINGS, "corrector": CORRECTORS, "noise_removal": NOISE_REMOVALS, "sampler": SAMPLERS}
+    assert accepted == CHOICES
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
-        main([])
-    assert exit.value.code == 2
-    assert "COMMAND" in capsys.readouterr().err
+        main(["--version"])
+    assert exit.value.code == 0
+    assert capsys.readouterr().out == f"blockgen-hf {blockgen_hf.__version__}\n"
 
 
 def test_bad_folders(fail: Command, tmp_path: Path) -> None:
     assert "There is no folder" in fail("a", "--model", str(tmp_path / "missing"))
     assert "There is no folder ./missing" in fail("a", "--model", "./missing")
-    assert "it has no config.json" in fail("a", "--model", str(tmp_path))
+    assert "is not a model folder: it has no config.json" in fail("a", "--model", str(tmp_path))
     (tmp_path / "config.json").write_text("{")
     assert "cannot be read" in fail("a", "--model", str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
@@ -375,7 +409,43 @@ def test_shipped_checkpoint_is_the_default(
     assert json.loads(capsys.readouterr().out)["model"] == checkpoint
     monkeypatch.setattr("blockgen_hf.cli.loading.shipped_checkpoint", lambda: tmp_path / "missing")
     assert main(["generate", "a"]) == 1
-    assert "name another with --model" in capsys.readouterr().err
+    assert "name another model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("generate", "--model", "tinystories-masked", "--max-new-tokens", "2"),
+        ("evaluate", "tinystories-masked", "--dataset", "texts.txt", "--max-rows", "1", "--sequence-length", "8"),
+        ("evaluate-samples", "tinystories-masked", "--dry-run"),
+        ("bench", "--model", "tinystories-masked", "--prefixes", "0", "--contenders", "none such"),
+        ("finetune", "tinystories-masked", "--dataset", "pairs.jsonl", "--dry-run"),
+        ("train", "laptop", "model.name_or_path=tinystories-masked", "--dry-run"),
+        ("push", "tinystories-masked", "me/it", "--dry-run"),
+        ("convert", "tinystories-masked", "--output", "published", "--to", "published"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_the_shipped_model_by_its_name(
+    words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("texts.txt").write_text("Once upon a time there was a little girl.\n" * 20)
+    Path("pairs.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 200)
+    main(words)
+    printed = capsys.readouterr()
+    assert "is not a model folder" not in printed.err and "There is no folder" not in printed.err
+    # The benchmark goes as far as a contender that there is not.
+    expected = "there are blockgen, gpt2" if words[0] == "bench" else ""
+    assert expected in printed.err and (expected or "error" not in printed.err)
+
+
+def test_a_folder_of_ones_own_goes_before_the_shipped_model(
+    checkpoint: str, run: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("tinystories-masked").symlink_to(checkpoint)
+    assert re.fullmatch("a( [a-t]){16}", run("a", "--model", "tinystories-masked").splitlines()[0])
 
 
 def test_verbosity_of_transformers_is_given_back(run: Command) -> None:
@@ -400,22 +470,34 @@ def environment() -> Iterator[dict[str, str]]:
     yield {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"} | {"PYTHONPATH": source}
 
 
-def test_help_imports_neither_torch_nor_transformers(environment: dict[str, str]) -> None:
-    # The package itself imports them to register with the Auto classes; the command adds nothing of its own.
-    package = str(Path(blockgen_hf.__file__).parent)
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        ([], 0),
+        (["--help"], 0),
+        (["--version"], 0),
+        *(([command, "--help"], 0) for command in COMMANDS),
+        (["genrate"], 2),
+        (["generate", "--blok-size", "4"], 2),
+        (["generate", "--decoding", "diffusion"], 2),
+        (["generate", "--sampler", "gibbs"], 2),
+        (["evaluate", "./no-such-folder", "--dataset", "a.txt"], 2),
+    ],
+)
+def test_help_and_typos_import_neither_torch_nor_transformers(
+    environment: dict[str, str], arguments: list[str], status: int
+) -> None:
     code = f"""
-import sys, types
-package = sys.modules["blockgen_hf"] = types.ModuleType("blockgen_hf")
-package.__path__ = [{package!r}]
-from blockgen_hf.cli import main
+import sys
+from blockgen_hf.cli import COMMANDS, main
 try:
-    main(["generate", "--help"])
+    status = main({arguments!r})
 except SystemExit as exit:
-    print(exit.code, {{"torch", "transformers"}} & set(sys.modules))
+    status = exit.code
+print(status, sorted({{"torch", "transformers", "datasets", "yaml"}} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert "--show-denoising" in done.stdout
-    assert done.stdout.endswith("0 set()\n")
+    assert done.stdout.splitlines()[-1] == f"{status} []"
 
 
 @pytest.mark.slow

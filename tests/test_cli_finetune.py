@@ -3,8 +3,6 @@
 import os
 import re
 import runpy
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -244,21 +242,6 @@ def test_models_that_are_not_there(failing_line: Command, tmp_path: Path) -> Non
 
 def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(Path(blockgen_hf.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-
-
-def test_help_imports_neither_torch_nor_transformers() -> None:
-    code = f"""
-import sys, types
-package = sys.modules["blockgen_hf"] = types.ModuleType("blockgen_hf")
-package.__path__ = [{str(Path(blockgen_hf.__file__).parent)!r}]
-from blockgen_hf.cli import main
-try:
-    main(["finetune", "--help"])
-except SystemExit as exit:
-    print(exit.code, {{"torch", "transformers", "datasets", "yaml"}} & set(sys.modules))
-"""
-    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
-    assert done.stdout.endswith("0 set()\n") and "--train-on-padding" in done.stdout
 
 
 # GSM8K's form, on the model of the package

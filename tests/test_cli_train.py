@@ -317,24 +317,6 @@ def environment() -> dict[str, str]:
     }
 
 
-def test_help_imports_neither_torch_nor_transformers() -> None:
-    package = str(Path(blockgen_hf.__file__).parent)
-    code = f"""
-import sys, types
-package = sys.modules["blockgen_hf"] = types.ModuleType("blockgen_hf")
-package.__path__ = [{package!r}]
-from blockgen_hf.cli import main
-for command in ("train", "evaluate"):
-    try:
-        main([command, "--help"])
-    except SystemExit as exit:
-        print(exit.code, {{"torch", "transformers", "datasets", "yaml"}} & set(sys.modules))
-"""
-    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
-    assert done.stdout.count("0 set()\n") == 2
-    assert "--dry-run" in done.stdout and "--monte-carlo-samples" in done.stdout
-
-
 @pytest.mark.slow
 def test_two_processes_are_one_with_accumulation(train: Command, tmp_path: Path) -> None:
     out = train("laptop")

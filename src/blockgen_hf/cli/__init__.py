@@ -4,11 +4,13 @@ The command `blockgen-hf`, one module a subcommand: `add_arguments(parser)` and 
 What is slow to import (torch, transformers) is imported when a subcommand runs, not to print its help.
 """
 
+import argparse
 import io
 import os
 import sys
 from collections.abc import Sequence
 
+from .. import __version__
 from . import bench, convert, evaluate, evaluate_answers, evaluate_samples, finetune, generate, push, train
 from .parsing import PROGRAM, CommandError, Parser
 
@@ -28,13 +30,20 @@ COMMANDS = {
 
 def make_parser() -> Parser:
     parser = Parser(prog=PROGRAM, description="BlockGen language models.", allow_abbrev=False)
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    parser.set_defaults(run=_print_help, parser=parser)  # no command
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for name, module in COMMANDS.items():
         summary = str(module.__doc__).strip()
         command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
         module.add_arguments(command)
         command.set_defaults(run=module.run, parser=command)
     return parser
+
+
+def _print_help(args: argparse.Namespace) -> int:
+    args.parser.print_help()
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..whole_files import write_whole
-from .parsing import CommandError, add_loading_arguments, cpu_weights, integer, list_of, loading_options
+from .parsing import (
+    MODEL_HELP,
+    CommandError,
+    add_loading_arguments,
+    cpu_weights,
+    integer,
+    list_of,
+    loading_options,
+    model_name,
+)
 
 
 if TYPE_CHECKING:
@@ -26,7 +35,7 @@ _DIFFUSION_TYPES = ("masked", "uniform")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument("--model", help="a folder or a model on the Hub (default: random weights)")
+    group.add_argument("--model", type=model_name, help=f"{MODEL_HELP} (default: random weights)")
     group.add_argument(
         "--size", choices=("base", "tiny"), help="of random weights: base, the paper's (default), or tiny"
     )

@@ -2,6 +2,7 @@
 
 import argparse
 
+from ..checkpoints import find_checkpoint
 from .figures import noise_name
 from .parsing import integer
 
@@ -58,13 +59,13 @@ def run(args: argparse.Namespace) -> int:
 
     with one_line_errors(), quiet_transformers():
         report = convert_checkpoint(
-            args.source,
+            find_checkpoint(args.source),
             args.output,
             diffusion_type=args.diffusion_type,
             block_sizes=args.block_sizes,
             block_size_weights=args.block_size_weights,
             time_conditioning=args.time_conditioning,
-            tokenizer=args.tokenizer,
+            tokenizer=args.tokenizer and find_checkpoint(args.tokenizer),
             family=args.family,
             to=args.to,
             dtype=args.dtype,

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .parsing import CommandError, add_loading_arguments, integer, loading_options
+from .parsing import MODEL_HELP, CommandError, add_loading_arguments, integer, loading_options, model_name
 
 
 if TYPE_CHECKING:
@@ -38,9 +38,7 @@ _DATA_FIELDS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "model", nargs="?", help="a folder or a model on the Hub (default: the small one of this package)"
-    )
+    parser.add_argument("model", nargs="?", type=model_name, help=f"{MODEL_HELP} (the default)")
     add_loading_arguments(parser.add_argument_group("model"))
     _add_data_arguments(parser.add_argument_group("data"))
     group = parser.add_argument_group("evaluation")

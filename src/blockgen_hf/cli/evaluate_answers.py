@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .finetune import KNOWN_DATASETS
-from .parsing import CommandError, add_loading_arguments, integer, list_of, loading_options
+from .parsing import MODEL_HELP, CommandError, add_loading_arguments, integer, list_of, loading_options, model_name
 
 
 if TYPE_CHECKING:
@@ -20,9 +20,7 @@ _DECODINGS = "ar:do_sample=False,block_diffusion:16,arpc:16"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "model", nargs="?", help="a folder or a model on the Hub (default: the small one of this package)"
-    )
+    parser.add_argument("model", nargs="?", type=model_name, help=f"{MODEL_HELP} (the default)")
     group = parser.add_argument_group("model")
     group.add_argument("--adapter", type=Path, metavar="DIR", help="a PEFT adapter of the model, which is merged")
     add_loading_arguments(group)

@@ -7,7 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..whole_files import write_whole
-from .parsing import CommandError, add_loading_arguments, cpu_weights, integer, list_of, loading_options, positive
+from .parsing import (
+    MODEL_HELP,
+    CommandError,
+    add_loading_arguments,
+    cpu_weights,
+    integer,
+    list_of,
+    loading_options,
+    model_name,
+    positive,
+)
 
 
 if TYPE_CHECKING:
@@ -19,9 +29,7 @@ _DECODINGS = "ar,block_diffusion,arpc"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "model", nargs="?", help="a folder or a model on the Hub (default: the small one of this package)"
-    )
+    parser.add_argument("model", nargs="?", type=model_name, help=f"{MODEL_HELP} (the default)")
     group = parser.add_argument_group("model")
     add_loading_arguments(group)
     group.add_argument(
@@ -199,7 +207,9 @@ def _length_of_texts(args: argparse.Namespace, model: Any, tokenizer: Any, promp
     """What was asked for, or what the model has room for behind the prompts."""
     if args.max_new_tokens is not None:
         return int(args.max_new_tokens)
-    longest = max((len(tokenizer(prompt)["input_ids"]) for prompt in prompts), default=0)
+    from ..prompts import PromptEncoder
+
+    longest = max(map(len, map(PromptEncoder(tokenizer), prompts)), default=0)
     room = model.config.max_position_embeddings - longest
     if room < 1:
         raise CommandError(f"--prompts: one has {longest} tokens, which leave the model no room for a text.")

@@ -6,8 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints import shipped_checkpoint
-from .parsing import CommandError, integer, positive
+from .parsing import MODEL_HELP, CommandError, integer, model_name, positive
 from .train import run_recipe
 
 
@@ -50,9 +49,7 @@ _SETTINGS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "model", help=f"a folder, a model on the Hub, or {shipped_checkpoint().name}, which the package brings"
-    )
+    parser.add_argument("model", type=model_name, help=MODEL_HELP)
     parser.add_argument(
         "overrides",
         nargs="*",
@@ -179,8 +176,6 @@ def _numbers(kind: type) -> Any:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.model == shipped_checkpoint().name and not Path(args.model).exists():
-        args.model = str(shipped_checkpoint())
     settings = {"model.name_or_path": args.model, **_data_settings(args), **_adapter_settings(args)}
     settings.update({key: getattr(args, name) for name, key in _SETTINGS.items() if getattr(args, name) is not None})
     if args.batch_size is not None:

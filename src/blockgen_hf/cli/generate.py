@@ -5,7 +5,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from .parsing import CommandError, add_loading_arguments, cpu_weights, integer, loading_options
+from .parsing import MODEL_HELP, CommandError, add_loading_arguments, cpu_weights, integer, loading_options, model_name
 
 
 if TYPE_CHECKING:
@@ -23,12 +23,27 @@ _SETTINGS = (
     "corrector_start",
     "corrector_period",
     "noise_removal",
+    "sampler",
+    "confidence_threshold",
+    "entropy_bound",
     "max_new_tokens",
     "temperature",
     "top_k",
     "top_p",
     "repetition_penalty",
 )
+
+
+# Those of BlockGenGenerationConfig, known here without importing transformers.
+CHOICES = {
+    "decoding": ("ar", "block_diffusion", "arpc"),
+    "corrector": (
+        *("ar_surprisal", "ar_gap", "ar_entropy", "ar_kl", "ar_reverse_kl", "ar_tv"),
+        *("entropy", "confidence", "margin", "random"),
+    ),
+    "noise_removal": ("ancestral", "greedy"),
+    "sampler": ("ancestral", "first_hitting", "confidence", "entropy_bound"),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_model_arguments(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--model", help="a folder or a model on the Hub (default: the small one of this package)")
+    group.add_argument("--model", type=model_name, help=f"{MODEL_HELP} (the default)")
     add_loading_arguments(group)
     group.add_argument(
         "--cpu-weights",
@@ -59,18 +74,35 @@ def _add_model_arguments(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_decoding_arguments(group: argparse._ArgumentGroup) -> None:
-    # Values are checked by BlockGenGenerationConfig, which alone knows them all.
-    group.add_argument("--decoding", metavar="NAME", help="ar, block_diffusion or arpc")
+    # Numbers are checked by BlockGenGenerationConfig, when torch and transformers have been imported.
+    group.add_argument("--decoding", choices=CHOICES["decoding"], help="how blocks of tokens are generated")
     group.add_argument("--block-size", type=int, metavar="N", help="tokens denoised together")
     group.add_argument("--denoising-steps", type=int, metavar="N", help="denoiser steps a block")
     group.add_argument(
         "--nfe-per-block", type=int, metavar="N", help="instead: budget of function evaluations a block"
     )
     group.add_argument("--ar-seed-tokens", type=int, metavar="N", help="so many tokens autoregressively at first")
-    group.add_argument("--corrector", metavar="NAME", help="arpc: score of proposed tokens, ar_surprisal, ar_kl, ...")
+    group.add_argument(
+        "--corrector",
+        choices=CHOICES["corrector"],
+        metavar="NAME",
+        help="arpc: score of proposed tokens, ar_surprisal, ar_kl ...",
+    )
     group.add_argument("--corrector-start", type=int, metavar="N", help="arpc: first informed step")
     group.add_argument("--corrector-period", type=int, metavar="N", help="arpc: informed from then on every N-th step")
-    group.add_argument("--noise-removal", metavar="NAME", help="last step of a block: ancestral or greedy")
+    group.add_argument("--noise-removal", choices=CHOICES["noise_removal"], help="last step of a block")
+    group.add_argument(
+        "--sampler", choices=CHOICES["sampler"], help="block_diffusion: how a block is denoised (default: ancestral)"
+    )
+    group.add_argument(
+        "--confidence-threshold", type=float, metavar="X", help="sampler confidence: accept tokens of this probability"
+    )
+    group.add_argument(
+        "--entropy-bound",
+        type=float,
+        metavar="X",
+        help="sampler entropy_bound: accept up to X nats in all",
+    )
     group.add_argument("--max-new-tokens", type=int, metavar="N", help="length of the continuation (else: 64)")
     group.add_argument("--temperature", type=float, metavar="X", help="below 1: safer, above: wilder")
     group.add_argument("--top-k", type=int, metavar="N", help="draw from the N likeliest tokens only; 0: from all")
@@ -86,7 +118,10 @@ def run(args: argparse.Namespace) -> int:
     settings = {name: getattr(args, name) for name in _SETTINGS if getattr(args, name) is not None}
     if args.greedy:
         settings["do_sample"] = False
-    prompt = sys.stdin.read().removesuffix("\n") if args.prompt == "-" else args.prompt
+    try:
+        prompt = sys.stdin.read().removesuffix("\n") if args.prompt == "-" else args.prompt
+    except UnicodeDecodeError as error:
+        raise CommandError(f"The prompt on standard input is not valid UTF-8 text: {error}.") from error
 
     from .loading import quiet_transformers
 

@@ -101,17 +101,16 @@ def load(
     The model, in evaluation mode on its device, and its tokenizer.
 
     Args:
-        name: a folder or a model on the Hub; None: the checkpoint that the package brings.
+        name: a folder or a model on the Hub, as [`parsing.model_name`] gives it; None: the shipped checkpoint.
         cpu_weights: a format of `quantize_for_cpu`.
 
     Raises:
         CommandError: no BlockGen model can be loaded from there, or its weights cannot be packed.
     """
     device = resolve_device(device)
-    source = _find_folder(name)
+    source = _shipped_checkpoint() if name is None else name
     options: dict[str, Any] = {"local_files_only": True}
-    if source is None:
-        source = str(name)
+    if not Path(source).is_dir():
         options = {"local_files_only": not _is_on_hub(source, revision), "revision": revision or "main"}
     _check_model_type(source, options)
     try:
@@ -150,19 +149,11 @@ def set_num_threads(device: str, num_parameters: int) -> None:
         torch.set_num_threads(1)
 
 
-def _find_folder(name: str | None) -> str | None:
-    """The folder of this name, or None: it may be one of the Hub."""
-    if name is None:
-        folder = shipped_checkpoint()
-        if not folder.is_dir():
-            raise CommandError(f"The checkpoint of this package is not there ({folder}): name another with --model.")
-        return str(folder)
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return str(folder)
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or folder.exists():
-        raise CommandError(f"There is no folder {name}.")
-    return None
+def _shipped_checkpoint() -> str:
+    folder = shipped_checkpoint()
+    if not folder.is_dir():
+        raise CommandError(f"The checkpoint of this package is not there ({folder}): name another model.")
+    return str(folder)
 
 
 def _is_on_hub(name: str, revision: str | None) -> bool:

@@ -3,7 +3,10 @@
 import argparse
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
+
+from ..checkpoints import SHIPPED, find_checkpoint
 
 
 PROGRAM = "blockgen-hf"
@@ -38,6 +41,22 @@ def integer(low: int, high: int | None = None) -> Callable[[str], int]:
         return value
 
     return parse
+
+
+MODEL_HELP = f"a model folder, a model on the Hub, or {SHIPPED}, which comes with the package"
+
+
+def model_name(text: str) -> str:
+    """The type of an option: a model folder, with the shipped model found by its name, or a model on the Hub."""
+    name = find_checkpoint(text)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise argparse.ArgumentTypeError(f"The folder {text} is not a model folder: it has no config.json.")
+        return str(folder)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or folder.exists():
+        raise argparse.ArgumentTypeError(f"There is no folder {text}.")
+    return name
 
 
 def add_loading_arguments(group: argparse._ArgumentGroup) -> None:

@@ -3,6 +3,8 @@
 import argparse
 from typing import TYPE_CHECKING
 
+from ..checkpoints import find_checkpoint
+
 
 if TYPE_CHECKING:
     from ..hub.push import PushPlan
@@ -53,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
 
     with one_line_errors():
         plan = plan_push(
-            args.folder,
+            find_checkpoint(args.folder),
             args.repo_id,
             repo_type=args.repo_type,
             private=args.private,

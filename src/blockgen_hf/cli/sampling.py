@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from ..prompts import PromptEncoder
 from .parsing import CommandError
 from .streamers import StreamedText
 
@@ -83,7 +84,10 @@ class Sampler:
         self.tokenizer = tokenizer
         self.num_samples = num_samples
         self.seed = seed
-        token_ids = tokenizer(prompt)["input_ids"] if prompt else []
+        try:
+            token_ids = PromptEncoder(tokenizer)(prompt)
+        except ValueError as error:
+            raise CommandError(error) from error
         self.input_ids = torch.tensor([token_ids], dtype=torch.long, device=model.device)
         self.defaults: dict[str, Any] = {}
         if model.generation_config.max_new_tokens is None and model.generation_config.max_length is None:

@@ -14,10 +14,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_utils import unwrap_model
 
+from ..prompts import PromptEncoder
 from ..whole_files import write_whole
 from .answer_figures import AnswerFigures, answer_figures, answer_table
 from .answer_generation import AnswerSampler, generate_missing, make_tasks
-from .answer_questions import PromptEncoder, Question, read_questions
+from .answer_questions import Question, read_questions
 from .answers import find_answer, number_text
 from .generation_log import GenerationLog, Row
 from .processes import Processes

@@ -15,6 +15,7 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList
 from ..modeling.block_decoding_blockgen import BlockDecoder
 from ..modeling.generation_blockgen import BlockGenGenerateOutput
 from ..modeling.sampling_blockgen import CounterGenerator
+from ..prompts import PromptEncoder
 from .samples_grid import SampleCell
 from .throughput import timed
 
@@ -101,7 +102,7 @@ def encode_prompts(
     """
     if len(prompts) > 1 and not all(prompts):
         raise ValueError(f"`prompts` must not be empty, but prompt {list(prompts).index('')} is.")
-    encoded = [tokenizer(prompt)["input_ids"] if prompt else [] for prompt in prompts]
+    encoded = [*map(PromptEncoder(tokenizer), prompts)]
     positions = model.config.max_position_embeddings
     longest = max(map(len, encoded))
     if longest + max_new_tokens > positions:

@@ -25,7 +25,7 @@ def generate(
     prompt: str, decoding: str, block_size: int, steps: int, max_new_tokens: int, temperature: float, seed: int
 ) -> tuple[str, str]:
     """The text, and its cost in words."""
-    token_ids = tokenizer(prompt)["input_ids"] if prompt else []
+    token_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
     room = POSITIONS - len(token_ids)
     if room < 1:
         raise gr.Error(f"The prompt has {len(token_ids)} tokens; the model takes {POSITIONS}, the answer included.")

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
+from ..checkpoints import find_checkpoint
 from ..modeling.configuration_blockgen import BlockGenConfig
 from .arguments import BlockGenTrainingArguments
 from .data import DataArguments
@@ -109,12 +110,13 @@ class Recipe:
     def checkpoint(self) -> str | None:
         """The model to go on from."""
         name: str | None = self.model.get("name_or_path")
-        return name
+        return name and find_checkpoint(name)
 
     @property
     def tokenizer_name(self) -> str | None:
         """Folder or name of the tokenizer, None for one that is trained."""
-        return self.tokenizer.name_or_path or (None if self.tokenizer.train else self.checkpoint)
+        name = self.tokenizer.name_or_path
+        return find_checkpoint(name) if name else None if self.tokenizer.train else self.checkpoint
 
     def config_fields(self) -> dict[str, Any]:
         """The fields of the configuration that the recipe sets; a row of the data fits into a new model."""
