@@ -122,3 +122,8 @@ def test_the_auto_class_continues_a_conversation(tmp_path: Any) -> None:
     for name in NAMES:
         cache = generate(model, text, **settings).cache
         assert torch.equal(generate(model, second, **{name: cache}, **settings).sequences, expected)
+
+
+def test_continuous_batching_is_refused_in_words() -> None:
+    with pytest.raises(ValueError, match="`generate_batch`"):
+        tiny_model().generate_batch([[1, 2, 3]])

@@ -71,12 +71,12 @@ def alpha_pairs(draw: Any) -> tuple[float, float]:
 @given(st.floats(0.0, 1.0), st.sampled_from([0.0, 1e-5, 1e-3, 0.1]))
 @by_hypothesis
 def test_schedules_have_their_printed_values(t: float, eps: float) -> None:
-    """linear: eps + (1 - eps)(1 - t); cosine: eps + (1 - eps) cos(pi t / 2); float64 stays float64."""
+    """linear: eps + (1 - eps)(1 - t); cosine: eps + (1 - eps)(1 - cos(pi (1 - t) / 2)); float64 stays float64."""
     linear = NoiseSchedule("linear", eps).alpha(scalar(t))
     cosine = NoiseSchedule("cosine", eps).alpha(scalar(t))
     assert linear.dtype == cosine.dtype == torch.float64
     assert linear.item() == pytest.approx(eps + (1 - eps) * (1 - t), abs=1e-15)
-    assert cosine.item() == pytest.approx(eps + (1 - eps) * np.cos(np.pi * t / 2), abs=1e-15)
+    assert cosine.item() == pytest.approx(eps + (1 - eps) * (1 - np.cos(np.pi * (1 - t) / 2)), abs=1e-15)
 
 
 @given(st.floats(1e-4, 1 - 1e-4), st.sampled_from(["linear", "cosine"]), st.sampled_from([0.0, 1e-3, 0.1]))
@@ -125,7 +125,7 @@ def test_config_builds_the_process_that_it_names(diffusion_type: str, kind: Any)
     )
     diffusion: Any = diffusion_from_config(config)
     assert type(diffusion) is kind
-    assert diffusion.schedule.alpha(scalar(0.5)).item() == pytest.approx(0.1 + 0.9 * np.sqrt(0.5), abs=1e-15)
+    assert diffusion.schedule.alpha(scalar(0.5)).item() == pytest.approx(0.1 + 0.9 * (1 - np.sqrt(0.5)), abs=1e-15)
     noise = diffusion.prior((1, 500), torch.device("cpu"), generator(0))
     assert set(noise.flatten().tolist()) == ({2} if diffusion_type == "masked" else set(range(7)))
 

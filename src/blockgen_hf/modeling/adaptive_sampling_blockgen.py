@@ -22,6 +22,7 @@ import torch
 from .denoising_blockgen import Block, Purpose
 from .diffusion_blockgen import MaskedDiffusion
 from .logits_blockgen import Prediction
+from .sampling_blockgen import argsort_at_random
 
 
 def denoise_adaptively(block: Block, z_t: torch.Tensor, sampler: str, bound: float) -> torch.Tensor:
@@ -53,7 +54,7 @@ def denoise_adaptively(block: Block, z_t: torch.Tensor, sampler: str, bound: flo
             tokens = z_t.masked_scatter(wanted, prediction.best()) if block.greedy_end else tokens
             accepted = wanted
         else:
-            accepted = _accepted(prediction, wanted, sampler, bound)
+            accepted = _accepted(prediction, wanted, sampler, bound, generator.fold_in(Purpose.SCORE).uniform())
         noise = process.prior(z_t.shape, z_t.device, generator.fold_in(Purpose.RENOISE))
         z_t = torch.where(wanted & ~accepted, noise, tokens)
         open_tokens = wanted & ~accepted
@@ -62,12 +63,17 @@ def denoise_adaptively(block: Block, z_t: torch.Tensor, sampler: str, bound: flo
     return z_t
 
 
-def _accepted(prediction: Prediction, wanted: torch.Tensor, sampler: str, bound: float) -> torch.Tensor:
-    """Which of the wanted tokens are accepted, `[A, n]`: at least one of each row that wants any."""
+def _accepted(
+    prediction: Prediction, wanted: torch.Tensor, sampler: str, bound: float, uniform: torch.Tensor
+) -> torch.Tensor:
+    """
+    Which of the wanted tokens are accepted, `[A, n]`: at least one of each row that wants any. `uniform` ranks those
+    that the model is equally sure of.
+    """
     log_probs = prediction.log_probs()
     doubt = -log_probs.amax(-1) if sampler == "confidence" else torch.special.entr(log_probs.exp()).sum(-1)
     doubt = torch.full(wanted.shape, torch.inf, dtype=doubt.dtype, device=doubt.device).masked_scatter(wanted, doubt)
-    order = doubt.argsort(dim=-1, stable=True)
+    order = argsort_at_random(doubt, uniform)
     ordered = doubt.gather(-1, order)
     if sampler == "confidence":
         sure = ordered.neg().exp() >= bound

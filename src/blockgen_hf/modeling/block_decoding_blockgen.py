@@ -233,10 +233,10 @@ class BlockDecoder:
             diffusion_log_probs = self.process.log_probs(logits.double(), z_t)
         if corrector in AR_CORRECTORS:
             verification = self._verify(proposal, generator.fold_in(Purpose.AR_QUERY))
-        scores = generator.fold_in(Purpose.SCORE).uniform()
-        penalty = penalties(corrector, proposal, diffusion_log_probs, verification, scores)
+        numbers = generator.fold_in(Purpose.SCORE)
+        penalty = penalties(corrector, proposal, diffusion_log_probs, verification, numbers.uniform())
         count = max(1, round((1 - float(self.grid.alphas[step + 1])) * proposal.shape[1]))
-        worst = worst_positions(penalty, count, ~block.free)
+        worst = worst_positions(penalty, count, ~block.free, numbers.uniform(1))
         noise = self.process.prior(proposal.shape, proposal.device, generator.fold_in(Purpose.RENOISE))
         return torch.where(worst, noise, proposal)
 

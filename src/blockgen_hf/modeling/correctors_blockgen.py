@@ -19,6 +19,7 @@ Scores of the predictor-corrector's informed steps: which tokens of a clean prop
 import torch
 
 from .logits_blockgen import Prediction
+from .sampling_blockgen import argsort_at_random
 
 
 # A log-probability instead of log 0. The diffusion distribution of a masked model is one-hot at tokens that are fixed
@@ -88,13 +89,16 @@ def _divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
     return (log_p.exp() * (log_p.clamp(min=_LOG_FLOOR) - log_q.clamp(min=_LOG_FLOOR))).sum(-1)
 
 
-def worst_positions(penalty: torch.Tensor, count: int, fixed: torch.Tensor | None) -> torch.Tensor:
+def worst_positions(
+    penalty: torch.Tensor, count: int, fixed: torch.Tensor | None, uniform: torch.Tensor
+) -> torch.Tensor:
     """
-    The `count` positions of highest penalty as a mask `[B, n]`; of equal ones the first. Fixed positions never are.
+    The `count` positions of highest penalty as a mask `[B, n]`. Fixed positions never are among them; which of equal
+    ones are is drawn by `uniform`, random numbers in [0, 1) of shape `[B, n]`.
     """
     if fixed is not None:
         penalty = penalty.masked_fill(fixed, -torch.inf)
-    order = penalty.argsort(dim=-1, descending=True, stable=True)[:, :count]
+    order = argsort_at_random(-penalty, uniform)[:, :count]
     worst = torch.zeros_like(penalty, dtype=torch.bool).scatter_(-1, order, True)
     return worst if fixed is None else worst & ~fixed
 

@@ -38,7 +38,7 @@ class NoiseSchedule:
     The noise schedule alpha_t, decreasing from alpha_0 = 1 to alpha_1 = eps.
 
     - `"linear"`: alpha_t = eps + (1 - eps)(1 - t)
-    - `"cosine"`: alpha_t = eps + (1 - eps) cos(pi t / 2)
+    - `"cosine"`: alpha_t = eps + (1 - eps)(1 - cos(pi (1 - t) / 2)), as in MaskGIT, MDLM and the research code
 
     Args:
         name (`str`): `"linear"` or `"cosine"`.
@@ -58,17 +58,20 @@ class NoiseSchedule:
 
     def alpha(self, t: torch.Tensor) -> torch.Tensor:
         """alpha_t, of the shape and dtype of `t`."""
-        kept = 1 - t if self.name == "linear" else torch.cos(math.pi / 2 * t)
+        if self.name == "linear":
+            kept = 1 - t
+        else:  # 1 - cos(x) = 2 sin(x / 2)^2, without the cancellation near t = 1
+            kept = 2 * torch.sin(math.pi / 4 * (1 - t)) ** 2
         return self.eps + (1 - self.eps) * kept
 
     def time(self, alpha: torch.Tensor) -> torch.Tensor:
         """The inverse of [`~NoiseSchedule.alpha`]: t at which alpha_t is so large."""
         kept = ((alpha - self.eps) / (1 - self.eps)).clamp(0, 1)
-        return 1 - kept if self.name == "linear" else 2 / math.pi * torch.acos(kept)
+        return 1 - kept if self.name == "linear" else 1 - 4 / math.pi * torch.asin((kept / 2).sqrt())
 
     def alpha_derivative(self, t: torch.Tensor) -> torch.Tensor:
         """alpha'_t <= 0, of the shape and dtype of `t`."""
-        slope = -torch.ones_like(t) if self.name == "linear" else -math.pi / 2 * torch.sin(math.pi / 2 * t)
+        slope = -torch.ones_like(t) if self.name == "linear" else -math.pi / 2 * torch.sin(math.pi / 2 * (1 - t))
         return (1 - self.eps) * slope
 
 

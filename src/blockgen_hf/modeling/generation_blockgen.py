@@ -15,7 +15,7 @@
 
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers import GenerationConfig, GenerationMixin
@@ -78,6 +78,17 @@ class BlockGenGenerationMixin(GenerationMixin):
         if cache is not None:
             kwargs[CACHE_NAME] = cache
         return super().generate(*args, **kwargs)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """
+        Raises:
+            ValueError: always. transformers' continuous batching, `generate_batch` too, has a loop and a paged cache
+                of its own, which know nothing of blocks and of query tokens.
+        """
+        raise ValueError(
+            "Continuous batching (`generate_batch`, `init_continuous_batching`) is not supported for BlockGen models: "
+            "pass a left-padded batch to `generate`."
+        )
 
     # 1. settings
 

@@ -81,6 +81,24 @@ class CounterGenerator:
 RandomSource = torch.Generator | CounterGenerator | None
 
 
+def argsort_at_random(values: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """
+    Indices that sort the last dimension in ascending order, with equal values in an order drawn at random.
+
+    A ranking that leaves equal values in their places prefers the beginning of a block, and changes the law of what is
+    drawn.
+
+    Args:
+        values (`torch.Tensor` of shape `[..., n]`): what is sorted.
+        uniform (`torch.Tensor` of shape `[..., n]`): random numbers in [0, 1).
+
+    Returns:
+        `torch.LongTensor` of shape `[..., n]`.
+    """
+    shuffle = uniform.argsort(dim=-1)
+    return shuffle.gather(-1, values.gather(-1, shuffle).argsort(dim=-1, stable=True))
+
+
 def draw_uniform(
     shape: tuple[int, ...], device: torch.device | str, generator: RandomSource, index: int = 0
 ) -> torch.Tensor:
@@ -153,4 +171,4 @@ def _invert(masses: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, 
     return index.squeeze(-1), place.squeeze(-1)
 
 
-__all__ = ["CounterGenerator", "draw_token", "draw_uniform", "sample_categorical"]
+__all__ = ["CounterGenerator", "argsort_at_random", "draw_token", "draw_uniform", "sample_categorical"]
