@@ -70,6 +70,7 @@ def evaluation_rows(
     Rows from the tensors of a batch, `[B, L]` each; padding is never scored. Keys come from the tokens, their places,
     which of them are scored and where documents start: not from padding, or from other rows.
     """
+    input_ids = input_ids.long().contiguous()  # a number is the same in every form
     valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     scored = valid if labels is None else valid & (labels != -100)
     tokens = input_ids if labels is None else torch.where(scored, labels, input_ids)

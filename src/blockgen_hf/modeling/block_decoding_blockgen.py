@@ -38,7 +38,7 @@ from .decoding_state_blockgen import DecodingState, row_generator
 from .denoising_blockgen import Block, Purpose, TimeGrid, denoise, hit_first
 from .diffusion_blockgen import MaskedDiffusion
 from .generation_configuration_blockgen import AR_CORRECTORS, DISTRIBUTION_CORRECTORS
-from .logits_blockgen import BlockText, Prediction, process_logits
+from .logits_blockgen import BlockText, Prediction, process_logits, without_padding
 from .sampling_blockgen import CounterGenerator
 
 
@@ -76,7 +76,6 @@ class BlockDecoder:
         self.model = model
         self.process = model.diffusion
         self.settings = generation_config
-        self.logits_processor = logits_processor
         self.stopping_criteria = stopping_criteria
         self.streamer = streamer
         self.block_size = generation_config.block_size
@@ -95,8 +94,9 @@ class BlockDecoder:
             spare=self.block_size,
             pad_token_id=self._pad_token_id(input_ids.shape[0]),
             grid=self.block_grid,
-            keep_all_rows=getattr(cache, "_is_user_defined", False),
+            keep_all_rows=getattr(cache, "_is_user_defined", False) or self._may_have_row_adapters(model),
         )
+        self.logits_processor = without_padding(logits_processor, input_ids, self.state.padding)
         # Drawn from torch's default generator, so that `torch.manual_seed` and `set_seed` reproduce the text.
         seed = int(torch.randint(2**62, ()))
         self.rows = row_generator(seed, input_ids, attention_mask)
@@ -106,6 +106,11 @@ class BlockDecoder:
         if generation_config.decoding != "ar":
             num_steps = generation_config.num_denoising_steps()
             self.grid = TimeGrid.of(self.process.schedule, num_steps, input_ids.device)
+
+    @staticmethod
+    def _may_have_row_adapters(model: PreTrainedModel) -> bool:
+        """PEFT gives rows adapters by their place in the batch (`adapter_names`), and tells only its own layers."""
+        return len(getattr(model, "peft_config", {})) > 1
 
     def _pad_token_id(self, batch_size: int) -> int:
         pad = self.settings._pad_token_tensor
@@ -354,7 +359,8 @@ class BlockDecoder:
         if config.diffusion_type == "masked":  # impossible, and it must not fill a place of top-k or top-p
             logits[:, config.mask_token_id] = -torch.inf
         if self.logits_processor:
-            text = BlockText(state.clean_context(), canvas, state.columns(canvas.shape[1]), state.active)
+            columns = state.columns(canvas.shape[1])
+            text = BlockText(state.clean_context(), state.padding, canvas, columns, state.active)
             logits = process_logits(logits, where, text, self.logits_processor)
         return Prediction(logits, self.settings.do_sample)
 

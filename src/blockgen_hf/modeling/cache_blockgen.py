@@ -105,4 +105,16 @@ def commit_and_read(
     return torch.cat([cached[0], key_states], dim=2), torch.cat([cached[1], value_states], dim=2)
 
 
-__all__ = ["GrowingLayer", "commit_and_read", "make_growing"]
+def keep_rows(cache: Cache, rows: torch.Tensor, num_cached: int) -> None:
+    """
+    The cache of some rows of the batch. `Cache.reorder_cache` leaves a layer alone that holds no token, though a
+    static one has room for every row by then: it is made anew.
+    """
+    if num_cached:
+        cache.reorder_cache(rows)
+    else:
+        for layer in cache.layers:
+            layer.is_initialized = False
+
+
+__all__ = ["GrowingLayer", "commit_and_read", "keep_rows", "make_growing"]

@@ -17,6 +17,8 @@ import torch
 from transformers.cache_utils import Cache
 from transformers.generation.stopping_criteria import MaxTimeCriteria, StoppingCriteria, StoppingCriteriaList
 
+from .cache_blockgen import keep_rows
+from .positions_blockgen import last_columns
 from .sampling_blockgen import CounterGenerator
 
 
@@ -37,7 +39,8 @@ class DecodingState:
         spare (`int`): columns behind that room, for blocks that end beyond it.
         pad_token_id (`int`): what stands behind the end of a row.
         grid (`int`): blocks of a block-causal model start at multiples of it, 1: anywhere.
-        keep_all_rows (`bool`): whether rows that are done stay in the batch, because the caller owns the cache.
+        keep_all_rows (`bool`): whether rows that are done stay in the batch: the caller owns the cache, or the model
+            knows the rows by their place.
     """
 
     def __init__(
@@ -61,12 +64,19 @@ class DecodingState:
         self.dropped_rows = False
         device = input_ids.device
 
+        # On a grid, rows may run ahead of the one that is furthest behind by a block of the grid.
+        spare = spare + grid - 1
         room = torch.full((batch_size, max_new_tokens + spare), pad_token_id, dtype=torch.long, device=device)
         self.tokens = torch.cat([input_ids, room], dim=1)
         self.num_new_tokens = torch.zeros(batch_size, dtype=torch.long, device=device)
         self.num_function_evaluations = torch.zeros(batch_size, dtype=torch.long, device=device)
         self.active = torch.arange(batch_size, device=device)
         self.done = torch.zeros(batch_size, dtype=torch.bool, device=device)
+        # How many columns of padding stand before each prompt, `[B]`.
+        self.padding = torch.zeros(batch_size, dtype=torch.long, device=device)
+        if attention_mask is not None:
+            is_padding = attention_mask.long().cumsum(-1) == 0
+            self.padding = last_columns(is_padding, self.prompt_width).sum(-1)
 
         if prompt_is_cached and num_cached > self.prompt_width:
             raise ValueError(
@@ -76,7 +86,8 @@ class DecodingState:
         self.pending = input_ids[:, num_cached:] if prompt_is_cached else input_ids
         self.num_cached = num_cached
         self.context_mask = attention_mask
-        # Column at which the next block starts, of every active row, and the smallest of them.
+        # Column at which the next block starts, of every active row, and the smallest of them: rows of a model with a
+        # grid start at columns of their own.
         self.start = torch.full((batch_size, 1), self.prompt_width, device=device)
         self.first_column = self.prompt_width
         if grid > 1:
@@ -112,8 +123,8 @@ class DecodingState:
         return columns < self.prompt_width if self.first_column < self.prompt_width else None
 
     def clean_context(self) -> torch.Tensor:
-        """Tokens that are known of all active rows, `[A, columns]`, for logits processors."""
-        return self.tokens[self.active, : max(self.prompt_width, self.first_column)]
+        """The tokens of all rows, `[B, columns]`, as far as those of the active ones are known."""
+        return self.tokens[:, : max(self.prompt_width, self.first_column)].clone()
 
     def mask_with(self, length: int) -> torch.Tensor | None:
         """The attention mask of the context, followed by so many valid tokens."""
@@ -158,7 +169,7 @@ class DecodingState:
         self.start = self.start + length
         self.first_column += length
         self._drop_done_rows()
-        return self.sequences()[:, first : self.first_column]
+        return self.sequences()[:, first : None if self.is_finished else self.first_column]
 
     def _find_ends(self, columns: torch.Tensor, first: int, stopping_criteria: StoppingCriteriaList) -> None:
         """
@@ -197,11 +208,12 @@ class DecodingState:
             kept = (~self.done).nonzero().squeeze(-1)
             self.dropped_rows = True
             self.active, self.done, self.start = self.active[kept], self.done[kept], self.start[kept]
+            self.first_column = int(self.start.min())  # the row that was furthest behind may have left
             self.pending = self.pending[kept]
             if self.context_mask is not None:
                 self.context_mask = self.context_mask[kept]
-            if self.cache is not None and self.num_cached:
-                self.cache.reorder_cache(kept)
+            if self.cache is not None:
+                keep_rows(self.cache, kept, self.num_cached)
 
     def sequences(self) -> torch.Tensor:
         """Prompts and new tokens up to the end of the longest row."""

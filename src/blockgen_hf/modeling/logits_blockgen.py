@@ -23,7 +23,26 @@ from transformers.generation.logits_process import LogitsProcessor, LogitsProces
 from .sampling_blockgen import sample_categorical
 
 
-# They look at the length or at the end of the text: each position needs its own.
+# What they do to a row of logits depends on nothing but that row: rows may come in any number and order.
+ROW_PROCESSORS = (
+    logits_process.TemperatureLogitsWarper,
+    logits_process.TopKLogitsWarper,
+    logits_process.TopPLogitsWarper,
+    logits_process.TopHLogitsWarper,
+    logits_process.MinPLogitsWarper,
+    logits_process.TypicalLogitsWarper,
+    logits_process.EpsilonLogitsWarper,
+    logits_process.EtaLogitsWarper,
+    logits_process.InfNanRemoveLogitsProcessor,
+    logits_process.LogitNormalization,
+    logits_process.SuppressTokensLogitsProcessor,
+)
+# They look at the tokens just before: each position needs its own text, without the padding of its row.
+_TEXT_PROCESSORS = (
+    logits_process.NoRepeatNGramLogitsProcessor,
+    logits_process.SequenceBiasLogitsProcessor,
+)
+# They look at the length or at the end of the text: each position needs its own. Lengths count padding, as everywhere.
 POSITION_PROCESSORS = (
     logits_process.MinLengthLogitsProcessor,
     logits_process.MinNewTokensLengthLogitsProcessor,
@@ -31,8 +50,7 @@ POSITION_PROCESSORS = (
     logits_process.ForcedEOSTokenLogitsProcessor,
     logits_process.ExponentialDecayLengthPenalty,
     logits_process.SuppressTokensAtBeginLogitsProcessor,
-    logits_process.NoRepeatNGramLogitsProcessor,
-    logits_process.SequenceBiasLogitsProcessor,
+    *_TEXT_PROCESSORS,
 )
 # They count calls or rows, run a model of their own, or hash a prefix that may still change: a block at a time they
 # would silently do something else.
@@ -48,7 +66,48 @@ def looks_at_neighbours(processor: LogitsProcessor) -> bool:
     """Whether it bans or favours a token for those just before, which a block draws at the same time."""
     if isinstance(processor, logits_process.SequenceBiasLogitsProcessor):
         return any(len(sequence) > 1 for sequence in processor.sequence_bias)
+    if isinstance(processor, logits_process.EncoderNoRepeatNGramLogitsProcessor):
+        return processor.ngram_size > 1
     return isinstance(processor, logits_process.NoRepeatNGramLogitsProcessor)
+
+
+class PromptProcessors(LogitsProcessor):
+    """
+    Processors of the prompts, `encoder_repetition_penalty` and `encoder_no_repeat_ngram_size`: one for each row, which
+    knows the row's prompt without its padding.
+    """
+
+    def __init__(self, processors: list[LogitsProcessor]) -> None:
+        self.processors = processors
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        rows = zip(self.processors, input_ids.split(1), scores.split(1), strict=True)
+        return torch.cat([processor(ids, row) for processor, ids, row in rows])
+
+
+def without_padding(
+    processors: LogitsProcessorList, input_ids: torch.Tensor, padding: torch.Tensor
+) -> LogitsProcessorList:
+    """
+    The processors, of which those that were made of the padded prompts `[B, W]` do not take padding for text.
+
+    Args:
+        padding (`torch.LongTensor` of shape `[B]`): columns of padding before each prompt.
+    """
+    if not padding.any():
+        return processors
+    prompts = [ids[None, skipped:] for ids, skipped in zip(input_ids, padding.tolist(), strict=True)]
+    ours = LogitsProcessorList()
+    for processor in processors:
+        if type(processor) is logits_process.EncoderRepetitionPenaltyLogitsProcessor:
+            rows = [copy(processor) for _ in prompts]
+            for row, prompt in zip(rows, prompts, strict=True):
+                row.encoder_input_ids = prompt
+            processor = PromptProcessors(rows)
+        elif type(processor) is logits_process.EncoderNoRepeatNGramLogitsProcessor:
+            processor = PromptProcessors([type(processor)(processor.ngram_size, prompt) for prompt in prompts])
+        ours.append(processor)
+    return ours
 
 
 @dataclass(frozen=True)
@@ -57,13 +116,15 @@ class BlockText:
     The text around the positions of a block, as logits processors see it.
 
     Args:
-        context (`torch.LongTensor` of shape `[A, length]`): clean text before the block.
+        context (`torch.LongTensor` of shape `[B, length]`): clean text before the block, of every row of the batch.
+        padding (`torch.LongTensor` of shape `[B]`): how many columns of padding each of them begins with.
         canvas (`torch.LongTensor` of shape `[A, n]`): the block as it stands.
         columns (`torch.LongTensor` of shape `[A, n]`): how many tokens stand before each position of the block.
-        rows (`torch.LongTensor` of shape `[A]`): which rows of the batch they are.
+        rows (`torch.LongTensor` of shape `[A]`): which rows of the batch the block has.
     """
 
     context: torch.Tensor
+    padding: torch.Tensor
     canvas: torch.Tensor
     columns: torch.Tensor
     rows: torch.Tensor
@@ -80,41 +141,70 @@ def process_logits(
         where (`torch.BoolTensor` of shape `[A, n]`): the M positions, row by row.
         text ([`BlockText`]): the text around them.
         processors (`LogitsProcessorList`): applied in order. They see the clean text; those that look at its length or
-            at its end see, for each position, the block before it as it stands.
+            at its end see, for each position, the block before it as it stands. All but transformers' own are called
+            with the whole batch, a position after the other.
 
     Returns:
         `torch.Tensor` of shape `[M, V]`.
     """
-    rows = where.nonzero()[:, 0]
+    index, position = where.nonzero().unbind(-1)
+    rows = text.rows[index]
     for processor in processors:
-        if isinstance(processor, POSITION_PROCESSORS):
-            logits = _process_by_position(logits, rows, text.columns[where], text, processor)
+        if type(processor) in ROW_PROCESSORS:
+            logits = processor(text.context[rows], logits)
+        elif isinstance(processor, logits_process.RepetitionPenaltyLogitsProcessor):
+            logits = _of_rows(processor, rows, text.padding)(text.context[rows], logits)
+        elif isinstance(processor, POSITION_PROCESSORS):
+            logits = _process_by_position(logits, index, text.columns[where], text, processor)
         else:
-            logits = _of_rows(processor, text.rows[rows])(text.context[rows], logits)
+            logits = _process_by_batch(logits, rows, position, text.context, processor)
     return logits
 
 
-def _of_rows(processor: LogitsProcessor, rows: torch.Tensor) -> LogitsProcessor:
-    """A repetition penalty knows how far the padding of each row goes; here it gets those of some rows, `[M]`."""
-    lengths = getattr(processor, "prompt_ignore_length", None)
-    if not isinstance(lengths, torch.Tensor):
-        return processor
+def _of_rows(
+    processor: logits_process.RepetitionPenaltyLogitsProcessor, rows: torch.Tensor, padding: torch.Tensor
+) -> LogitsProcessor:
+    """A repetition penalty knows how much of the text of a row to ignore; here of some rows, `[M]`, and no padding."""
+    ignored = processor.prompt_ignore_length
+    lengths = padding if ignored is None else torch.as_tensor(ignored, device=padding.device).maximum(padding)
     processor = copy(processor)
     processor.prompt_ignore_length = lengths[rows]
     return processor
 
 
 def _process_by_position(
-    logits: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, text: BlockText, processor: LogitsProcessor
+    logits: torch.Tensor, index: torch.Tensor, columns: torch.Tensor, text: BlockText, processor: LogitsProcessor
 ) -> torch.Tensor:
     """Calls the processor once a column, with the text that stands before it."""
     width = int(text.columns.max()) + 1
-    before = torch.nn.functional.pad(text.context, (0, max(0, width - text.context.shape[1])))
+    context = text.context[text.rows]
+    before = torch.nn.functional.pad(context, (0, max(0, width - context.shape[1])))
     before = before.scatter(1, text.columns, text.canvas)
-    for column in columns.unique().tolist():
-        here = columns == column
-        logits[here] = processor(before[rows[here], :column], logits[here])
+    starts = text.padding[text.rows[index]] if isinstance(processor, _TEXT_PROCESSORS) else torch.zeros_like(columns)
+    for start, column in torch.stack([starts, columns], dim=-1).unique(dim=0).tolist():
+        here = (columns == column) & (starts == start)
+        logits[here] = processor(before[index[here], start:column], logits[here])
     return logits
+
+
+def _process_by_batch(
+    logits: torch.Tensor,
+    rows: torch.Tensor,
+    position: torch.Tensor,
+    context: torch.Tensor,
+    processor: LogitsProcessor,
+) -> torch.Tensor:
+    """
+    Calls the processor as `generate` calls it elsewhere, with all rows of the batch in their order, `[B, V]`, once for
+    each position. Those that are done, or not asked about here, are given scores of zero.
+    """
+    processed = torch.empty_like(logits)
+    for place in position.unique().tolist():
+        here = position == place
+        scores = logits.new_zeros(len(context), logits.shape[-1])
+        scores[rows[here]] = logits[here]
+        processed[here] = processor(context, scores)[rows[here]]
+    return processed
 
 
 class Prediction:
@@ -161,4 +251,4 @@ class Prediction:
         return self.logits.double().log_softmax(-1)
 
 
-__all__ = ["BlockText", "Prediction", "process_logits"]
+__all__ = ["BlockText", "Prediction", "process_logits", "without_padding"]

@@ -98,8 +98,9 @@ def build_layout(
         clean_is_committed (`bool`): whether the call's clean tokens stand in the slots of the cache, instead of
             behind.
         clean_valid, noisy_valid (`torch.BoolTensor` of shape `[B, C]` and `[B, N]`, *optional*): False for padding.
-        document_ids (`torch.LongTensor` of shape `[B, C]`, *optional*): the documents of the clean tokens, and of the
-            noisy ones, which are as many or none; the positions restart with each document, and nothing is cached.
+        document_ids (`torch.LongTensor` of shape `[B, C]` or `[B, C + N]`, *optional*): the documents of the clean
+            tokens, and of the noisy ones, which are as many or none where they are left out; the positions restart
+            with each document, and nothing is cached.
     """
     num_clean = clean_positions.shape[-1]
     sizes: torch.Tensor | int
@@ -129,7 +130,8 @@ def build_layout(
     key_group = query_group
     documents = None
     if document_ids is not None:
-        documents = concat(document_ids, document_ids[:, : noisy_positions.shape[-1]])
+        num_noisy = noisy_positions.shape[-1]
+        documents = concat(document_ids[:, :num_clean], document_ids[:, document_ids.shape[1] - num_noisy :])
     if clean_is_committed:
         key_position, key_group = key_position[:, num_clean:], key_group[:, num_clean:]
     return AttentionLayout(

@@ -39,7 +39,13 @@ from .next_token_blockgen import (
 )
 from .objective_blockgen import chunked_mixture_loss, draw_training_noise, mixture_loss
 from .outputs_blockgen import BlockGenOutput, with_logits
-from .positions_blockgen import clean_positions, document_positions, following_position, last_columns
+from .positions_blockgen import (
+    clean_positions,
+    document_positions,
+    following_position,
+    last_columns,
+    restarting_documents,
+)
 from .releases_blockgen import given_cache
 from .sampling_blockgen import CounterGenerator
 from .trunk_blockgen import BlockGenModel, BlockGenPreTrainedModel
@@ -134,7 +140,8 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
             attention_mask (`torch.Tensor` of shape `[B, past + C]`, *optional*):
                 Zero for padding among cached and clean tokens. It gives the default positions.
             position_ids (`torch.LongTensor` of shape `[B or 1, C]`, *optional*):
-                Positions of `input_ids`.
+                Positions of `input_ids`. Where they start again, without a cache, another document begins, which sees
+                nothing of those before it.
             cache (`Cache`, *optional*):
                 Keys and values of earlier clean tokens, any class of transformers. Always read.
             past_key_values (`Cache`, *optional*):
@@ -227,13 +234,14 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
     ) -> BlockGenOutput:
         """A fully noised query at the position behind every kept token: block size 1."""
         check_leak(self.config, 1)
+        documents = restarting_documents(position_ids, attention_mask, len(input_ids), cache is not None)
         position_ids = clean_positions(input_ids, attention_mask, position_ids, cache)
+        kept = _kept(logits_to_keep) if query_input_ids is None else slice(-query_input_ids.shape[1], None)
         if query_input_ids is None and input_ids.shape[1] == 0:  # nothing precedes the one logit of an empty text
             query_positions = following_position(input_ids, attention_mask, position_ids, cache)
             query_mask = None
             query_input_ids = self.fixed_queries(query_positions).expand(input_ids.shape[0], -1)
         elif query_input_ids is None:
-            kept = _kept(logits_to_keep)
             query_positions = (position_ids + 1)[:, kept]
             query_mask = None
             if attention_mask is not None:
@@ -246,6 +254,8 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
             following = following_position(input_ids, attention_mask, position_ids, cache)
             query_positions = following + torch.arange(1 - num_queries, 1, device=following.device)
             query_mask = None
+        if documents is not None:
+            documents = torch.cat([documents, documents[:, kept]], dim=1)
         is_last = isinstance(logits_to_keep, int) and query_positions.shape[1] == 1
         outputs = self.model(
             input_ids,
@@ -258,6 +268,7 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
             cache=cache,
             use_cache=use_cache,
             noise_level=1.0,
+            document_ids=documents,
             is_causal=is_last,
             **kwargs,
         )
@@ -289,7 +300,7 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
         **kwargs: Any,
     ) -> BlockGenOutput:
         """As every causal language model: the last layer of a token predicts the next one."""
-        position_ids = next_token_positions(input_ids, attention_mask, position_ids, cache, document_ids)
+        position_ids, document_ids = next_token_positions(input_ids, attention_mask, position_ids, cache, document_ids)
         outputs = next_token_states(
             self.model, input_ids, position_ids, attention_mask, cache, use_cache, document_ids, **kwargs
         )
@@ -322,6 +333,13 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
                 )
             position_ids = document_positions(document_ids, attention_mask)
             document_ids = (position_ids == 0).cumsum(1)  # an id that comes back is another document
+        else:
+            document_ids = restarting_documents(position_ids, attention_mask, len(input_ids), cache is not None)
+            if document_ids is not None and not aligned and num_noisy:
+                raise ValueError(
+                    "`position_ids` start again within a row, as those of documents packed into it do: this needs as "
+                    "many `noisy_input_ids` as `input_ids`, without `noisy_position_ids`."
+                )
         position_ids = clean_positions(input_ids, attention_mask, position_ids, cache)
         noisy_mask, follows = None, False
         if aligned:
@@ -427,7 +445,9 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
         is_next_token = self.config.next_token_prediction
         # CODEPATH: the paper's AR baseline draws nothing, and has no clean half besides.
         if is_next_token:
-            position_ids = next_token_positions(targets, attention_mask, position_ids, None, document_ids)
+            position_ids, document_ids = next_token_positions(
+                targets, attention_mask, position_ids, None, document_ids
+            )
             draw = next_token_draw(targets, scored, position_ids)
             outputs = next_token_states(
                 self.model, targets, position_ids, attention_mask, document_ids=document_ids, **kwargs

@@ -24,7 +24,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .objective_blockgen import TrainingDraw
-from .positions_blockgen import clean_positions, document_positions
+from .positions_blockgen import clean_positions, document_positions, restarting_documents
 
 
 def refuse_noise(**arguments: Any) -> None:
@@ -43,9 +43,10 @@ def next_token_positions(
     position_ids: torch.Tensor | None,
     cache: Cache | None,
     document_ids: torch.Tensor | None,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
-    Positions of the tokens, `[B or 1, C]`; they restart with each document.
+    Positions of the tokens, `[B or 1, C]`, and the documents where there are several, `[B, C]`: the positions restart
+    with each.
 
     Raises:
         ValueError: no token, or documents with what contradicts them.
@@ -56,13 +57,15 @@ def next_token_positions(
             "next token from the last: begin with the BOS token."
         )
     if document_ids is None:
-        return clean_positions(input_ids, attention_mask, position_ids, cache)
+        documents = restarting_documents(position_ids, attention_mask, len(input_ids), cache is not None)
+        return clean_positions(input_ids, attention_mask, position_ids, cache), documents
     if document_ids.shape != input_ids.shape or position_ids is not None or cache is not None:
         raise ValueError(
             "`document_ids` must have the shape of `input_ids`, without `position_ids` and a cache: positions restart "
             "with each document."
         )
-    return document_positions(document_ids, attention_mask)
+    positions = document_positions(document_ids, attention_mask)
+    return positions, (positions == 0).cumsum(1)  # an id that comes back is another document
 
 
 def next_token_states(
@@ -76,8 +79,6 @@ def next_token_states(
     **kwargs: Any,
 ) -> BaseModelOutputWithPast:
     """One causal pass: hidden states of the tokens, `[B, C, hidden_size]`, that of each for the token behind it."""
-    if document_ids is not None:
-        document_ids = (position_ids == 0).cumsum(1)  # an id that comes back is another document
     outputs: BaseModelOutputWithPast = trunk(
         input_ids,
         input_ids[:, :0],

@@ -35,6 +35,39 @@ def document_positions(document_ids: torch.Tensor, attention_mask: torch.Tensor 
     return index - torch.where(starts, index, 0).cummax(dim=1).values
 
 
+def restarting_documents(
+    position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, num_rows: int, is_cached: bool
+) -> torch.Tensor | None:
+    """
+    The documents `[B, C]` of rows whose `position_ids` start again (flattened, padding-free batches), or None where
+    they go up from one end to the other.
+
+    Raises:
+        ValueError: they start again, and a cache is read or written, which knows of no documents.
+    """
+    if position_ids is None or position_ids.shape[-1] < 2:
+        return None
+    position_ids = position_ids.expand(num_rows, -1)
+    index = torch.arange(position_ids.shape[1], device=position_ids.device).expand_as(position_ids)
+    valid = torch.ones_like(index, dtype=torch.bool)
+    if attention_mask is not None:
+        valid = last_columns(attention_mask, position_ids.shape[1]).bool()
+    last = torch.where(valid, index, -1).cummax(dim=1).values[:, :-1]
+    previous = torch.where(last >= 0, position_ids.gather(1, last.clamp(min=0)), -1)
+    starts = torch.zeros_like(valid)
+    starts[:, 1:] = valid[:, 1:] & (position_ids[:, 1:] <= previous)
+    if not torch.compiler.is_compiling() and not starts.any():  # a graph cannot look at them
+        return None
+    if not is_cached:
+        return starts.long().cumsum(1)
+    if torch.compiler.is_compiling():  # nor raise
+        return None
+    raise ValueError(
+        "`position_ids` start again within a row, as those of documents packed into it do, which a cache cannot keep "
+        "apart: pass no cache."
+    )
+
+
 def clean_positions(
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None,
@@ -81,4 +114,4 @@ def following_position(
     return torch.zeros(1, 1, dtype=torch.long, device=input_ids.device) + past
 
 
-__all__ = ["clean_positions", "document_positions", "following_position", "last_columns"]
+__all__ = ["clean_positions", "document_positions", "following_position", "last_columns", "restarting_documents"]

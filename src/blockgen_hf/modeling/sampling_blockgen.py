@@ -63,10 +63,16 @@ class CounterGenerator:
         return cls(_mix(torch.tensor(seed, dtype=torch.int64, device=device) + _GOLDEN_GAMMA))
 
     def fold_in(self, *values: int | torch.Tensor) -> "CounterGenerator":
-        """A generator whose keys depend on the values too: integers, or int64 tensors that broadcast with the keys."""
+        """
+        A generator whose keys depend on the values too: integers, or tensors of them that broadcast with the keys. A
+        number is the same key in every integer type.
+        """
         keys = self.keys
         for value in values:
-            keys = _mix(keys + _GOLDEN_GAMMA * torch.as_tensor(value, device=keys.device))
+            number = torch.as_tensor(value, device=keys.device)
+            if number.is_floating_point():
+                raise TypeError(f"keys of random numbers must be integers, but are of type {number.dtype}.")
+            keys = _mix(keys + _GOLDEN_GAMMA * number.long())
         return CounterGenerator(keys)
 
     def select(self, rows: torch.Tensor) -> "CounterGenerator":
