@@ -148,3 +148,23 @@ def test_other_caches_stay_as_they_are(kind: str) -> None:
     before = [type(layer) for layer in cache.layers]
     make_growing(cache)
     assert [type(layer) for layer in cache.layers] == before
+
+
+@torch.no_grad()
+def test_a_layer_grows_once_and_not_again_in_every_pass_that_only_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """256 tokens in blocks of 8, each read five times before it is committed: a buffer for every quarter more."""
+    sizes, make = [], GrowingLayer._buffer
+
+    def counted(old: torch.Tensor, new: torch.Tensor, length: int) -> torch.Tensor:
+        sizes.append(length + new.shape[-2])
+        return make(old, new, length)
+
+    monkeypatch.setattr(GrowingLayer, "_buffer", staticmethod(counted))
+    layer = GrowingLayer()
+    layer.update(states(5), states(5))
+    for _ in range(32):
+        for seed in range(5):
+            layer.extended(states(8, seed=seed), states(8, seed=seed))
+        layer.update(states(8), states(8))
+    assert layer.get_seq_length() == 5 + 256
+    assert len(sizes) == 2 * 4 and len(set(sizes)) == 4  # keys and values

@@ -49,6 +49,9 @@ class GrowingLayer(DynamicLayer):
                 self._buffer(self.keys, key_states, length),
                 self._buffer(self.values, value_states, length),
             )
+            # What is cached stands in the new buffers from now on, also if this call only reads.
+            if length:
+                self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
         keys, values = (buffer[:, :, :end] for buffer in self._buffers or ())
         keys[:, :, length:] = key_states
         values[:, :, length:] = value_states
