@@ -2,13 +2,20 @@
 
 import json
 import math
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from stranger import WITHOUT_THE_PACKAGE
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from blockgen_hf import BlockGenForDiffusionLM
 from blockgen_hf.checkpoints import shipped_checkpoint
+from blockgen_hf.checkpoints.__main__ import write_code
+from blockgen_hf.hub.folders import AUTO_MAP, code_files
 
 
 STORY = (
@@ -28,7 +35,7 @@ def model() -> BlockGenForDiffusionLM:
 
 
 def test_the_folder_is_small_and_complete() -> None:
-    """At most 12 MB: weights, configuration, generation settings, tokenizer, card. The code is the package's own."""
+    """At most 12 MB: weights, configuration, generation settings, tokenizer, card, and the code that loads it."""
     files = {path.name: path.stat().st_size for path in shipped_checkpoint().iterdir()}
     assert set(files) == {
         "README.md",
@@ -37,9 +44,48 @@ def test_the_folder_is_small_and_complete() -> None:
         "model.safetensors",
         "tokenizer.json",
         "tokenizer_config.json",
+        *code_files(),
     }
     assert sum(files.values()) < 12e6
-    assert "auto_map" not in json.loads((shipped_checkpoint() / "config.json").read_text())
+
+
+def test_its_code_is_that_of_the_package() -> None:
+    """Otherwise `python -m blockgen_hf.checkpoints` was forgotten."""
+    for name, source in code_files().items():
+        assert (shipped_checkpoint() / name).read_bytes() == source.read_bytes(), name
+    assert json.loads((shipped_checkpoint() / "config.json").read_text())["auto_map"] == AUTO_MAP
+
+
+def test_the_command_that_writes_the_code_brings_a_folder_up_to_date(tmp_path: Path) -> None:
+    for name in ("config.json", "modeling_blockgen.py"):
+        (tmp_path / name).write_bytes((shipped_checkpoint() / name).read_bytes())
+    (tmp_path / "modeling_blockgen.py").write_text("old")
+    (tmp_path / "gone_blockgen.py").write_text("of another version")
+    write_code(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", *code_files()}
+    assert (tmp_path / "modeling_blockgen.py").read_bytes() == code_files()["modeling_blockgen.py"].read_bytes()
+
+
+@pytest.mark.slow
+def test_the_snippet_of_its_card_runs_without_the_package(tmp_path: Path) -> None:
+    """And a pipeline opens the folder by its name, with torch and transformers alone."""
+    card = (shipped_checkpoint() / "README.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    pipeline = f"""
+from transformers import pipeline
+write = pipeline("text-generation", model={str(shipped_checkpoint())!r}, trust_remote_code=True)
+print("PIPELINE", write("The dog", max_new_tokens=8)[0]["generated_text"])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_THE_PACKAGE + snippet + pipeline],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        cwd=shipped_checkpoint(),
+        env={"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": ""},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Once upon a time") and "PIPELINE The dog" in done.stdout
 
 
 def test_special_tokens_are_the_last_and_the_mask_the_very_last(

@@ -14,6 +14,7 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from ..modeling.block_decoding_blockgen import BlockDecoder
 from ..modeling.generation_blockgen import BlockGenGenerateOutput
+from ..modeling.releases_blockgen import take_cache
 from ..modeling.sampling_blockgen import CounterGenerator
 from ..prompts import PromptEncoder
 from .samples_grid import SampleCell
@@ -153,8 +154,9 @@ def _decode_rows(
     **model_kwargs: Any,
 ) -> BlockGenGenerateOutput:
     """What `generate` does, with a key for each row, `[B, 1]`, instead of one seed for all."""
+    cache = take_cache(model_kwargs)
     decoder = BlockDecoder(
-        model, input_ids, logits_processor, stopping_criteria, generation_config, None, **model_kwargs
+        model, input_ids, logits_processor, stopping_criteria, generation_config, cache=cache, **model_kwargs
     )
     decoder.rows = rows
     decoder.run()

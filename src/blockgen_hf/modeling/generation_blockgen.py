@@ -153,6 +153,12 @@ class BlockGenGenerationMixin(GenerationMixin):
                 "`next_token_prediction=True` has `decoding='ar'` only."
             )
         self._validate_adapter()
+        positions = self.config.max_position_embeddings
+        if generation_config.decoding != "ar" and generation_config.block_size > positions:
+            raise ValueError(
+                f"`block_size` must be at most {positions}, the positions of the model (`max_position_embeddings`), "
+                f"but is {generation_config.block_size}."
+            )
         self._validate_corrector(generation_config)
         self._validate_sampler(generation_config)
         self._validate_clean_attention(generation_config)

@@ -13,6 +13,7 @@
 # limitations under the License.
 """The settings of BlockGen's decodings, as a generation config that is saved with the model."""
 
+from bisect import bisect_right
 from typing import Any
 
 from transformers import GenerationConfig
@@ -26,6 +27,9 @@ DIFFUSION_CORRECTORS = ("entropy", "confidence", "margin")
 # Their scores are made of the whole diffusion distribution.
 DISTRIBUTION_CORRECTORS = ("ar_kl", "ar_reverse_kl", "ar_tv", *DIFFUSION_CORRECTORS)
 CORRECTORS = (*AR_CORRECTORS, *DIFFUSION_CORRECTORS, "random")
+
+# Steps of a block, and what is counted in them: ten times what any paper takes.
+_MOST_STEPS = 10_000
 
 # What `generate` assumes where neither the call nor the model's own generation config says anything.
 _DEFAULTS: dict[str, Any] = {
@@ -162,17 +166,21 @@ class BlockGenGenerationConfig(GenerationConfig):
             value = getattr(self, name)
             if value is not None and value not in accepted:
                 raise ValueError(f"`{name}` must be one of {list(accepted)}, but is {value!r}.")
-        for name, smallest in (
-            ("block_size", 1),
-            ("denoising_steps", 1),
-            ("nfe_per_block", 1),
-            ("ar_seed_tokens", 0),
-            ("corrector_start", 0),
-            ("corrector_period", 1),
+        for name, smallest, largest in (
+            ("block_size", 1, None),
+            ("denoising_steps", 1, _MOST_STEPS),
+            ("nfe_per_block", 1, _MOST_STEPS),
+            ("ar_seed_tokens", 0, None),
+            ("corrector_start", 0, _MOST_STEPS),
+            ("corrector_period", 1, _MOST_STEPS),
         ):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < smallest):
+            if value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < smallest:
                 raise ValueError(f"`{name}` must be an integer of at least {smallest}, but is {value!r}.")
+            if largest is not None and value > largest:
+                raise ValueError(f"`{name}` must be at most {largest:,}, but is {value}.")
         self._validate_sampler()
         if self.denoising_steps is not None and self.nfe_per_block is not None:
             raise ValueError(
@@ -212,8 +220,9 @@ class BlockGenGenerationConfig(GenerationConfig):
 
     def function_evaluations(self, num_steps: int) -> int:
         """Function evaluations of a block of T steps: T, and one more for each informed step that needs an AR pass."""
-        informed = sum(self.is_informed(step, num_steps) for step in range(num_steps))
-        return num_steps + (informed if self.corrector in AR_CORRECTORS else 0)
+        if self.decoding != "arpc" or self.corrector not in AR_CORRECTORS:
+            return num_steps
+        return num_steps + len(range(self.corrector_start, num_steps - 1, self.corrector_period))
 
     def num_denoising_steps(self) -> int:
         """T: given, or the largest that `nfe_per_block` pays for, or the block size."""
@@ -228,7 +237,7 @@ class BlockGenGenerationConfig(GenerationConfig):
                 f"{needed} function evaluations a block."
             )
         affordable = range(1, self.nfe_per_block + 1)
-        return max(steps for steps in affordable if self.function_evaluations(steps) <= self.nfe_per_block)
+        return bisect_right(affordable, self.nfe_per_block, key=self.function_evaluations)
 
 
 __all__ = ["BlockGenGenerationConfig"]

@@ -1,0 +1,385 @@
+# Copyright 2026 The blockgen-hf authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+The block loop (BlockGen, Sec. 4 and Algorithm 1): AR seeding, then a block at a time: canvas, denoise, propose,
+verify, re-noise, commit.
+
+Draws are keyed by (seed, row, new token, step, purpose), see `sampling_blockgen`.
+"""
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.generation.configuration_utils import GenerationConfig
+from transformers.generation.logits_process import LogitsProcessorList
+from transformers.generation.stopping_criteria import (
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    StoppingCriteriaList,
+)
+from transformers.generation.streamers import BaseStreamer
+from transformers.utils.generic import is_flash_attention_requested
+
+from .adaptive_sampling_blockgen import denoise_adaptively
+from .correctors_blockgen import penalties, worst_positions
+from .decoding_state_blockgen import DecodingState, row_generator
+from .denoising_blockgen import Block, Purpose, TimeGrid, denoise, hit_first
+from .diffusion_blockgen import MaskedDiffusion
+from .generation_configuration_blockgen import AR_CORRECTORS, DISTRIBUTION_CORRECTORS
+from .logits_blockgen import BlockText, Prediction, process_logits, without_padding
+from .sampling_blockgen import CounterGenerator
+
+
+# So many clean tokens are committed by the first denoising pass of the block behind them. More are worth a pass of
+# their own, whose causal attention needs no mask.
+_MAX_RIDERS = 256
+
+
+class BlockDecoder:
+    """
+    One call of `generate`. The arguments are those of `GenerationMixin._sample`.
+
+    After [`~BlockDecoder.run`], `sequences()`, `num_function_evaluations`, `num_new_tokens`, `trajectory()` and
+    `returned_cache()` hold the result.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        streamer: BaseStreamer | None = None,
+        attention_mask: torch.Tensor | None = None,
+        cache: Any = None,
+        use_cache: bool = True,
+        logits_to_keep: int | None = None,
+        tokenizer: Any = None,
+        **model_kwargs: Any,
+    ) -> None:
+        unused = [name for name, value in model_kwargs.items() if value is not None]
+        if unused:
+            raise ValueError(f"`decoding={generation_config.decoding!r}` does not take {unused}.")
+        self.model = model
+        self.process = model.diffusion
+        self.settings = generation_config
+        self.stopping_criteria = stopping_criteria
+        self.streamer = streamer
+        self.block_size = generation_config.block_size
+        config = model.config
+        self.block_grid = config.block_sizes[0] if config.clean_attention == "block_causal" else 1
+        cache = cache if use_cache else None
+        max_new_tokens = generation_config.max_length - input_ids.shape[1]
+        mask_length = attention_mask.shape[1] if attention_mask is not None else generation_config._mask_length
+        self.state = DecodingState(
+            input_ids,
+            attention_mask,
+            cache,
+            num_cached=0 if cache is None else int(cache.get_seq_length()),
+            prompt_is_cached=mask_length == input_ids.shape[1],
+            max_new_tokens=max_new_tokens,
+            spare=self.block_size,
+            pad_token_id=self._pad_token_id(input_ids.shape[0]),
+            grid=self.block_grid,
+            keep_all_rows=getattr(cache, "_is_user_defined", False) or self._may_have_row_adapters(model),
+        )
+        self.logits_processor = without_padding(logits_processor, input_ids, self.state.padding)
+        # Drawn from torch's default generator, so that `torch.manual_seed` and `set_seed` reproduce the text.
+        seed = int(torch.randint(2**62, ()))
+        self.rows = row_generator(seed, input_ids, attention_mask)
+        self.num_seeded = max_new_tokens if generation_config.decoding == "ar" else generation_config.ar_seed_tokens
+        self._trajectory: list[tuple[torch.Tensor, ...]] = []
+        self._modulations = model.base_model.constant_modulations(input_ids.device)
+        if generation_config.decoding != "ar":
+            num_steps = generation_config.num_denoising_steps()
+            self.grid = TimeGrid.of(self.process.schedule, num_steps, input_ids.device)
+
+    @staticmethod
+    def _may_have_row_adapters(model: PreTrainedModel) -> bool:
+        """PEFT gives rows adapters by their place in the batch (`adapter_names`), and tells only its own layers."""
+        return len(getattr(model, "peft_config", {})) > 1
+
+    def _pad_token_id(self, batch_size: int) -> int:
+        pad = self.settings._pad_token_tensor
+        if pad is not None:
+            return int(pad)
+        bounds = (MaxLengthCriteria, MaxTimeCriteria)
+        if batch_size > 1 and not all(isinstance(criterion, bounds) for criterion in self.stopping_criteria):
+            raise ValueError("`pad_token_id` must be set: rows of the batch may end at different lengths.")
+        return 0
+
+    # results
+
+    @property
+    def num_function_evaluations(self) -> torch.Tensor:
+        return self.state.num_function_evaluations
+
+    @property
+    def num_new_tokens(self) -> torch.Tensor:
+        return self.state.num_new_tokens
+
+    def sequences(self) -> torch.Tensor:
+        return self.state.sequences()
+
+    def trajectory(self) -> tuple[tuple[torch.Tensor, ...], ...] | None:
+        return tuple(self._trajectory) if self.settings.output_trajectory else None
+
+    def returned_cache(self) -> Any:
+        return None if self.state.dropped_rows and not self.state.keep_all_rows else self.state.cache
+
+    # the loop
+
+    @torch.no_grad()
+    def run(self) -> None:
+        for _ in range(min(self.num_seeded, self.state.max_new_tokens)):
+            if self.state.is_finished:
+                break
+            self._accept(self._autoregressive_token())
+        while not self.state.is_finished:
+            self._accept(self._denoise_block(self._block_length()))
+        if self.streamer is not None:
+            self.streamer.end()
+
+    def _block_length(self) -> int:
+        """The last block is as long as what is left; on the grid of a block-causal model every block is whole."""
+        return min(self.block_size, self.state.columns_left) if self.block_grid == 1 else self.block_size
+
+    def _accept(self, tokens: torch.Tensor) -> None:
+        new_tokens = self.state.accept(tokens, self.stopping_criteria)
+        if self.streamer is not None:
+            self.streamer.put((new_tokens[0] if new_tokens.shape[0] == 1 else new_tokens).cpu())
+
+    def _autoregressive_token(self) -> torch.Tensor:
+        """The next token of every row by block size 1, `[A, 1]`."""
+        state, config = self.state, self.model.config
+        generator = self._generator(1)
+        queries = None
+        # Greedy decoding takes the model's own fixed queries: the text is then that of repeated `forward` calls.
+        if self.settings.do_sample and not config.next_token_prediction:
+            shape, queries_of = (state.active.numel(), 1), generator.fold_in(Purpose.AR_QUERY)
+            queries = self.process.prior(shape, state.tokens.device, queries_of)
+        outputs = self.model(
+            input_ids=state.pending,
+            query_input_ids=queries,
+            attention_mask=state.context_mask,
+            cache=state.cache,
+            use_cache=state.cache is not None,
+            logits_to_keep=1,
+            modulations=self._modulations,
+        )
+        state.count_evaluation()
+        if state.cache is not None:
+            state.mark_committed(state.pending.shape[1])
+        canvas = state.tokens[state.active[:, None], state.columns(1)]
+        everywhere = torch.ones_like(canvas, dtype=torch.bool)
+        prediction = self._predicted(outputs.logits.flatten(0, 1), everywhere, canvas)
+        return prediction.sample(generator.fold_in(Purpose.AR_TOKEN).uniform().flatten())[:, None]
+
+    def _denoise_block(self, length: int) -> torch.Tensor:
+        """Algorithm 1: from a fully noised block to a clean one, `[A, length]`."""
+        state, settings = self.state, self.settings
+        columns = state.columns(length)
+        fixed = state.fixed(columns)
+        # Rows that are done, and stay for the sake of their cache, need no pass: their pads are fixed too.
+        free = (~state.done[:, None]).expand_as(columns) if fixed is None else ~(fixed | state.done[:, None])
+        generator = self._generator(length)
+        z_t = self.process.prior(columns.shape, columns.device, generator.fold_in(Purpose.PRIOR))
+        z_t = torch.where(free, z_t, state.tokens[state.active[:, None], columns])
+        states = [z_t] if settings.output_trajectory else None
+        greedy_end = settings.noise_removal == "greedy"
+        time_conditioning = self.model.config.time_conditioning
+        block = Block(self.process, self.grid, self._denoise, generator, free, greedy_end, time_conditioning, states)
+        if settings.sampler == "first_hitting":
+            z_t = hit_first(block, z_t)
+        elif settings.sampler != "ancestral":
+            z_t = denoise_adaptively(block, z_t, settings.sampler, settings.acceptance_bound())
+        else:
+            z_t = self._denoise_by_steps(block, z_t)
+        if states is not None:
+            self._trajectory.append(tuple(self._all_rows(z) for z in states))
+        return z_t
+
+    def _denoise_by_steps(self, block: Block, z_t: torch.Tensor) -> torch.Tensor:
+        """Ancestral steps, and between them the informed ones."""
+        num_steps = self.grid.num_steps
+        informed = [step for step in range(num_steps) if self.settings.is_informed(step, num_steps)]
+        first = 0
+        for step in [*informed, num_steps]:
+            if first < step:
+                z_t = denoise(block, z_t, first, step)
+            if step < num_steps:
+                z_t = self._informed_step(block, z_t, step)
+                if block.states is not None:
+                    block.states.append(z_t)
+            first = step + 1
+        return z_t
+
+    def _informed_step(self, block: Block, z_t: torch.Tensor, step: int) -> torch.Tensor:
+        """A clean proposal, and its k worst tokens back to the prior, k matching the noise level of time s."""
+        settings, generator = self.settings, block.generator.fold_in(step)
+        needs_whole = settings.corrector in DISTRIBUTION_CORRECTORS
+        proposal, prediction = self._propose(block, z_t, step, needs_whole)
+        corrector, verification, diffusion_log_probs = settings.corrector, None, None
+        if needs_whole and prediction is not None:
+            logits = prediction.logits.unflatten(0, z_t.shape)
+            diffusion_log_probs = self.process.log_probs(logits.double(), z_t)
+        if corrector in AR_CORRECTORS:
+            verification = self._verify(proposal, generator.fold_in(Purpose.AR_QUERY))
+        numbers = generator.fold_in(Purpose.SCORE)
+        penalty = penalties(corrector, proposal, diffusion_log_probs, verification, numbers.uniform())
+        count = max(1, round((1 - float(self.grid.alphas[step + 1])) * proposal.shape[1]))
+        worst = worst_positions(penalty, count, ~block.free, numbers.uniform(1))
+        noise = self.process.prior(proposal.shape, proposal.device, generator.fold_in(Purpose.RENOISE))
+        return torch.where(worst, noise, proposal)
+
+    def _propose(
+        self, block: Block, z_t: torch.Tensor, step: int, needs_whole: bool
+    ) -> tuple[torch.Tensor, Prediction | None]:
+        """A draw at alpha_s = 1, `[A, n]`, and what it was drawn from: at the masked positions, or everywhere."""
+        everywhere = torch.ones_like(block.free)
+        is_masked = isinstance(self.process, MaskedDiffusion)
+        rows = everywhere[:, 0]
+        masked = block.masked(z_t)
+        where = everywhere
+        if is_masked and not needs_whole:
+            where, rows = masked, masked.any(-1)
+            if not rows.any():
+                return z_t, None
+        prediction = block.predict(z_t, where, rows, self.grid.times[step].expand(len(z_t)))
+        generator = block.generator.fold_in(step, Purpose.PROPOSE)
+        if is_masked:
+            tokens = prediction if where is masked else prediction[masked.flatten()]
+            return z_t.masked_scatter(masked, tokens.sample(generator.uniform()[masked])), prediction
+        z_prob = prediction.prob(z_t.flatten()).view_as(z_t)
+        proposal = self.process.sample_transition(
+            z_prob, prediction.sample_at, z_t, 1.0, self.grid.alphas[step], generator
+        )
+        return torch.where(block.free, proposal, z_t), prediction
+
+    # forward passes
+
+    def _denoise(self, z_t: torch.Tensor, where: torch.Tensor, rows: torch.Tensor, time: torch.Tensor) -> Prediction:
+        """One denoiser pass, as [`Predict`] says; the first of a block commits the tokens before it."""
+        state = self.state
+        self._commit_what_cannot_ride()
+        has_drafts = hasattr(self.streamer, "put_draft")
+        wanted = torch.ones_like(where) if has_drafts else where
+        num_wanted = int(wanted.sum())
+        # How many tokens are wanted differs from pass to pass, and would be compiled anew each time.
+        is_compiled = self.model._compiled_call_impl is not None or hasattr(
+            self.model.forward, "_torchdynamo_orig_callable"
+        )
+        outputs = self.model(
+            input_ids=state.pending,
+            noisy_input_ids=z_t,
+            noisy_position_ids=state.next_positions(z_t.shape[1]) if state.pending.shape[1] else None,
+            block_size=self.block_size,
+            attention_mask=state.context_mask,
+            cache=state.cache,
+            use_cache=state.cache is not None,
+            noise_level=time if self.model.config.time_conditioning else None,
+            logits_to_keep=0 if is_compiled or num_wanted == wanted.numel() else wanted,
+            modulations=self._modulations,
+        )
+        if state.cache is not None:
+            state.mark_committed(state.pending.shape[1])
+        state.count_evaluation(rows)
+        logits = outputs.logits.flatten(0, -2)
+        logits = logits[wanted.flatten()] if len(logits) > num_wanted else logits
+        prediction = self._predicted(logits, wanted, z_t)
+        if has_drafts:
+            self._put_draft(self.streamer, prediction, z_t)
+            prediction = prediction[where.flatten()]
+        return prediction
+
+    def _verify(self, proposal: torch.Tensor, generator: CounterGenerator) -> Prediction:
+        """One AR pass over the proposal: p_AR at each of its positions."""
+        state = self.state
+        length = proposal.shape[1]
+        outputs = self.model(
+            input_ids=torch.cat([state.pending, proposal], dim=1),
+            noisy_input_ids=self.process.prior(proposal.shape, proposal.device, generator),
+            noisy_position_ids=state.next_positions(length) if state.pending.shape[1] else None,
+            block_size=1,
+            attention_mask=state.mask_with(length),
+            cache=state.cache,
+            noise_level=1.0,
+            modulations=self._modulations,
+        )
+        state.count_evaluation()
+        return self._predicted(outputs.logits.flatten(0, 1), torch.ones_like(proposal, dtype=torch.bool), proposal)
+
+    def _commit_what_cannot_ride(self) -> None:
+        """Writes finished tokens to the cache, but for those that the next pass commits."""
+        state = self.state
+        if state.cache is None:
+            return
+        # Tokens of a block see one another under block-causal attention: they are committed together.
+        chunk = self.settings.prefill_chunk_size if self.block_grid == 1 else None
+        # A pass that commits and denoises needs a mask.
+        riders = 0 if is_flash_attention_requested(self.model.config) else min(chunk or _MAX_RIDERS, _MAX_RIDERS)
+        while state.pending.shape[1] > riders:
+            tokens = state.pending[:, : chunk or state.pending.shape[1]]
+            length = state.num_cached + tokens.shape[1]
+            self.model(
+                input_ids=tokens,
+                noisy_input_ids=tokens[:, :0],
+                attention_mask=None if state.context_mask is None else state.context_mask[:, :length],
+                cache=state.cache,
+                use_cache=True,
+                noise_level=1.0,
+                modulations=self._modulations,
+            )
+            state.mark_committed(tokens.shape[1])
+
+    # helpers
+
+    def _generator(self, length: int) -> CounterGenerator:
+        """Keys of the next tokens, `[A, length]`: by row and by index among its new tokens."""
+        new_index = self.state.columns(length) - self.state.prompt_width
+        return self.rows.select(self.state.active).fold_in(new_index)
+
+    def _predicted(self, logits: torch.Tensor, where: torch.Tensor, canvas: torch.Tensor) -> Prediction:
+        """x_hat from the raw logits `[M, V]` of some positions of the next block, through the logits processors."""
+        config, state = self.model.config, self.state
+        logits = logits.float()
+        if config.diffusion_type == "masked":  # impossible, and it must not fill a place of top-k or top-p
+            logits[:, config.mask_token_id] = -torch.inf
+        if self.logits_processor:
+            columns = state.columns(canvas.shape[1])
+            text = BlockText(state.clean_context(), state.padding, canvas, columns, state.active)
+            logits = process_logits(logits, where, text, self.logits_processor)
+        return Prediction(logits, self.settings.do_sample)
+
+    def _put_draft(self, streamer: Any, prediction: Prediction, z_t: torch.Tensor) -> None:
+        """The clean text as the model sees it now, to a streamer such as `TextDiffusionStreamer`."""
+        # Tokens of the prompt that stand in the block (block-causal models) were streamed already.
+        fixed = self.state.fixed(self.state.columns(z_t.shape[1]))
+        known = 0 if fixed is None else int(fixed.all(0).sum())
+        log_probs = self.process.log_probs(prediction.logits.unflatten(0, z_t.shape), z_t)[:, known:]
+        if getattr(streamer, "_takes_logits", False):
+            streamer.put_draft(logits=log_probs.cpu())
+        else:
+            streamer.put_draft(value=log_probs.argmax(-1).cpu())
+
+    def _all_rows(self, tokens: torch.Tensor) -> torch.Tensor:
+        """`[A, n]` to `[B, n]`, pads in the rows that are done."""
+        rows = tokens.new_full((self.state.tokens.shape[0], tokens.shape[1]), self.state.pad_token_id)
+        rows[self.state.active] = torch.where(self.state.done[:, None], self.state.pad_token_id, tokens)
+        return rows
+
+
+__all__ = ["BlockDecoder"]

@@ -1,0 +1,289 @@
+# Copyright 2026 The blockgen-hf authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""BlockGen configuration."""
+
+from math import isfinite
+from typing import Any
+
+from transformers.utils.versions import require_version
+
+
+# Before anything is imported that an older release does not have. No upper bound: this file travels with checkpoints.
+require_version(
+    "transformers>=5.20", "BlockGen models work with transformers 5.20 and newer: pip install -U transformers"
+)
+
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.utils import auto_docstring
+
+
+DIFFUSION_TYPES = ("masked", "uniform")
+CLEAN_ATTENTIONS = ("causal", "block_causal")
+NOISE_SCHEDULES = ("linear", "cosine")
+TRAINING_OBJECTIVES = ("cross_entropy", "elbo")
+
+
+# A bad field must raise a ValueError, which @strict would turn into an exception of its own: trf-ignore: TRF010
+@auto_docstring
+class BlockGenConfig(PreTrainedConfig):
+    r"""
+    Configuration of a [`BlockGenForDiffusionLM`]: a transformer denoiser trained on a mixture of block sizes
+    (BlockGen, Sec. 3). The defaults are the 170M-parameter model of the paper (Suppl. A.2) on GPT-2 tokens. A value
+    that a field does not accept raises a `ValueError` that names the field.
+
+    Args:
+        vocab_size (`int`, defaults to 50258):
+            Number of rows of the embedding and of the output matrix, the mask token included.
+        hidden_size (`int`, defaults to 768):
+            Width of the residual stream.
+        intermediate_size (`int`, *optional*):
+            Width of the MLP. `None` means `4 * hidden_size`.
+        num_hidden_layers (`int`, defaults to 12):
+            Number of transformer layers.
+        num_attention_heads (`int`, defaults to 12):
+            Number of attention heads; must divide `hidden_size` into heads of even width.
+        hidden_act (`str`, defaults to `"gelu_pytorch_tanh"`):
+            Activation of the MLP.
+        max_position_embeddings (`int`, defaults to 1024):
+            Longest sequence, prompt included.
+        rope_parameters (`dict`, *optional*):
+            Rotary position embedding, as in every transformers model. Default: base 10000 on the whole head.
+        layer_norm_eps (`float`, defaults to 1e-5):
+            Epsilon of the layer norms, which have no bias and are computed in float32.
+        hidden_dropout (`float`, defaults to 0.1):
+            Dropout on the two branches of every layer.
+        tie_word_embeddings (`bool`, defaults to `False`):
+            Whether the output matrix is the embedding matrix.
+        use_cache (`bool`, defaults to `True`):
+            Whether `forward(input_ids)`, the causal language model, returns a cache unless told otherwise.
+        diffusion_type (`str`, defaults to `"masked"`):
+            The prior pi of Eq. 1: `"masked"` or `"uniform"`.
+        mask_token_id (`int`, *optional*):
+            The mask token. `None` means the last id of the vocabulary for a masked model.
+        block_sizes (`list[int]`, defaults to `[1, 2, 4, 8, 16]`):
+            The set S of block sizes that the model is trained on, any positive sizes.
+        block_size_weights (`list[float]`, *optional*):
+            The mixture weights gamma of Eq. 6, one a block size, adding up to 1. `None` means uniform.
+        clean_attention (`str`, defaults to `"causal"`):
+            Attention among clean tokens: `"causal"` (Fig. 5b) or `"block_causal"` (Fig. 5a). Several block sizes share
+            one cache only with `"causal"`.
+        noise_schedule (`str`, defaults to `"linear"`):
+            `"linear"` or `"cosine"`, see [`NoiseSchedule`].
+        noise_schedule_eps (`float`, defaults to 1e-3):
+            alpha at t = 1.
+        training_objective (`str`, *optional*):
+            `"cross_entropy"` or `"elbo"`. `None` means the paper's choice: cross entropy for masked, ELBO for uniform
+            models. Block size 1 always trains with cross entropy on fully noised inputs.
+        adaptive_layer_norm (`bool`, defaults to `True`):
+            Whether the layers have the adaptive layer norms of the diffusion transformer (adaLN).
+        cond_dim (`int`, defaults to 128):
+            Width of the time embedding that feeds adaLN.
+        time_conditioning (`bool`, defaults to `False`):
+            `False` feeds adaLN with the embedding of zero. `True` feeds the noisy half with the embedding of its noise
+            level and the clean half with that of zero, so that its keys stay cacheable (Suppl. A.2).
+        next_token_prediction (`bool`, defaults to `False`):
+            `True` is the dense causal transformer of the paper's AR baseline: the hidden state of a clean token itself
+            predicts the next one. There is no noise then: `block_sizes` are [1], there is no mask token, and
+            `diffusion_type`, which means nothing, reads `"uniform"`.
+
+    ```python
+    >>> from blockgen_hf import BlockGenConfig, BlockGenForDiffusionLM
+
+    >>> model = BlockGenForDiffusionLM(BlockGenConfig(num_hidden_layers=2, block_sizes=[1, 4]))
+    >>> model.config.block_sizes
+    [1, 4]
+    ```"""
+
+    model_type = "blockgen"
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+
+    vocab_size: int = 50258
+    hidden_size: int = 768
+    intermediate_size: int = None  # type: ignore[assignment]  # derived below
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    hidden_act: str = "gelu_pytorch_tanh"
+    max_position_embeddings: int = 1024
+    rope_parameters: dict = None  # type: ignore[assignment]  # filled by the parent
+    layer_norm_eps: float = 1e-5
+    hidden_dropout: float = 0.1
+    tie_word_embeddings: bool = False
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    diffusion_type: str = "masked"
+    mask_token_id: int | None = None
+    block_sizes: list[int] = None  # type: ignore[assignment]  # derived below
+    block_size_weights: list[float] | None = None
+    clean_attention: str = "causal"
+    noise_schedule: str = "linear"
+    noise_schedule_eps: float = 1e-3
+    training_objective: str | None = None
+    adaptive_layer_norm: bool = True
+    cond_dim: int = 128
+    time_conditioning: bool = False
+    next_token_prediction: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self._check_sizes("vocab_size", "hidden_size")
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        if self.next_token_prediction is True and self.diffusion_type == "masked":
+            self.diffusion_type = "uniform"
+        if self.block_sizes is None:
+            self.block_sizes = [1] if self.next_token_prediction else [1, 2, 4, 8, 16]
+        if self.mask_token_id is None and self.diffusion_type == "masked":
+            self.mask_token_id = self.vocab_size - 1
+        if self.training_objective is None:
+            has_elbo = self.diffusion_type == "uniform" and not self.next_token_prediction
+            self.training_objective = "elbo" if has_elbo else "cross_entropy"
+        super().__post_init__(**kwargs)
+        self._check()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        # The parent sets the overrides in `kwargs` on the finished config.
+        loaded = super().from_dict(config_dict, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded)._check()
+        return loaded
+
+    def _check(self) -> None:
+        self._check_choices()
+        self._check_sizes(
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "max_position_embeddings",
+            "cond_dim",
+        )
+        self._check_numbers()
+        self._check_block_sizes()
+        self._check_next_token_prediction()
+
+    def _check_choices(self) -> None:
+        for name, accepted in (
+            ("diffusion_type", DIFFUSION_TYPES),
+            ("clean_attention", CLEAN_ATTENTIONS),
+            ("noise_schedule", NOISE_SCHEDULES),
+            ("training_objective", TRAINING_OBJECTIVES),
+            ("hidden_act", tuple(ACT2FN)),
+        ):
+            if getattr(self, name) not in accepted:
+                raise ValueError(f"`{name}` must be one of {list(accepted)}, but is {getattr(self, name)!r}.")
+        flags = (
+            "adaptive_layer_norm", "time_conditioning", "next_token_prediction", "use_cache", "tie_word_embeddings"
+        )  # fmt: skip
+        for name in flags:
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"`{name}` must be True or False, but is {getattr(self, name)!r}.")
+        if self.time_conditioning and not self.adaptive_layer_norm:
+            raise ValueError(
+                "`time_conditioning=True` needs `adaptive_layer_norm=True`: the noise level enters the model there."
+            )
+
+    def _check_sizes(self, *names: str) -> None:
+        for name in names:
+            if not is_positive_int(getattr(self, name)):
+                raise ValueError(f"`{name}` must be a positive integer, but is {getattr(self, name)!r}.")
+
+    def _check_numbers(self) -> None:
+        if self.hidden_size % (2 * self.num_attention_heads) != 0:
+            raise ValueError(
+                f"`num_attention_heads` must divide `hidden_size` ({self.hidden_size}) into heads of even width, "
+                f"which rotary embeddings need, but is {self.num_attention_heads}."
+            )
+        rope_type = self.rope_parameters["rope_type"]
+        if rope_type not in ("default", *ROPE_INIT_FUNCTIONS):
+            raise ValueError(
+                f"`rope_parameters` must have a `rope_type` among {['default', *ROPE_INIT_FUNCTIONS]}, but have "
+                f"{rope_type!r}."
+            )
+        for name, low, high in (("noise_schedule_eps", 0.0, 1.0), ("hidden_dropout", 0.0, 1.0)):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not low <= value < high:
+                raise ValueError(f"`{name}` must be a number in [{low:g}, {high:g}), but is {value!r}.")
+        if not isinstance(self.layer_norm_eps, (int, float)) or not self.layer_norm_eps > 0:
+            raise ValueError(f"`layer_norm_eps` must be a positive number, but is {self.layer_norm_eps!r}.")
+        if self.mask_token_id is not None and (
+            not isinstance(self.mask_token_id, int) or not 0 <= self.mask_token_id < self.vocab_size
+        ):
+            raise ValueError(
+                f"`mask_token_id` must be an id of the vocabulary (0 to {self.vocab_size - 1}) or None, but is "
+                f"{self.mask_token_id!r}."
+            )
+
+    def _check_block_sizes(self) -> None:
+        sizes, weights = self.block_sizes, self.block_size_weights
+        if not isinstance(sizes, (list, tuple)) or not sizes or not all(is_positive_int(size) for size in sizes):
+            raise ValueError(f"`block_sizes` must be a non-empty list of positive integers, but is {sizes!r}.")
+        if len(set(sizes)) != len(sizes):
+            raise ValueError(f"`block_sizes` must not repeat a size, but is {sizes!r}.")
+        self.block_sizes = [int(size) for size in sizes]
+        if weights is not None:
+            if not isinstance(weights, (list, tuple)) or len(weights) != len(sizes):
+                raise ValueError(
+                    f"`block_size_weights` must hold one weight for each of the {len(sizes)} `block_sizes`, or be "
+                    f"None, but is {weights!r}."
+                )
+            if (
+                not all(isinstance(w, (int, float)) and isfinite(w) and w >= 0 for w in weights)
+                or abs(sum(weights) - 1) > 1e-6
+            ):
+                raise ValueError(
+                    f"`block_size_weights` must be non-negative numbers that add up to 1, but is {weights!r}."
+                )
+            self.block_size_weights = [float(weight) for weight in weights]
+        if self.clean_attention == "block_causal" and len(sizes) > 1:
+            raise ValueError(
+                f"`clean_attention='block_causal'` needs a single block size, but `block_sizes` is {sizes!r}: block "
+                "sizes share one cache only if no clean token sees a later one. Use `clean_attention='causal'`."
+            )
+
+    def _check_next_token_prediction(self) -> None:
+        if not self.next_token_prediction:
+            return
+        needed: dict[str, Any] = {
+            "block_sizes": [1],
+            "clean_attention": "causal",
+            "diffusion_type": "uniform",
+            "training_objective": "cross_entropy",
+            "time_conditioning": False,
+            "mask_token_id": None,
+        }
+        for name, value in needed.items():
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"`{name}` must be {value!r} with `next_token_prediction=True`, a causal transformer without "
+                    f"noise, but is {getattr(self, name)!r}."
+                )
+
+
+def is_positive_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+__all__ = ["BlockGenConfig"]

@@ -1,0 +1,251 @@
+# Copyright 2026 The blockgen-hf authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What a running `generate` knows of its rows: their tokens, what of them is cached, who is done."""
+
+import torch
+from transformers.cache_utils import Cache
+from transformers.generation.stopping_criteria import MaxTimeCriteria, StoppingCriteria, StoppingCriteriaList
+
+from .cache_blockgen import keep_rows
+from .positions_blockgen import last_columns
+from .sampling_blockgen import CounterGenerator
+
+
+class DecodingState:
+    """
+    The rows of a running generation. Row i of the output stands in `tokens[i]`; only the `active` rows are computed.
+
+    Columns count from the left end of the padded prompts: new token k of every row stands in column `prompt_width +
+    k`.
+
+    Args:
+        input_ids (`torch.LongTensor` of shape `[B, W]`): prompts, left padded.
+        attention_mask (`torch.Tensor` of shape `[B, past + W]` or `[B, W]`, *optional*): zero for padding.
+        cache (`Cache`, *optional*): where clean tokens are committed; None recomputes them in every pass.
+        num_cached (`int`): tokens that the cache holds already.
+        prompt_is_cached (`bool`): whether these are the first tokens of `input_ids`, and not what came before them.
+        max_new_tokens (`int`): room for new tokens.
+        spare (`int`): columns behind that room, for blocks that end beyond it.
+        pad_token_id (`int`): what stands behind the end of a row.
+        grid (`int`): blocks of a block-causal model start at multiples of it, 1: anywhere.
+        keep_all_rows (`bool`): whether rows that are done stay in the batch: the caller owns the cache, or the model
+            knows the rows by their place.
+    """
+
+    def __init__(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        cache: Cache | None,
+        num_cached: int,
+        prompt_is_cached: bool,
+        max_new_tokens: int,
+        spare: int,
+        pad_token_id: int,
+        grid: int,
+        keep_all_rows: bool,
+    ) -> None:
+        batch_size, self.prompt_width = input_ids.shape
+        self.max_new_tokens = max_new_tokens
+        self.pad_token_id = pad_token_id
+        self.cache = cache
+        self.keep_all_rows = keep_all_rows
+        self.dropped_rows = False
+        device = input_ids.device
+
+        # On a grid, rows may run ahead of the one that is furthest behind by a block of the grid.
+        spare = spare + grid - 1
+        room = torch.full((batch_size, max_new_tokens + spare), pad_token_id, dtype=torch.long, device=device)
+        self.tokens = torch.cat([input_ids, room], dim=1)
+        self.num_new_tokens = torch.zeros(batch_size, dtype=torch.long, device=device)
+        self.num_function_evaluations = torch.zeros(batch_size, dtype=torch.long, device=device)
+        self.active = torch.arange(batch_size, device=device)
+        self.done = torch.zeros(batch_size, dtype=torch.bool, device=device)
+        # How many columns of padding stand before each prompt, `[B]`.
+        self.padding = torch.zeros(batch_size, dtype=torch.long, device=device)
+        if attention_mask is not None:
+            is_padding = attention_mask.long().cumsum(-1) == 0
+            self.padding = last_columns(is_padding, self.prompt_width).sum(-1)
+
+        if prompt_is_cached and num_cached > self.prompt_width:
+            raise ValueError(
+                f"`cache` hold {num_cached} tokens, but `inputs` only {self.prompt_width}: pass the whole "
+                "text, or the new tokens with an `attention_mask` that covers the cached ones too."
+            )
+        self.pending = input_ids[:, num_cached:] if prompt_is_cached else input_ids
+        self.num_cached = num_cached
+        self.context_mask = attention_mask
+        # Column at which the next block starts, of every active row, and the smallest of them: rows of a model with a
+        # grid start at columns of their own.
+        self.start = torch.full((batch_size, 1), self.prompt_width, device=device)
+        self.first_column = self.prompt_width
+        if grid > 1:
+            self._hold_back_remainder(grid)
+
+    def _hold_back_remainder(self, grid: int) -> None:
+        """Prompt tokens behind the last multiple of the grid are not committed: they stand in the first block."""
+        if self.context_mask is None:
+            held_back = (self.num_cached + self.pending.shape[1]) % grid
+            self.pending = self.pending[:, : self.pending.shape[1] - held_back]
+            self.start = self.start - held_back
+        else:
+            remainders = self.context_mask.long().sum(-1, keepdim=True) % grid
+            self.start = self.start - remainders
+            context_columns = torch.arange(self.context_mask.shape[1], device=remainders.device)
+            self.context_mask = self.context_mask * (context_columns < self.context_mask.shape[1] - remainders)
+        self.first_column = int(self.start.min())
+
+    @property
+    def is_finished(self) -> bool:
+        return self.active.numel() == 0 or self.first_column >= self.prompt_width + self.max_new_tokens
+
+    @property
+    def columns_left(self) -> int:
+        return self.prompt_width + self.max_new_tokens - self.first_column
+
+    def columns(self, length: int) -> torch.Tensor:
+        """Columns of the next `length` tokens, `[A, length]`."""
+        return self.start + torch.arange(length, device=self.start.device)
+
+    def fixed(self, columns: torch.Tensor) -> torch.Tensor | None:
+        """Where the columns hold prompt tokens, `[A, n]`; None if nowhere."""
+        return columns < self.prompt_width if self.first_column < self.prompt_width else None
+
+    def clean_context(self) -> torch.Tensor:
+        """The tokens of all rows, `[B, columns]`, as far as those of the active ones are known."""
+        return self.tokens[:, : max(self.prompt_width, self.first_column)].clone()
+
+    def mask_with(self, length: int) -> torch.Tensor | None:
+        """The attention mask of the context, followed by so many valid tokens."""
+        if self.context_mask is None:
+            return None
+        return torch.nn.functional.pad(self.context_mask, (0, length), value=1)
+
+    def next_positions(self, length: int) -> torch.Tensor:
+        """Positions of the next `length` tokens, `[A or 1, length]`."""
+        offsets = torch.arange(length, device=self.start.device)
+        if self.context_mask is None:
+            return (offsets + self.num_cached + self.pending.shape[1])[None]
+        return self.context_mask.long().sum(-1, keepdim=True) + offsets
+
+    def count_evaluation(self, rows: torch.Tensor | None = None) -> None:
+        """A pass that these active rows `[A]` needed; default: all of them."""
+        needed = ~self.done if rows is None else rows & ~self.done
+        self.num_function_evaluations[self.active] += needed.long()
+
+    def mark_committed(self, count: int) -> None:
+        """The first `count` pending tokens are in the cache now."""
+        self.pending = self.pending[:, count:]
+        self.num_cached += count
+
+    def accept(self, tokens: torch.Tensor, stopping_criteria: StoppingCriteriaList) -> torch.Tensor:
+        """
+        Takes the next tokens `[A, n]`, up to the end of each row. They become pending; rows that end leave the batch.
+
+        Returns:
+            The new tokens of all rows, up to the end of the longest, `[B, <= n]`; pads behind the end of a row.
+        """
+        length = tokens.shape[1]
+        columns = self.columns(length)
+        tokens = torch.where(self.done[:, None], self.pad_token_id, tokens)
+        self.tokens[self.active[:, None], columns] = tokens
+        first = max(self.prompt_width, self.first_column)
+        self._find_ends(columns, first, stopping_criteria)
+
+        # With the pads that now stand behind an end: the cache holds what the sequences say.
+        self.pending = torch.cat([self.pending, self.tokens[self.active[:, None], columns]], dim=1)
+        self.context_mask = self.mask_with(length)
+        self.start = self.start + length
+        self.first_column += length
+        self._drop_done_rows()
+        return self.sequences()[:, first : None if self.is_finished else self.first_column]
+
+    def _find_ends(self, columns: torch.Tensor, first: int, stopping_criteria: StoppingCriteriaList) -> None:
+        """
+        Evaluates the criteria on every prefix that the new columns complete, as they would be token by token, and
+        fills with pads behind. The clock is looked at once: it stops everyone, and no finished block is thrown away
+        for it.
+        """
+        by_text = [criterion for criterion in stopping_criteria if not isinstance(criterion, MaxTimeCriteria)]
+        by_clock = [criterion for criterion in stopping_criteria if isinstance(criterion, MaxTimeCriteria)]
+        width = self.prompt_width + self.max_new_tokens
+        last = min(self.first_column + columns.shape[1] + int(self.start.max() - self.start.min()), width)
+        was_done = self.done
+        for column in range(first, last):
+            present = (columns == column).any(-1) & ~self.done
+            self.num_new_tokens[self.active] += present.long()
+            self.done = self.done | (present & self._stops(by_text, column + 1))
+        behind = torch.arange(self.tokens.shape[1], device=columns.device) >= (
+            self.prompt_width + self.num_new_tokens[self.active, None]
+        )
+        ended = (self.done & ~was_done)[:, None] & behind
+        self.tokens[self.active] = self.tokens[self.active].masked_fill(ended, self.pad_token_id)
+        self.done = self.done | self._stops(by_clock, last)
+
+    def _stops(self, criteria: list[StoppingCriteria], length: int) -> torch.Tensor:
+        """Whether any criterion stops each active row `[A]`. Criteria see every row, done or not, as everywhere."""
+        stops = torch.zeros(len(self.tokens), dtype=torch.bool, device=self.tokens.device)
+        for criterion in criteria:
+            stops = stops | torch.as_tensor(criterion(self.tokens[:, :length], None), device=stops.device)
+        return stops[self.active]
+
+    def _drop_done_rows(self) -> None:
+        if self.done.all():
+            self.dropped_rows = self.dropped_rows or self.active.numel() < self.tokens.shape[0]
+            self.active = self.active[:0]
+        elif self.done.any() and not self.keep_all_rows:
+            kept = (~self.done).nonzero().squeeze(-1)
+            self.dropped_rows = True
+            self.active, self.done, self.start = self.active[kept], self.done[kept], self.start[kept]
+            self.first_column = int(self.start.min())  # the row that was furthest behind may have left
+            self.pending = self.pending[kept]
+            if self.context_mask is not None:
+                self.context_mask = self.context_mask[kept]
+            if self.cache is not None:
+                keep_rows(self.cache, kept, self.num_cached)
+
+    def sequences(self) -> torch.Tensor:
+        """Prompts and new tokens up to the end of the longest row."""
+        return self.tokens[:, : self.prompt_width + int(self.num_new_tokens.max())]
+
+
+def row_generator(seed: int, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> CounterGenerator:
+    """
+    A key a row, `[B, 1]`, from the seed and from what the row is: its prompt, and how many rows before it have the
+    same prompt. So a row gets the same text alone and in any batch, and copies of a prompt get different texts.
+    """
+    batch_size, width = input_ids.shape
+    device = input_ids.device
+    valid = (
+        torch.ones_like(input_ids)
+        if attention_mask is None
+        else attention_mask[:, -width:].long()
+        if width
+        else input_ids
+    )
+    positions = valid.cumsum(-1)
+    token_keys = CounterGenerator.from_seed(0, device).fold_in(input_ids, positions).keys
+    prompt_keys = (token_keys * valid).sum(-1)
+    _, group = prompt_keys.unique(return_inverse=True)
+    order = group.argsort(stable=True)
+    ordered = group[order]
+    index = torch.arange(batch_size, device=device)
+    is_first = torch.ones_like(ordered, dtype=torch.bool)
+    is_first[1:] = ordered[1:] != ordered[:-1]
+    first_index = torch.where(is_first, index, 0).cummax(0).values
+    copies = torch.empty_like(index).scatter_(0, order, index - first_index)
+    return CounterGenerator.from_seed(seed, device).fold_in(prompt_keys[:, None], copies[:, None])
+
+
+__all__ = ["DecodingState", "row_generator"]

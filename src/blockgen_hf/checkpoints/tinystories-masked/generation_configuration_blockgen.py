@@ -1,0 +1,234 @@
+# Copyright 2026 The blockgen-hf authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The settings of BlockGen's decodings, as a generation config that is saved with the model."""
+
+from typing import Any
+
+from transformers import GenerationConfig
+
+
+DECODINGS = ("ar", "block_diffusion", "arpc")
+SAMPLERS = ("ancestral", "first_hitting", "confidence", "entropy_bound")
+NOISE_REMOVALS = ("ancestral", "greedy")
+AR_CORRECTORS = ("ar_surprisal", "ar_gap", "ar_entropy", "ar_kl", "ar_reverse_kl", "ar_tv")
+DIFFUSION_CORRECTORS = ("entropy", "confidence", "margin")
+# Their scores are made of the whole diffusion distribution.
+DISTRIBUTION_CORRECTORS = ("ar_kl", "ar_reverse_kl", "ar_tv", *DIFFUSION_CORRECTORS)
+CORRECTORS = (*AR_CORRECTORS, *DIFFUSION_CORRECTORS, "random")
+
+# What `generate` assumes where neither the call nor the model's own generation config says anything.
+_DEFAULTS: dict[str, Any] = {
+    "ar_seed_tokens": 0,
+    "corrector": "ar_surprisal",
+    "corrector_start": 0,
+    "corrector_period": 1,
+    "noise_removal": "ancestral",
+    "sampler": "ancestral",
+    "confidence_threshold": 0.9,
+    "entropy_bound": 0.1,
+    "output_trajectory": False,
+    # A diffusion model is sampled from, and from its whole distribution: transformers' default top_k=50 cuts it
+    # silently.
+    "do_sample": True,
+    "top_k": 0,
+}
+_SETTINGS = (
+    "decoding",
+    "block_size",
+    "denoising_steps",
+    "nfe_per_block",
+    *(name for name in _DEFAULTS if name not in ("do_sample", "top_k")),
+)
+
+
+class BlockGenGenerationConfig(GenerationConfig):
+    r"""
+    [`GenerationConfig`] with the settings of block diffusion. Unset settings are None; `generate` fills them from the
+    model's own generation config, then from the defaults below.
+
+    Args:
+        decoding (`str`, *optional*):
+            `"ar"`, `"block_diffusion"` or `"arpc"` (AR-informed predictor-corrector, Algorithm 1; the paper calls it
+            AIPC). Default: block diffusion, or `"ar"` if the model knows block size 1 only.
+        block_size (`int`, *optional*):
+            L', tokens denoised together. Default: the largest that the model was trained for.
+        denoising_steps (`int`, *optional*):
+            T, denoiser steps a block. Default: `block_size`.
+        nfe_per_block (`int`, *optional*):
+            Instead of `denoising_steps`: function evaluations a block, the AR passes counted. T is the largest that
+            fits.
+        ar_seed_tokens (`int`, defaults to 0):
+            AR seeding (Sec. 4): so many new tokens autoregressively before the first block.
+        corrector (`str`, defaults to `"ar_surprisal"`):
+            Score g of the informed steps. With an AR pass: `"ar_surprisal"`, `"ar_gap"`, `"ar_entropy"`, `"ar_kl"`,
+            `"ar_reverse_kl"`, `"ar_tv"`; without: `"entropy"`, `"confidence"`, `"margin"` (uniform models only, Suppl.
+            B.1) and `"random"`.
+        corrector_start (`int`, defaults to 0):
+            k_init: index of the first informed step.
+        corrector_period (`int`, defaults to 1):
+            pc: every so many steps from `corrector_start` on are informed. The last step never is.
+        noise_removal (`str`, defaults to `"ancestral"`):
+            The last step: `"ancestral"` draws, `"greedy"` takes the arg-max.
+        sampler (`str`, defaults to `"ancestral"`):
+            How a block is denoised. `"ancestral"`: T steps of the posterior. `"first_hitting"`: masked models only,
+            the same law for T to infinity, a function evaluation for each token. `"confidence"` and `"entropy_bound"`:
+            at every step the tokens that the model is sure of, T steps at most.
+        confidence_threshold (`float`, defaults to 0.9):
+            Of `sampler="confidence"`: tokens whose most likely value has this probability are accepted.
+        entropy_bound (`float`, defaults to 0.1):
+            Of `sampler="entropy_bound"`: the most certain tokens are accepted whose entropies, but for the largest,
+            add up to so many nats at most.
+        output_trajectory (`bool`, defaults to `False`):
+            Whether to return the states of each step, with `return_dict_in_generate=True`.
+        kwargs:
+            Everything that [`GenerationConfig`] takes.
+
+    Raises:
+        ValueError: a setting has a value that it does not accept, or two contradict one another.
+
+    ```python
+    >>> from blockgen_hf import BlockGenGenerationConfig
+
+    >>> BlockGenGenerationConfig(decoding="arpc", block_size=16, nfe_per_block=8, corrector_period=3).denoising_steps
+    ```"""
+
+    do_sample: bool | None
+    top_k: int | None
+
+    def __init__(self, **kwargs: Any) -> None:
+        # Before super().__init__, which validates.
+        for name in _SETTINGS:
+            setattr(self, name, kwargs.get(name))
+        super().__init__(**kwargs)
+
+    @classmethod
+    def upgrade(cls, generation_config: GenerationConfig) -> "BlockGenGenerationConfig":
+        """The same settings as a BlockGen generation config."""
+        # By name: a checkpoint's remote code and the installed package have two classes of this name.
+        if type(generation_config).__name__ == cls.__name__:
+            return generation_config
+        settings = generation_config.to_dict()
+        # Saved with this flag, a reload would drop every setting that GenerationConfig itself does not know.
+        settings.pop("_from_model_config", None)
+        upgraded = cls.from_dict(settings)
+        upgraded._original_object_hash = hash(upgraded)
+        return upgraded
+
+    @classmethod
+    def from_model_config(cls, model_config: Any) -> "BlockGenGenerationConfig":
+        return cls.upgrade(GenerationConfig.from_model_config(model_config))
+
+    @staticmethod
+    def _get_default_generation_params() -> dict[str, Any]:
+        return GenerationConfig._get_default_generation_params() | _DEFAULTS
+
+    def update(self, defaults_only: bool = False, allow_custom_entries: bool = False, **kwargs: Any) -> dict[str, Any]:
+        # `denoising_steps` and `nfe_per_block` are two ways to say one thing: the one that is said last replaces the
+        # other.
+        for name, other in (("denoising_steps", "nfe_per_block"), ("nfe_per_block", "denoising_steps")):
+            if defaults_only and getattr(self, name) is not None:
+                kwargs.pop(other, None)
+            elif not defaults_only and kwargs.get(name) is not None and kwargs.get(other) is None:
+                setattr(self, other, None)
+        return super().update(defaults_only=defaults_only, allow_custom_entries=allow_custom_entries, **kwargs)
+
+    def validate(self, strict: bool = False, user_set_attributes: set[str] | None = None) -> None:
+        # The parent finds fault with a temperature where `do_sample` is unset, which is greedy to it and sampling
+        # here, and with any `top_k` but its own default, 50, where nothing is sampled. Ours is 0.
+        do_sample, top_k = self.do_sample, self.top_k
+        self.do_sample, self.top_k = do_sample is None or do_sample, top_k or None
+        try:
+            super().validate(strict=strict, user_set_attributes=user_set_attributes)
+        finally:
+            self.do_sample, self.top_k = do_sample, top_k
+        for name, accepted in (
+            ("decoding", DECODINGS),
+            ("corrector", CORRECTORS),
+            ("noise_removal", NOISE_REMOVALS),
+            ("sampler", SAMPLERS),
+            ("output_trajectory", (True, False)),
+        ):
+            value = getattr(self, name)
+            if value is not None and value not in accepted:
+                raise ValueError(f"`{name}` must be one of {list(accepted)}, but is {value!r}.")
+        for name, smallest in (
+            ("block_size", 1),
+            ("denoising_steps", 1),
+            ("nfe_per_block", 1),
+            ("ar_seed_tokens", 0),
+            ("corrector_start", 0),
+            ("corrector_period", 1),
+        ):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < smallest):
+                raise ValueError(f"`{name}` must be an integer of at least {smallest}, but is {value!r}.")
+        self._validate_sampler()
+        if self.denoising_steps is not None and self.nfe_per_block is not None:
+            raise ValueError(
+                f"`denoising_steps` ({self.denoising_steps}) and `nfe_per_block` ({self.nfe_per_block}) contradict "
+                "one another: the second is the budget from which the number of steps follows. Give one of them."
+            )
+
+    def _validate_sampler(self) -> None:
+        if self.sampler not in (None, "ancestral") and self.decoding == "arpc":
+            raise ValueError(
+                f"`sampler={self.sampler!r}` does not go with `decoding='arpc'`, whose steps are ancestral."
+            )
+        if self.sampler == "first_hitting" and self.nfe_per_block is not None:
+            raise ValueError(
+                f"`nfe_per_block` ({self.nfe_per_block}) and `sampler='first_hitting'` contradict one another: it "
+                "takes a function evaluation for each token. Pass `nfe_per_block=None`."
+            )
+        for name, largest in (("confidence_threshold", 1.0), ("entropy_bound", float("inf"))):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, (int, float)) or not 0 <= value <= largest):
+                raise ValueError(f"`{name}` must be a number from 0 to {largest:g}, but is {value!r}.")
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What is saved: settings of ours that are unset say nothing."""
+        return {
+            name: value for name, value in super().to_diff_dict().items() if value is not None or name not in _SETTINGS
+        }
+
+    def is_informed(self, step: int, num_steps: int) -> bool:
+        """GUIDED(i) of Algorithm 1: from `corrector_start` on every `corrector_period`-th step, the last one never."""
+        start, period = self.corrector_start, self.corrector_period
+        return self.decoding == "arpc" and start <= step < num_steps - 1 and (step - start) % period == 0
+
+    def acceptance_bound(self) -> float:
+        """What the adaptive sampler compares with."""
+        return float(self.confidence_threshold if self.sampler == "confidence" else self.entropy_bound)
+
+    def function_evaluations(self, num_steps: int) -> int:
+        """Function evaluations of a block of T steps: T, and one more for each informed step that needs an AR pass."""
+        informed = sum(self.is_informed(step, num_steps) for step in range(num_steps))
+        return num_steps + (informed if self.corrector in AR_CORRECTORS else 0)
+
+    def num_denoising_steps(self) -> int:
+        """T: given, or the largest that `nfe_per_block` pays for, or the block size."""
+        if self.nfe_per_block is None:
+            return self.denoising_steps if self.denoising_steps is not None else self.block_size
+        first_informed = self.corrector_start + 2  # the last step never is, so that T must be larger
+        needed = self.function_evaluations(first_informed)
+        if self.decoding == "arpc" and needed > self.nfe_per_block:
+            raise ValueError(
+                f"`nfe_per_block={self.nfe_per_block}` is too small for a single informed step: with "
+                f"`corrector={self.corrector!r}` and `corrector_start={self.corrector_start}` ARPC needs at least "
+                f"{needed} function evaluations a block."
+            )
+        affordable = range(1, self.nfe_per_block + 1)
+        return max(steps for steps in affordable if self.function_evaluations(steps) <= self.nfe_per_block)
+
+
+__all__ = ["BlockGenGenerationConfig"]
