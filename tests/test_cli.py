@@ -48,13 +48,17 @@ Command = Callable[..., str]
 
 @pytest.fixture
 def run(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Runs `blockgen-hf generate` on the checkpoint and returns what it prints; it must say nothing on stderr."""
+    """
+    Runs `blockgen-hf generate` on the checkpoint and returns what it prints: texts on standard output, and what they
+    cost, and nothing else, on standard error.
+    """
 
     def run_command(*arguments: str) -> str:
         assert main(["generate", "--model", checkpoint, *arguments]) == 0
         printed = capsys.readouterr()
-        assert printed.err == ""
-        return printed.out
+        assert all(line == "" or COST.search(line) for line in printed.err.splitlines())
+        assert COST.search(printed.out) is None
+        return printed.out + printed.err
 
     return run_command
 
@@ -203,6 +207,89 @@ def test_a_prompt_that_is_not_utf8(fail: Command, monkeypatch: pytest.MonkeyPatc
     assert "standard input is not valid UTF-8 text" in fail("-")
 
 
+def test_several_prompts(run: Command, capsys: pytest.CaptureFixture[str], checkpoint: str) -> None:
+    single = [json.loads(run(prompt, "--json", "--seed", "0")) for prompt in ("a b", "c")]
+    both = run("a b", "c", "--json", "--seed", "0")
+    assert prompts_and_samples(both) == prompts_and_samples(json.dumps(single))
+    texts = [one["results"][0]["samples"][0]["text"] for one in single]
+    assert main(["generate", "a b", "c", "--model", checkpoint, "--seed", "0"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == f"{texts[0]}\n\n{texts[1]}\n"
+    assert len(COST.findall(printed.err)) == 2
+
+
+def test_prompts_from_a_file(run: Command, fail: Command, tmp_path: Path) -> None:
+    several = prompts_and_samples(run("a b", "c", "--json", "--seed", "0"))
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(b"\xef\xbb\xbfa b\r\n\r\nc\n")
+    assert prompts_and_samples(run("--prompt-file", str(file), "--json", "--seed", "0")) == several
+    lines = tmp_path / "prompts.jsonl"
+    lines.write_text('{"prompt": "a b"}\n{"prompt": "c"}\n')
+    assert prompts_and_samples(run("--prompt-file", str(lines), "--json", "--seed", "0")) == several
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"caf\xe9\n", "is not valid UTF-8 text"), (b"\n \n", "holds no text"), (None, "there is no such file")],
+)
+def test_prompt_files_that_hold_no_prompts(fail: Command, tmp_path: Path, content: bytes | None, message: str) -> None:
+    file = tmp_path / "prompts.txt"
+    if content is not None:
+        file.write_bytes(content)
+    assert f"--prompt-file {file}: {message}" in fail("--prompt-file", str(file))
+
+
+def test_stop(run: Command) -> None:
+    options = ("Once upon a time", "--model", "tinystories-masked", "--decoding", "ar", "--max-new-tokens", "40")
+    (result,) = results(run, *options)
+    text = result["samples"][0]["completion"]
+    assert text.count(".") > 1
+    (stopped,) = results(run, *options, "--stop", ".", "--stop", "\\nnot there")
+    assert stopped["samples"][0]["completion"] == text[: text.index(".") + 1]
+    assert stopped["settings"]["stop_strings"] == [".", "\nnot there"]
+
+
+@pytest.mark.parametrize(
+    ("options", "evaluations"),
+    [
+        (("--sampler", "first_hitting"), 16),
+        (("--sampler", "confidence", "--confidence-threshold", "0"), 2),  # a block in one pass
+        (("--sampler", "entropy_bound", "--entropy-bound", "1000"), 2),
+    ],
+)
+def test_samplers(run: Command, options: tuple[str, ...], evaluations: int) -> None:
+    (result,) = results(run, "a b", "--decoding", "block_diffusion", *options)
+    assert result["num_new_tokens"] == 16
+    assert result["num_function_evaluations"] == evaluations
+
+
+@pytest.mark.parametrize(
+    ("options", "steps", "informed", "evaluations"),
+    [
+        ((), 2, [0], 3),  # the budget of half a block, 4, does not pay for a second informed step
+        (("--block-size", "16"), 4, [0, 1, 2], 7),
+        (("--block-size", "16", "--corrector-period", "3"), 6, [0, 3], 8),
+        (("--block-size", "2"), 2, [0], 3),
+        (("--block-size", "1"), 1, [], 1),
+        (("--block-size", "16", "--corrector", "random"), 8, [*range(7)], 8),
+        (("--block-size", "16", "--denoising-steps", "16"), 16, [0, 3, 6, 9, 12], 21),
+        (("--block-size", "16", "--nfe-per-block", "16"), 12, [0, 3, 6, 9], 16),
+    ],
+)
+def test_arpc_without_a_budget_has_half_of_the_block(
+    run: Command, tmp_path: Path, options: tuple[str, ...], steps: int, informed: list[int], evaluations: int
+) -> None:
+    model = save(tmp_path, corrector_period=3)  # found best at other budgets
+    (result,) = results(run, "a", "--model", model, "--decoding", "arpc", "--max-new-tokens", "4", *options)
+    settings = result["settings"]
+    assert (settings["denoising_steps"], settings["informed_steps"]) == (steps, informed)
+    assert settings["function_evaluations_per_block"] == evaluations
+
+
+def prompts_and_samples(out: str) -> list[Any]:
+    return [(one["prompt"], one["results"][0]["samples"]) for one in json.loads(out)]
+
+
 def test_end_of_text(run: Command, tmp_path: Path) -> None:
     model = save(tmp_path, eos_token_id=[0, 1, 2, 3, 4], pad_token_id=PAD)  # 'a' to 'e' end a text
     (result,) = results(run, "t", "--model", model, "--num-samples", "8", "--max-new-tokens", "40")
@@ -242,6 +329,16 @@ def test_remote_code(run: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 
 # comparison
+
+
+def test_compare_shows_whole_texts_and_fits_the_terminal(run: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    out = run("a b", "--compare", "--seed", "0", "--max-new-tokens", "60", "--num-samples", "3", "--block-size", "4")
+    assert max(map(len, out.splitlines())) <= 80
+    shown = " ".join(out.split())
+    for row in results(run, "a b", "--compare", "--max-new-tokens", "60", "--num-samples", "3", "--block-size", "4"):
+        for sample in row["samples"]:
+            assert len(sample["completion"]) > 100 and sample["completion"].strip() in shown
 
 
 def test_compare(run: Command) -> None:
@@ -315,6 +412,9 @@ def test_compare_leaves_out_what_a_block_causal_model_cannot(run: Command, tmp_p
         (("--greedy", "--temperature", "2"), "--temperature has no meaning with --greedy"),
         (("--compare", "--decoding", "ar"), "--decoding has no meaning with --compare"),
         (("--compare", "--show-denoising"), "--show-denoising has no meaning with --compare"),
+        (("--stop", ""), "--stop: must be a text, but is empty"),
+        (("--prompt-file", "prompts.txt"), "--prompt-file stands for the prompts"),
+        (("-", "-"), "Standard input holds one prompt"),
         (("--json", "--show-denoising"), "--show-denoising has no meaning with --json"),
         (("--num-samples", "2", "--show-denoising"), "shows a single sample"),
     ],

@@ -13,6 +13,7 @@ from recipes import write_rows
 from tiny import tiny_model
 
 from blockgen_hf.cli import evaluate_answers, main
+from blockgen_hf.folder_lock import lock_folder
 
 
 Command = Callable[..., str]
@@ -86,6 +87,12 @@ def test_goes_on(evaluate: Command, fail: Command, tmp_path: Path) -> None:
     evaluate("--decodings", "ar", "--batch-size", "1")
     assert (tmp_path / "out" / "generations.jsonl").read_bytes() == before  # seconds too: nothing was generated
     assert "was made with other settings (`seed` was 0, and is 1 now)" in fail("--decodings", "ar", "--seed", "1")
+
+
+def test_one_process_at_a_time_writes_answers(evaluate: Command, fail: Command, tmp_path: Path) -> None:
+    with lock_folder(tmp_path / "out"):
+        assert f"Another process is writing to the folder {tmp_path / 'out'}" in fail("--decodings", "ar")
+    evaluate("--decodings", "ar")
 
 
 def test_other_columns_and_forms(evaluate: Command, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from tiny import EOS, NUM_WORDS, PAD, VOCAB_SIZE, generate, spaced_tokenizer, tiny_model, words
 
 from blockgen_hf.cli import streamers
-from blockgen_hf.cli.streamers import DraftLog, StreamedText, TerminalDrafts
+from blockgen_hf.cli.streamers import MASK, DraftLog, StreamedText, TerminalDrafts
 from blockgen_hf.cli.text_layout import printable, wrap
 
 
@@ -112,6 +112,15 @@ def test_drafts_replace_one_another(terminal: Terminal) -> None:
     assert terminal.text() == ["a b c h", ""]
 
 
+def test_a_mask_is_shown_as_a_mask(terminal: Terminal) -> None:
+    streamer = TerminalDrafts(spaced_tokenizer(), terminal)
+    streamer.put(torch.tensor([[0, 1]]))
+    is_mask = torch.tensor([[True, False, True]])
+    streamer.put_draft(logits=log_probs(2, 3, EOS, decided=(0, 1)), is_mask=is_mask)  # however sure the model is
+    assert terminal.text() == [f"a b{MASK} d{MASK}"]
+    assert terminal.colored == MASK * 2
+
+
 def test_no_color(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
     streamer = TerminalDrafts(spaced_tokenizer(), terminal)
@@ -148,8 +157,9 @@ def test_draft_log(capsys: pytest.CaptureFixture[str]) -> None:
     model, tokenizer = tiny_model(), spaced_tokenizer()
     settings: dict[str, Any] = dict(max_new_tokens=12, block_size=8, denoising_steps=3, ar_seed_tokens=1)
     settings["suppress_tokens"] = [PAD, EOS]
-    sequence = generate(model, words(1, 3), streamer=DraftLog(tokenizer, sys.stdout), **settings)
-    *drafts, text = capsys.readouterr().out.splitlines()
+    sequence = generate(model, words(1, 3), streamer=DraftLog(tokenizer, sys.stdout, sys.stderr), **settings)
+    printed = capsys.readouterr()
+    drafts, text = printed.err.splitlines(), printed.out.removesuffix("\n")
     assert text == tokenizer.decode(sequence[0], skip_special_tokens=True)
     parsed = [re.fullmatch(r"block (\d), pass +(\d), +(\d)/(\d) decided \| (.*)", draft) for draft in drafts]
     assert all(parsed)
@@ -158,7 +168,11 @@ def test_draft_log(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(numbers == list(range(1, len(numbers) + 1)) and len(numbers) <= 3 for numbers in passes)
     assert {(block, size) for block, _, _, size, _ in columns} == {("1", "8"), ("2", "3")}
     assert all(decided == "0" for _, number, decided, *_ in columns if number == "1")  # a block starts from noise
-    assert all(len(draft.split()) == int(size) for *_, size, draft in columns)
+    # What is decided is placed in the text, and the rest are masks.
+    for _, _, decided, size, draft in columns:
+        assert draft.count(MASK) == int(size) - int(decided)
+        assert len(draft.replace(MASK, " ").split()) == int(decided)
+    assert any(0 < int(decided) < int(size) for _, _, decided, size, _ in columns)
 
 
 def test_time_of_drawing_is_known(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:

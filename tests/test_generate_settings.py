@@ -349,3 +349,32 @@ def test_normal_use_says_nothing(
         generate(model, torch.zeros(2, 0, dtype=torch.long), max_new_tokens=5, **settings)
     assert [record.getMessage() for record in caplog.records] == []
     assert capsys.readouterr().err.replace("Loading weights", "").strip().count("\n") <= 1
+
+
+@pytest.mark.usefixtures("loud_transformers")
+@pytest.mark.parametrize("decoding", ["ar", "block_diffusion", "arpc"])
+def test_greedy_does_not_warn_of_the_models_own_temperature(
+    decoding: str, caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
+) -> None:
+    model, prompt = tiny_model(), words(2, 3)
+    settings: dict[str, Any] = dict(max_new_tokens=8, decoding=decoding, do_sample=False)
+    torch.manual_seed(0)
+    expected = generate(model, prompt, **settings)
+    model.generation_config.update(temperature=0.8, top_k=5, top_p=0.9, do_sample=True)
+    own = model.generation_config
+    config = BlockGenGenerationConfig(**settings)
+    copied = BlockGenGenerationConfig.from_dict(own.to_dict())
+    caplog.clear()
+    recwarn.clear()
+    for given in (settings, {"generation_config": config}, {"generation_config": copied, **settings}):
+        torch.manual_seed(0)
+        assert torch.equal(generate(model, prompt, **given), expected)
+    ours = [record.message for record in caplog.records if "generation flags" in record.message]
+    assert not ours and not [warning for warning in recwarn if "temperature" in str(warning.message)]
+    assert (own.temperature, own.top_k, own.top_p, own.do_sample) == (0.8, 5, 0.9, True)
+    assert model._prepare_generation_config(None)[0].temperature == 0.8
+    with caplog.at_level("WARNING"):
+        generate(model, prompt, temperature=0.5, **settings)  # asked for both: still told
+    assert any("temperature" in record.message for record in caplog.records) or any(
+        "temperature" in str(warning.message) for warning in recwarn
+    )

@@ -2,10 +2,13 @@
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -349,6 +352,36 @@ def test_many_programs_in_their_order() -> None:
     assert [result.value for result in results] == [*range(60), None]
     assert time.monotonic() - started < 30  # some 10 ms each, on a quiet machine
     assert run_programs([]) == []
+
+
+def test_an_interruption_does_not_wait_for_programs_in_the_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C comes while the main thread waits for the results."""
+    started: list[str] = []
+    is_interrupted = threading.Event()
+
+    def run_slowly(runner: ProgramRunner, text: str) -> ProgramResult:
+        started.append(text)
+        is_interrupted.wait(30)
+        return ProgramResult(None, "late")
+
+    def interrupted_results(pool: Any, *args: Any) -> Any:
+        futures = real_map(pool, *args)
+        while len(started) < 2:
+            time.sleep(0.01)
+
+        def results() -> Iterator[Any]:
+            threading.Timer(0.2, is_interrupted.set).start()
+            raise KeyboardInterrupt
+            yield from futures
+
+        return results()
+
+    real_map = ThreadPoolExecutor.map
+    monkeypatch.setattr(ProgramRunner, "run", run_slowly)
+    monkeypatch.setattr(ThreadPoolExecutor, "map", interrupted_results)
+    with pytest.raises(KeyboardInterrupt):
+        run_programs([f"program {number}" for number in range(50)], num_workers=2)
+    assert started == ["program 0", "program 1"] or started == ["program 1", "program 0"]
 
 
 def test_a_killed_process_raises() -> None:

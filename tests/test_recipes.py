@@ -1,5 +1,6 @@
 """Recipes: reading, checking, overriding; vocabulary and accumulation; what a run is estimated to take."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -305,6 +306,33 @@ def test_going_on_from_a_checkpoint(file: Path, checkpoint: str) -> None:
         assert torch.equal(parameter, trained.get_parameter(name))
     trainer.train()
     assert trainer.state.global_step == 5
+
+
+@pytest.mark.parametrize(
+    ("sizes", "decoding"), [("[1,4]", "arpc"), ("[4]", "block_diffusion"), ("[1]", "ar"), ("[2,4]", "block_diffusion")]
+)
+def test_a_trained_model_names_its_decoding(
+    file: Path, checkpoint: str, tmp_path: Path, sizes: str, decoding: str
+) -> None:
+    """As `convert` does: in a new model, and in one whose checkpoint names none or one that it no longer has."""
+
+    def named_by(*overrides: str) -> Any:
+        recipe = load(file, *overrides, f"model.block_sizes={sizes}")
+        tokenizer = load_tokenizer(recipe, recipe.training_arguments())
+        make_model(recipe, make_config(recipe, tokenizer)).save_pretrained(tmp_path / "trained")
+        return json.loads((tmp_path / "trained" / "generation_config.json").read_text())
+
+    settings = named_by()
+    assert (settings["decoding"], settings["do_sample"], settings["top_k"]) == (decoding, True, 0)
+    goes_on = [*NO_MODEL, f"model.name_or_path={checkpoint}", "tokenizer.name_or_path=null"]
+    assert named_by(*goes_on)["decoding"] == decoding
+    model = tiny_model()
+    model.generation_config.update(decoding="block_diffusion" if decoding == "ar" else "arpc")
+    model.save_pretrained(checkpoint)
+    assert named_by(*goes_on)["decoding"] == decoding
+    model.generation_config.update(decoding="block_diffusion")
+    model.save_pretrained(checkpoint)
+    assert named_by(*goes_on)["decoding"] == ("ar" if decoding == "ar" else "block_diffusion")
 
 
 @pytest.mark.parametrize(

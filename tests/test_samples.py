@@ -27,6 +27,7 @@ from blockgen_hf.evaluation.samples import (
 from blockgen_hf.evaluation.samples_drawing import DrawnText, draw_texts, weights_fingerprint
 from blockgen_hf.evaluation.samples_grid import SampleCell
 from blockgen_hf.evaluation.samples_tables import markdown, plot
+from blockgen_hf.folder_lock import FolderInUseError, lock_folder
 
 
 LENGTH = 24
@@ -341,6 +342,33 @@ def test_an_interrupted_run_goes_on_to_the_same_figures(run: Evaluation, monkeyp
     assert drawn_cells == ["ar", "block_diffusion-2-L8-k0", "stopped", "block_diffusion-4-L8-k0", "arpc-4-L8-k0"]
     assert without_time(run("interrupted")) == expected  # nothing is left to be done
     assert len(drawn_cells) == 5
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        Path.unlink,
+        lambda file: file.write_text(file.read_text()[:-20]),
+        lambda file: file.write_text(file.read_text().replace("0", "1", 1)),
+        lambda file: file.write_text("".join(file.read_text().splitlines(True)[1:])),
+        lambda file: (file.parents[1] / "cells" / "ar.json").write_text('{"cell":'),
+        lambda file: (file.parents[1] / "cells" / "ar.json").write_text("[]"),
+    ],
+    ids=["missing", "cut", "changed", "a line less", "figures cut", "figures of another shape"],
+)
+def test_damaged_texts_are_drawn_anew(run: Evaluation, tmp_path: Path, damage: Callable[[Path], Any]) -> None:
+    expected = without_time(run())
+    texts = tmp_path / "samples" / "texts" / "ar.jsonl"
+    whole = texts.read_text()
+    damage(texts)
+    assert without_time(run()) == expected
+    assert texts.read_text() == whole
+
+
+def test_one_process_at_a_time_writes_samples(run: Evaluation, tmp_path: Path) -> None:
+    with lock_folder(tmp_path / "samples"), pytest.raises(FolderInUseError, match="Another process is writing"):
+        run()
+    run()
 
 
 def test_a_text_file_alone_is_no_cell(run: Evaluation, tmp_path: Path) -> None:

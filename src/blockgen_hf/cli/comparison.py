@@ -1,6 +1,5 @@
 """`blockgen-hf generate --compare`: one prompt, every decoding."""
 
-import math
 import shutil
 import textwrap
 from typing import Any
@@ -19,11 +18,11 @@ _COMPARED: tuple[dict[str, Any], ...] = (
     {"decoding": "arpc", "nfe_per_block": 8, "corrector_start": 0, "corrector_period": 3},
 )
 _WIDTH = 100
-_ROW = "{:<15}  {:<48}  {:>11}  {:>9}  {:>9}"
-_SHOWN_CHARACTERS = 200
+_ROW = "{:<15}  {:<{}}  {:>11}  {:>9}  {:>9}"
+_OTHER_COLUMNS = 15 + 11 + 9 + 9 + 4 * 2
 
 
-def compare(sampler: Sampler, settings: dict[str, Any], prompt: str, quiet: bool) -> list[Generation]:
+def compare(sampler: Sampler, settings: dict[str, Any], quiet: bool) -> list[Generation]:
     """A generation for each decoding that the model knows, all with the same seed; prints a table unless quiet."""
     config = sampler.model.config
     knows_ar = config.clean_attention == "causal" or config.block_sizes[0] == 1
@@ -35,7 +34,7 @@ def compare(sampler: Sampler, settings: dict[str, Any], prompt: str, quiet: bool
         if quiet:
             continue
         if len(generations) == 1:
-            _print_head(prompt, sampler.seed)
+            _print_head(sampler.prompt, sampler.seed)
         _print_row(generations[-1])
     return generations
 
@@ -44,23 +43,30 @@ def _width() -> int:
     return min(_WIDTH, shutil.get_terminal_size((_WIDTH, 24)).columns)
 
 
+def _settings_width() -> int:
+    return max(20, _width() - _OTHER_COLUMNS)
+
+
+def _print_columns(decoding: str, settings: str, *figures: object) -> None:
+    print(_ROW.format(decoding, settings, _settings_width(), *figures).rstrip())
+
+
 def _print_head(prompt: str, seed: int) -> None:
     shown = textwrap.shorten(prompt, 2 * _WIDTH // 3, placeholder=" ...")
     print(f"Prompt: {shown}\nSeed: {seed}\n" if prompt else f"No prompt\nSeed: {seed}\n")
-    print(_ROW.format("", "", "function", "tokens /", "tokens /").rstrip())
-    print(_ROW.format("decoding", "settings", "evaluations", "forward", "second"))
+    _print_columns("", "", "function", "tokens /", "tokens /")
+    _print_columns("decoding", "settings", "evaluations", "forward", "second")
 
 
 def _print_row(generation: Generation) -> None:
-    first, *others = textwrap.wrap(describe(generation.settings), 48) or [""]
+    first, *others = textwrap.wrap(describe(generation.settings), _settings_width()) or [""]
     per_forward, per_second = f"{generation.tokens_per_forward:.2f}", f"{generation.tokens_per_second:.1f}"
     evaluations = generation.num_function_evaluations
     width = _width()
     print("-" * width)
-    print(_ROW.format(generation.settings["decoding"], first, evaluations, per_forward, per_second))
+    _print_columns(generation.settings["decoding"], first, evaluations, per_forward, per_second)
     for line in others:
-        print(_ROW.format("", line, "", "", "").rstrip())
+        _print_columns("", line, "", "", "")
     for sample in generation.samples:
-        lines = math.ceil(_SHOWN_CHARACTERS / width)
-        text = textwrap.wrap(" ".join(sample.completion.split()), width - 2, max_lines=lines, placeholder=" ...")
+        text = textwrap.wrap(" ".join(sample.completion.split()), width - 2)
         print(textwrap.indent("\n".join(text), "  "), flush=True)

@@ -1,7 +1,6 @@
 """Draws texts with many decodings, and tabulates their quality against function evaluations and throughput."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from .parsing import (
     model_name,
     positive,
 )
+from .text_files import read_texts
 
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
 
         process = launched_process(resolve_device(args.device) == "cpu")
         model, tokenizer = load(args.model, **loading_options(args), cpu_weights=args.cpu_weights)
-        prompts = [] if args.prompts is None else _read_texts(args.prompts, "--prompts", "prompt")
+        prompts = [] if args.prompts is None else read_texts(args.prompts, "--prompts", "prompt")
         max_new_tokens = _length_of_texts(args, model, tokenizer, prompts)
         cells, skipped = sample_cells(
             model,
@@ -184,25 +184,6 @@ def _check(args: argparse.Namespace) -> None:
                 raise CommandError(f"--{name.replace('_', '-')} has no meaning with --judge none.")
 
 
-def _read_texts(file: Path, option: str, column: str) -> list[str]:
-    if not file.is_file():
-        raise CommandError(f"{option} {file}: there is no such file.")
-    lines = [line for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
-    if file.suffix == ".jsonl":
-        rows = []
-        for number, line in enumerate(lines, 1):
-            try:
-                rows.append(json.loads(line)[column])
-            except (json.JSONDecodeError, KeyError, TypeError):
-                raise CommandError(f"{option} {file}: row {number} has no `{column}`.") from None
-            if not isinstance(rows[-1], str) or not rows[-1]:
-                raise CommandError(f"{option} {file}: the `{column}` of row {number} is no text.")
-        lines = rows
-    if not lines:
-        raise CommandError(f"{option} {file}: holds no text.")
-    return lines
-
-
 def _length_of_texts(args: argparse.Namespace, model: Any, tokenizer: Any, prompts: list[str]) -> int:
     """What was asked for, or what the model has room for behind the prompts."""
     if args.max_new_tokens is not None:
@@ -240,7 +221,7 @@ def _scorer(args: argparse.Namespace, tokenizer: Any, max_new_tokens: int) -> "S
                 f"The judge {name if gguf is None else gguf} cannot be loaded. Give another with --judge or "
                 f"--judge-gguf, or --judge none. {error}"
             ) from error
-    references = [] if args.references is None else _read_texts(args.references, "--references", "text")
+    references = [] if args.references is None else read_texts(args.references, "--references", "text")
     return SampleScorer(
         tokenizer,
         judge,

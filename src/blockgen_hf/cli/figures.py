@@ -16,6 +16,7 @@ _MIXTURE = {
     "jensen": "mixture, Jensen (Eq. 7)",
 }
 _BLOCK = "block_size_"
+_ROUNDING = 1e-9
 
 
 def noise_name(config: "BlockGenConfig") -> str:
@@ -31,6 +32,7 @@ def likelihood_table(metrics: Mapping[str, Any]) -> list[str]:
         metrics: of `LikelihoodResult.metrics()`: `nll_block_size_16`, `perplexity_jensen` ...
     """
     names = [name.removeprefix("nll_") for name in metrics if name.startswith("nll_") and "standard_error" not in name]
+    names.sort(key=_place)  # a trainer's metrics come sorted by letters: 1, 16, 2
     rows = [("", "nll", "perplexity", "")]
     for name in names:
         if name.startswith(_BLOCK):
@@ -38,10 +40,17 @@ def likelihood_table(metrics: Mapping[str, Any]) -> list[str]:
         else:
             label = _MIXTURE.get(name, name.replace("_", " "))
         error = metrics.get(f"perplexity_standard_error_{name}")
-        bar = "" if not error else f"± {error:.2g}"
+        # Equal draws have a spread of rounding errors, which is none.
+        has_spread = error is not None and error > _ROUNDING * metrics[f"perplexity_{name}"]
+        bar = f"± {error:.2g}" if has_spread else ""
         rows.append((label, f"{metrics[f'nll_{name}']:.4f}", f"{metrics[f'perplexity_{name}']:.2f}", bar))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     return [
         f"{label:<{widths[0]}}  {nll:>{widths[1]}}  {perplexity:>{widths[2]}}  {bar}".rstrip()
         for label, nll, perplexity, bar in rows
     ]
+
+
+def _place(name: str) -> tuple[int, int]:
+    """Block sizes in the order of their numbers, then the others as they came."""
+    return (0, int(name.removeprefix(_BLOCK))) if name.startswith(_BLOCK) else (1, 0)

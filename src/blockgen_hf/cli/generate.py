@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .parsing import MODEL_HELP, CommandError, add_loading_arguments, cpu_weights, integer, loading_options, model_name
@@ -48,7 +49,16 @@ CHOICES = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "prompt", nargs="?", default="", help="text to continue; '-' reads it from standard input (default: none)"
+        "prompts",
+        nargs="*",
+        metavar="PROMPT",
+        help="texts to continue, one after the other; '-' reads one from standard input (default: none)",
+    )
+    parser.add_argument(
+        "--prompt-file",
+        type=Path,
+        metavar="FILE",
+        help="instead: a text file with a prompt a line, or a .jsonl file with a `prompt` a line",
     )
     _add_model_arguments(parser.add_argument_group("model"))
     _add_decoding_arguments(parser.add_argument_group("decoding (default: what the model's generation config says)"))
@@ -79,7 +89,10 @@ def _add_decoding_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--block-size", type=int, metavar="N", help="tokens denoised together")
     group.add_argument("--denoising-steps", type=int, metavar="N", help="denoiser steps a block")
     group.add_argument(
-        "--nfe-per-block", type=int, metavar="N", help="instead: budget of function evaluations a block"
+        "--nfe-per-block",
+        type=int,
+        metavar="N",
+        help="instead: budget of function evaluations a block (arpc, where neither is given: half of the block size)",
     )
     group.add_argument("--ar-seed-tokens", type=int, metavar="N", help="so many tokens autoregressively at first")
     group.add_argument(
@@ -104,6 +117,13 @@ def _add_decoding_arguments(group: argparse._ArgumentGroup) -> None:
         help="sampler entropy_bound: accept up to X nats in all",
     )
     group.add_argument("--max-new-tokens", type=int, metavar="N", help="length of the continuation (else: 64)")
+    group.add_argument(
+        "--stop",
+        type=_stop_string,
+        action="append",
+        metavar="TEXT",
+        help="end a text behind this, \\n for a line end; may be given several times",
+    )
     group.add_argument("--temperature", type=float, metavar="X", help="below 1: safer, above: wilder")
     group.add_argument("--top-k", type=int, metavar="N", help="draw from the N likeliest tokens only; 0: from all")
     group.add_argument(
@@ -113,31 +133,65 @@ def _add_decoding_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--greedy", action="store_true", help="the likeliest token wherever one would be drawn")
 
 
+def _stop_string(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("must be a text, but is empty")
+    return text.replace("\\n", "\n")
+
+
 def run(args: argparse.Namespace) -> int:
     _check_combinations(args)
     settings = {name: getattr(args, name) for name in _SETTINGS if getattr(args, name) is not None}
     if args.greedy:
         settings["do_sample"] = False
-    try:
-        prompt = sys.stdin.read().removesuffix("\n") if args.prompt == "-" else args.prompt
-    except UnicodeDecodeError as error:
-        raise CommandError(f"The prompt on standard input is not valid UTF-8 text: {error}.") from error
+    if args.stop:
+        settings["stop_strings"] = args.stop
+    prompts = _read_prompts(args)
 
     from .loading import quiet_transformers
 
+    found = []
     with quiet_transformers():
-        sampler = _make_sampler(args, prompt, settings)
-        if args.compare:
-            from .comparison import compare
-
-            generations = compare(sampler, settings, prompt, quiet=args.json)
-        else:
-            generations = [sampler.generate(settings, _make_streamer(args, sampler, settings))]
-            if not args.json:
-                _print_generation(generations[0], sampler.seed)
+        for number, sampler in enumerate(_make_samplers(args, prompts, settings)):
+            if number > 0 and not args.json:
+                print(flush=True)
+            found.append(_generate(args, sampler, settings))
     if args.json:
-        _print_json(sampler, prompt, generations)
+        print(json.dumps(found if len(prompts) > 1 else found[0], indent=2, ensure_ascii=False))
     return 0
+
+
+def _read_prompts(args: argparse.Namespace) -> list[str]:
+    if args.prompt_file is not None:
+        from .text_files import read_texts
+
+        return read_texts(args.prompt_file, "--prompt-file", "prompt")
+    if args.prompts.count("-") > 1:
+        raise CommandError("Standard input holds one prompt: give '-' once.")
+    try:
+        return [sys.stdin.read().removesuffix("\n") if text == "-" else text for text in args.prompts] or [""]
+    except UnicodeDecodeError as error:
+        raise CommandError(f"The prompt on standard input is not valid UTF-8 text: {error}.") from error
+
+
+def _generate(args: argparse.Namespace, sampler: "Sampler", settings: dict[str, Any]) -> dict[str, Any]:
+    """Continues a prompt; prints texts and costs unless they are wanted as JSON, which is returned."""
+    if args.compare:
+        from .comparison import compare
+
+        generations = compare(sampler, settings, quiet=args.json)
+    else:
+        generations = [sampler.generate(settings, _make_streamer(args, sampler, settings))]
+        if not args.json:
+            _print_generation(generations[0], sampler.seed)
+    return {
+        "model": sampler.model.name_or_path,
+        "device": str(sampler.model.device),
+        "dtype": str(sampler.model.dtype).removeprefix("torch."),
+        "prompt": sampler.prompt,
+        "seed": sampler.seed,
+        "results": [generation.to_dict() for generation in generations],
+    }
 
 
 def _check_combinations(args: argparse.Namespace) -> None:
@@ -152,9 +206,12 @@ def _check_combinations(args: argparse.Namespace) -> None:
                 raise CommandError(f"--{other.replace('_', '-')} has no meaning with --{option}.")
     if args.show_denoising and args.num_samples > 1:
         raise CommandError("--show-denoising shows a single sample: leave --num-samples out.")
+    if args.prompt_file is not None and args.prompts:
+        raise CommandError("--prompt-file stands for the prompts: leave PROMPT out.")
 
 
-def _make_sampler(args: argparse.Namespace, prompt: str, settings: dict[str, Any]) -> "Sampler":
+def _make_samplers(args: argparse.Namespace, prompts: list[str], settings: dict[str, Any]) -> "list[Sampler]":
+    """One for each prompt, so that a bad one is refused before anything is generated."""
     from secrets import randbelow
 
     from ..modeling.generation_configuration_blockgen import BlockGenGenerationConfig
@@ -167,7 +224,7 @@ def _make_sampler(args: argparse.Namespace, prompt: str, settings: dict[str, Any
         raise CommandError(error) from error
     model, tokenizer = load(args.model, **loading_options(args), cpu_weights=args.cpu_weights)
     seed = randbelow(2**32) if args.seed is None else args.seed
-    return Sampler(model, tokenizer, prompt, args.num_samples, seed)
+    return [Sampler(model, tokenizer, prompt, args.num_samples, seed) for prompt in prompts]
 
 
 def _make_streamer(args: argparse.Namespace, sampler: "Sampler", settings: dict[str, Any]) -> "StreamedText | None":
@@ -177,10 +234,13 @@ def _make_streamer(args: argparse.Namespace, sampler: "Sampler", settings: dict[
         return None
     if not args.show_denoising or sampler.settings_in_effect(settings)["decoding"] == "ar":
         return StreamedText(sampler.tokenizer, sys.stdout)
-    return (TerminalDrafts if sys.stdout.isatty() else DraftLog)(sampler.tokenizer, sys.stdout)
+    if sys.stdout.isatty():
+        return TerminalDrafts(sampler.tokenizer, sys.stdout)
+    return DraftLog(sampler.tokenizer, sys.stdout, sys.stderr)
 
 
 def _print_generation(generation: "Generation", seed: int) -> None:
+    """The texts on standard output, and what they cost on standard error."""
     from .sampling import describe
 
     if len(generation.samples) > 1:  # one sample has been streamed
@@ -188,23 +248,14 @@ def _print_generation(generation: "Generation", seed: int) -> None:
             print(f"[{number}] {sample.text}\n")
         cost = f"{len(generation.samples)} samples: "
     else:
-        print()
         cost = ""
+    sys.stdout.flush()
     what = ", ".join(filter(None, (generation.settings["decoding"], describe(generation.settings))))
+    if len(generation.samples) == 1:
+        print(file=sys.stderr)
     print(
         f"{cost}{generation.num_new_tokens} new tokens, {generation.num_function_evaluations} function evaluations, "
         f"{generation.tokens_per_forward:.2f} tokens per forward, {generation.tokens_per_second:.1f} tokens/s, "
-        f"{generation.seconds:.2f} s ({what}, seed {seed})"
+        f"{generation.seconds:.2f} s ({what}, seed {seed})",
+        file=sys.stderr,
     )
-
-
-def _print_json(sampler: "Sampler", prompt: str, generations: "list[Generation]") -> None:
-    result = {
-        "model": sampler.model.name_or_path,
-        "device": str(sampler.model.device),
-        "dtype": str(sampler.model.dtype).removeprefix("torch."),
-        "prompt": prompt,
-        "seed": sampler.seed,
-        "results": [generation.to_dict() for generation in generations],
-    }
-    print(json.dumps(result, indent=2, ensure_ascii=False))

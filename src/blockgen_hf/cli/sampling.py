@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from ..modeling.generation_configuration_blockgen import BlockGenGenerationConfig
 from ..prompts import PromptEncoder
 from .parsing import CommandError
 from .streamers import StreamedText
@@ -82,6 +83,7 @@ class Sampler:
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.prompt = prompt
         self.num_samples = num_samples
         self.seed = seed
         try:
@@ -97,7 +99,7 @@ class Sampler:
     def settings_in_effect(self, settings: dict[str, Any]) -> dict[str, Any]:
         """What `generate` makes of these settings and of the model's own."""
         try:
-            config, _ = self.model._prepare_generation_config(None, **{**self.defaults, **settings})
+            config = self._config(self._with_defaults(settings))
             effective: dict[str, Any] = {"decoding": config.decoding}
             if config.decoding != "ar":
                 num_steps = config.num_denoising_steps()
@@ -112,11 +114,30 @@ class Sampler:
         except ValueError as error:
             raise CommandError(error) from error
         names = ["max_new_tokens", "do_sample", "repetition_penalty"]
+        names += ["stop_strings"] if config.stop_strings else []
         if config.do_sample:
             names += ["temperature", "top_k", "top_p"]
         if config.decoding == "arpc":
             names += ["corrector", "corrector_start", "corrector_period"]
         return effective | {name: getattr(config, name) for name in names}
+
+    def _config(self, settings: dict[str, Any]) -> BlockGenGenerationConfig:
+        config, _ = self.model._prepare_generation_config(None, **settings)
+        return config
+
+    def _with_defaults(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """
+        With the length, and with a budget for ARPC where neither the settings nor the model's own say one: half of the
+        block size, about two tokens for each forward pass, with as many informed steps as it pays for.
+        """
+        settings = {**self.defaults, **settings}
+        config = self._config(settings)
+        has_budget = config.denoising_steps is not None or config.nfe_per_block is not None
+        first_informed = config.corrector_start + 2  # as in `num_denoising_steps`
+        if config.decoding != "arpc" or has_budget or first_informed > config.block_size:
+            return settings
+        smallest = config.function_evaluations(first_informed)
+        return {"corrector_period": 1, "nfe_per_block": max(smallest, config.block_size // 2), **settings}
 
     def generate(self, settings: dict[str, Any], streamer: StreamedText | None = None) -> Generation:
         """One call of `generate`; ValueErrors, which tell what is wrong with a setting, become a CommandError."""
@@ -130,7 +151,8 @@ class Sampler:
                 num_return_sequences=self.num_samples,
                 return_dict_in_generate=True,
                 streamer=streamer,
-                **{**self.defaults, **settings},
+                tokenizer=self.tokenizer,  # for stop strings
+                **self._with_defaults(settings),
             )
         except ValueError as error:
             raise CommandError(error) from error

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 from .text_layout import one_line, printable, wrap
 
 
+MASK = "░"
 DRAFT_SECONDS = 0.08  # a draft stays at least so long on a terminal
 _SURE = math.log(0.99)  # a token that the model gives this log-probability counts as decided
 _UNDECIDED, _PLAIN = "\033[33m", "\033[0m"  # yellow
@@ -66,22 +67,43 @@ class StreamedText(TextStreamer):
 
 class DraftStreamer(StreamedText):
     """
-    Base of the streamers that show drafts. It asks for log x_hat: where that is sure, as at the tokens that a masked
-    model has placed already, the token counts as decided; elsewhere the draft shows the likeliest token.
+    Base of the streamers that show drafts. Of a masked model it shows the tokens that are placed, and masks. Of a
+    uniform model, which has no masks, it shows the likeliest tokens; they count as decided where log x_hat is sure.
     """
 
-    _takes_logits = True
+    _takes_masks = True  # `put_draft` is told where a masked model has masks
 
     @_drawing
-    def put_draft(self, logits: torch.Tensor, **kwargs: Any) -> None:
+    def put_draft(self, logits: torch.Tensor, is_mask: torch.Tensor | None = None, **kwargs: Any) -> None:
         log_probs, token_ids = logits[0].max(-1)
-        tokens = token_ids.tolist()
+        masks = [False] * len(token_ids) if is_mask is None else is_mask[0].tolist()
+        decided = (log_probs > _SURE).tolist() if is_mask is None else [not mask for mask in masks]
+        tokens: list[int | None] = [
+            None if mask else token for token, mask in zip(token_ids.tolist(), masks, strict=True)
+        ]
         if self.tokenizer.eos_token_id in tokens:
             tokens = tokens[: tokens.index(self.tokenizer.eos_token_id)]
-        self.draw(tokens, (log_probs > _SURE).tolist())
+        self.draw(tokens, decided)
 
-    def draw(self, tokens: list[int], decided: list[bool]) -> None:
+    def draw(self, tokens: list[int | None], decided: list[bool]) -> None:
+        """Shows tokens, None for a mask."""
         raise NotImplementedError
+
+    def pieces(self, tokens: list[int | None], decode: Callable[[list[int]], str]) -> list[str]:
+        """What `decode` gives of no token, and what each token adds to it; a sign for a mask."""
+        known: list[int] = []
+        length = len(printable(decode([])))
+        pieces = [printable(decode([]))]
+        whole = printable(decode([token for token in tokens if token is not None]))
+        for token in tokens:
+            if token is None:
+                pieces.append(MASK)
+                continue
+            known.append(token)
+            end = max(length, min(len(printable(decode(known))), len(whole)))  # a sign may be of several tokens
+            pieces.append(whole[length:end])
+            length = end
+        return pieces
 
     def decode_behind(self, tokens: list[int]) -> str:
         """The text of the tokens, and of what is committed but not printed yet."""
@@ -99,9 +121,13 @@ class TerminalDrafts(DraftStreamer):
         self.last_draft = 0.0
         self.color = "NO_COLOR" not in os.environ
 
-    def draw(self, tokens: list[int], decided: list[bool]) -> None:
-        text = self.line + printable(self.decode_behind(tokens))
-        is_decided = self._decided_characters(tokens, decided, len(text))
+    def draw(self, tokens: list[int | None], decided: list[bool]) -> None:
+        committed, *pieces = self.pieces(tokens, self.decode_behind)
+        committed = self.line + committed
+        text = committed + "".join(pieces)
+        is_decided = [True] * len(committed)
+        for piece, is_sure in zip(pieces, decided, strict=False):
+            is_decided += [is_sure] * len(piece)
         size = shutil.get_terminal_size()
         rows = wrap(text, size.columns - 1)[: size.lines - 1]
         drawn = "\n".join(self._paint(text[start:end], is_decided[start:end]) for start, end in rows)
@@ -109,14 +135,6 @@ class TerminalDrafts(DraftStreamer):
         self.write(self._take_back() + drawn)
         self.rows_below = len(rows) - 1
         self.last_draft = time.perf_counter()
-
-    def _decided_characters(self, tokens: list[int], decided: list[bool], length: int) -> list[bool]:
-        """For each character of line and draft whether it is committed, or of a decided token."""
-        ends = [len(printable(self.decode_behind(tokens[:count]))) for count in range(len(tokens) + 1)]
-        flags = [True] * (len(self.line) + ends[0])
-        for start, end, is_decided in zip(ends, ends[1:], decided, strict=False):
-            flags += [is_decided] * (end - start)
-        return (flags + [False] * length)[:length]  # a character of several tokens may upset the count
 
     def _paint(self, text: str, is_decided: list[bool]) -> str:
         if not self.color:
@@ -138,10 +156,11 @@ class TerminalDrafts(DraftStreamer):
 
 
 class DraftLog(DraftStreamer):
-    """For files and pipes: a line for each draft, with the number of decided tokens, and the text at the end."""
+    """For files and pipes: the text at the end, and to `drafts` a line for each, with the number of decided tokens."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, output: TextIO) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, output: TextIO, drafts: TextIO) -> None:
         super().__init__(tokenizer, output)
+        self.drafts = drafts
         self.block = 1
         self.passes = 0
         self.text = ""
@@ -152,10 +171,11 @@ class DraftLog(DraftStreamer):
         self.block += self.passes > 0
         self.passes = 0
 
-    def draw(self, tokens: list[int], decided: list[bool]) -> None:
+    def draw(self, tokens: list[int | None], decided: list[bool]) -> None:
         self.passes += 1
-        text = one_line(printable(self.tokenizer.decode(tokens, **self.decode_kwargs)))
-        self.write(f"block {self.block}, pass {self.passes:2}, {sum(decided):2}/{len(decided)} decided | {text}\n")
+        text = one_line("".join(self.pieces(tokens, lambda some: self.tokenizer.decode(some, **self.decode_kwargs))))
+        count = f"{sum(decided):2}/{len(decided)}"
+        print(f"block {self.block}, pass {self.passes:2}, {count} decided | {text}", file=self.drafts, flush=True)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         self.text += text

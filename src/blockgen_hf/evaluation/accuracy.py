@@ -5,7 +5,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,7 +118,8 @@ def evaluate_answers(
         [`AnswerResult`].
 
     Raises:
-        ValueError: bad arguments, questions without answers, or an `output_dir` that was made with other settings.
+        ValueError: bad arguments, questions without answers, or an `output_dir` that was made with other settings or
+            that another process writes to.
     """
     unwrapped: PreTrainedModel = unwrap_model(model).eval()
     _check_arguments(num_samples, k, max_new_tokens, batch_size, answer_form)
@@ -138,7 +139,12 @@ def evaluate_answers(
     processes = Processes(accelerator, on_cpu=unwrapped.device.type == "cpu")
     if output_dir is None and processes.count > 1:
         raise ValueError("`output_dir` must be given where several processes generate: they meet there.")
-    with tempfile.TemporaryDirectory() if output_dir is None else nullcontext(output_dir) as folder:
+    with ExitStack() as stack:
+        if output_dir is None:
+            folder: Any = stack.enter_context(tempfile.TemporaryDirectory())
+        else:
+            folder = output_dir
+            stack.enter_context(processes.locking(folder))
         log = GenerationLog(Path(folder), settings, {d.name: _settings_in_effect(unwrapped, d) for d in parsed})
         if processes.is_main:
             if overwrite:

@@ -1,10 +1,15 @@
 """Several processes that evaluate together: `accelerate launch`, `torchrun`, or those of an `Accelerator`."""
 
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+
+from ..folder_lock import lock_folder
 
 
 # Processes wait for the slowest one, whose texts may take hours.
@@ -68,6 +73,29 @@ class Processes:
         from accelerate.utils import broadcast_object_list
 
         return broadcast_object_list([value])[0]
+
+    @contextmanager
+    def locking(self, folder: Path | str) -> Iterator[None]:
+        """
+        Keeps others from writing to a folder, the `output_dir` of an evaluation, in the name of all processes.
+
+        Raises:
+            ValueError: in every process; it is a file, or another process writes to it.
+            OSError: in every process, see [`lock_folder`].
+        """
+        error: Exception | None = None
+        with ExitStack() as stack:
+            if self.is_main:
+                try:
+                    if Path(folder).exists() and not Path(folder).is_dir():
+                        raise ValueError(f"`output_dir` must be a folder, but {folder} is a file.")
+                    stack.enter_context(lock_folder(folder))
+                except (ValueError, OSError) as refusal:
+                    error = refusal
+            error = self.broadcast(error)
+            if error is not None:
+                raise error
+            yield
 
     def gather(self, value: Any) -> list[Any]:
         """What each process has, in their order."""

@@ -32,6 +32,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from threading import Event
 from types import TracebackType
 from typing import Any
 
@@ -173,12 +174,23 @@ def run_programs(
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     workers = max(1, min(num_workers or cores, len(texts)))
 
+    is_stopped = Event()
+
     def run_some(some: Sequence[str]) -> list[ProgramResult]:
+        results = []
         with ProgramRunner(seconds, memory) as runner:
-            return [runner.run(text) for text in some]
+            for text in some:
+                if is_stopped.is_set():
+                    break
+                results.append(runner.run(text))
+        return results
 
     with ThreadPoolExecutor(workers) as pool:
-        shares = list(pool.map(run_some, [texts[worker::workers] for worker in range(workers)]))
+        try:
+            shares = list(pool.map(run_some, [texts[worker::workers] for worker in range(workers)]))
+        except BaseException:  # Ctrl-C, or a machine that runs no programs: only those that run now are waited for
+            is_stopped.set()
+            raise
     return [shares[number % workers][number // workers] for number in range(len(texts))]
 
 

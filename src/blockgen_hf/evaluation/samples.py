@@ -75,7 +75,8 @@ def evaluate_samples(
         [`SampleResults`]; None in other processes than the main one.
 
     Raises:
-        ValueError: numbers that are none, bad prompts, or a folder of other settings.
+        ValueError: numbers that are none, bad prompts, a folder of other settings, or one that another process writes
+            to.
     """
     for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
         if value < 1:
@@ -93,33 +94,33 @@ def evaluate_samples(
         "batch_size": batch_size,
         "processes": processes.count,
     }
-    folder = SampleFolder(output_dir, drawing, scorer.settings, overwrite) if processes.is_main else None
-    missing = [cell for cell in cells if folder is not None and folder.read_figures(cell) is None]
-    for number, cell in enumerate(processes.broadcast(missing), 1):
-        if progress is not None and processes.is_main:
-            progress(f"drawing {number} of {len(missing)}: {cell.name}")
-        own = range(processes.rank, num_samples, processes.count)
-        found = draw_texts(
-            model,
-            tokenizer,
-            cell,
-            own,
-            max_new_tokens=max_new_tokens,
-            prompts=prompts,
-            seed=seed,
-            batch_size=batch_size,
-        )
-        shares = processes.gather(found)
-        if folder is not None:
-            texts = sorted((text for drawn, _ in shares for text in drawn), key=lambda text: text.index)
-            folder.write_texts(cell, texts)
-            seconds, cpu_seconds = zip(*(clocks for _, clocks in shares), strict=True)
-            folder.write_figures(cell, _figures(cell, texts, max(seconds), sum(cpu_seconds)))
-    if folder is None:
-        return None
-    results = SampleResults({**drawing, **scorer.settings}, _score(folder, cells, scorer, progress), list(skipped))
-    folder.write("results.json", as_json(results.to_dict()))
-    return results
+    with processes.locking(output_dir):
+        folder = SampleFolder(output_dir, drawing, scorer.settings, overwrite) if processes.is_main else None
+        missing = [cell for cell in cells if folder is not None and not folder.has_texts(cell)]
+        for number, cell in enumerate(processes.broadcast(missing), 1):
+            if progress is not None and processes.is_main:
+                progress(f"drawing {number} of {len(missing)}: {cell.name}")
+            own = range(processes.rank, num_samples, processes.count)
+            found = draw_texts(
+                model,
+                tokenizer,
+                cell,
+                own,
+                max_new_tokens=max_new_tokens,
+                prompts=prompts,
+                seed=seed,
+                batch_size=batch_size,
+            )
+            shares = processes.gather(found)
+            if folder is not None:
+                texts = sorted((text for drawn, _ in shares for text in drawn), key=lambda text: text.index)
+                seconds, cpu_seconds = zip(*(clocks for _, clocks in shares), strict=True)
+                folder.write_drawn(cell, texts, _figures(cell, texts, max(seconds), sum(cpu_seconds)))
+        if folder is None:
+            return None
+        results = SampleResults({**drawing, **scorer.settings}, _score(folder, cells, scorer, progress), list(skipped))
+        folder.write("results.json", as_json(results.to_dict()))
+        return results
 
 
 def _facts(model: PreTrainedModel) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The folder of a sample evaluation: a file of texts and one of figures for each cell, written whole or not at all."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -7,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..folder_lock import LOCK
 from ..whole_files import write_whole
 from .samples_drawing import DrawnText
 from .samples_grid import SampleCell
@@ -21,7 +23,8 @@ class SampleFolder:
 
     - `settings.json`: what all cells have in common.
     - `texts/<cell>.jsonl`: a text a line.
-    - `cells/<cell>.json`: what the cell is, what it cost and its scores. It is there when the texts are.
+    - `cells/<cell>.json`: what the cell is, what it cost and its scores, and a digest of its texts: a cell whose texts
+      are missing or were changed is drawn anew.
 
     Args:
         path (`Path`): made if it is not there.
@@ -45,11 +48,9 @@ class SampleFolder:
         self.write(_SETTINGS, as_json({"drawing": drawing, "scoring": scoring}))
 
     def _check(self, drawing: dict[str, Any]) -> None:
-        if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"`output_dir` must be a folder, but {self.path} is a file.")
         file = self.path / _SETTINGS
         if not file.is_file():
-            if self.path.is_dir() and any(self.path.iterdir()):
+            if self.path.is_dir() and any(entry.name != LOCK for entry in self.path.iterdir()):
                 raise ValueError(
                     f"`output_dir` must be new, empty or of a former evaluation, but {self.path} holds other things."
                 )
@@ -69,7 +70,17 @@ class SampleFolder:
     def read_figures(self, cell: SampleCell) -> dict[str, Any] | None:
         """What is known of a cell; None if it has not been drawn."""
         file = self.path / "cells" / f"{cell.name}.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        try:
+            figures = json.loads(file.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):  # a file that was damaged says as little as none
+            return None
+        return figures if isinstance(figures, dict) and "scores" in figures else None
+
+    def has_texts(self, cell: SampleCell) -> bool:
+        """Whether a cell has been drawn, and its texts are those that its figures tell of."""
+        figures = self.read_figures(cell)
+        file = self._texts(cell)
+        return figures is not None and file.is_file() and figures.get("texts_sha256") == _digest(file.read_bytes())
 
     def has_scores(self, figures: dict[str, Any]) -> bool:
         return figures["scores"] is not None and figures["scores"]["settings"] == self.scoring
@@ -78,15 +89,25 @@ class SampleFolder:
         self.write(f"cells/{cell.name}.json", as_json(figures))
 
     def read_texts(self, cell: SampleCell) -> list[DrawnText]:
-        lines = (self.path / "texts" / f"{cell.name}.jsonl").read_text(encoding="utf-8").split("\n")
+        lines = self._texts(cell).read_text(encoding="utf-8").split("\n")
         return [DrawnText(**json.loads(line)) for line in lines if line]
 
-    def write_texts(self, cell: SampleCell, texts: Sequence[DrawnText]) -> None:
+    def write_drawn(self, cell: SampleCell, texts: Sequence[DrawnText], figures: dict[str, Any]) -> None:
+        """Texts, then figures, which know the texts."""
         lines = [json.dumps(asdict(text), ensure_ascii=False) + "\n" for text in texts]
-        self.write(f"texts/{cell.name}.jsonl", "".join(lines))
+        content = "".join(lines)
+        self.write(f"texts/{cell.name}.jsonl", content)
+        self.write_figures(cell, {**figures, "texts_sha256": _digest(content.encode())})
+
+    def _texts(self, cell: SampleCell) -> Path:
+        return self.path / "texts" / f"{cell.name}.jsonl"
 
     def write(self, name: str, content: str) -> None:
         write_whole(self.path / name, content)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def as_json(value: Any) -> str:

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from .. import __version__
+from ..default_decoding import default_decoding
 from ..modeling.configuration_blockgen import BlockGenConfig
 from ..modeling.modeling_blockgen import BlockGenForDiffusionLM
 from .conversion_back import write_published
@@ -196,10 +197,8 @@ def _set_special_tokens(config: BlockGenConfig, tokenizer: PreTrainedTokenizerBa
 
 
 def _set_generation(model: BlockGenForDiffusionLM, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """ARPC where the model verifies its own proposals, as in the paper; else the one decoding that it has."""
-    config, sizes = model.config, model.config.block_sizes
-    decoding = "ar" if max(sizes) == 1 else "arpc" if 1 in sizes else "block_diffusion"
-    model.generation_config.update(decoding=decoding, do_sample=True, top_k=0, temperature=1.0)
+    config = model.config
+    model.generation_config.update(decoding=default_decoding(config), do_sample=True, top_k=0, temperature=1.0)
     if config.next_token_prediction and tokenizer is not None and len(tokenizer) < config.vocab_size:
         model.generation_config.update(suppress_tokens=list(range(len(tokenizer), config.vocab_size)))
 

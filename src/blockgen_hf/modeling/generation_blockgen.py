@@ -110,6 +110,8 @@ class BlockGenGenerationMixin(GenerationMixin):
                 setattr(generation_config, name, None)
         else:
             generation_config = BlockGenGenerationConfig.upgrade(generation_config)
+            if kwargs.get("do_sample") is False:  # pipelines pass a copy of the model's own beside the call's settings
+                generation_config = generation_config.without_sampling(kept=kwargs)
             generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         known = vars(BlockGenGenerationConfig())
         unknown = [name for name in vars(generation_config) if name not in known and not name.startswith("_")]

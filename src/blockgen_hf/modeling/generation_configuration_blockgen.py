@@ -13,7 +13,9 @@
 # limitations under the License.
 """The settings of BlockGen's decodings, as a generation config that is saved with the model."""
 
+import copy
 from bisect import bisect_right
+from collections.abc import Collection
 from typing import Any
 
 from transformers import GenerationConfig
@@ -47,6 +49,8 @@ _DEFAULTS: dict[str, Any] = {
     "do_sample": True,
     "top_k": 0,
 }
+# They shape the distribution that is drawn from, and mean nothing where nothing is drawn.
+_SAMPLING_SETTINGS = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 _SETTINGS = (
     "decoding",
     "block_size",
@@ -145,7 +149,23 @@ class BlockGenGenerationConfig(GenerationConfig):
                 kwargs.pop(other, None)
             elif not defaults_only and kwargs.get(name) is not None and kwargs.get(other) is None:
                 setattr(self, other, None)
+        if defaults_only and self.do_sample is False:
+            # Greedy by the call's choice: a temperature of the model's own has no part in it, and transformers would
+            # warn of it as if the call had asked for both.
+            neutral = self._get_default_generation_params()
+            for name in _SAMPLING_SETTINGS:
+                if kwargs.get(name) != neutral.get(name):
+                    kwargs.pop(name, None)
         return super().update(defaults_only=defaults_only, allow_custom_entries=allow_custom_entries, **kwargs)
+
+    def without_sampling(self, kept: Collection[str]) -> "BlockGenGenerationConfig":
+        """A greedy copy, in which the settings of sampling are unset but for those to be kept."""
+        greedy = copy.deepcopy(self)
+        greedy.do_sample = False
+        for name in _SAMPLING_SETTINGS:
+            if name not in kept:
+                setattr(greedy, name, None)
+        return greedy
 
     def validate(self, strict: bool = False, user_set_attributes: set[str] | None = None) -> None:
         # The parent finds fault with a temperature where `do_sample` is unset, which is greedy to it and sampling

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase, set_seed
 
+from ..default_decoding import default_decoding
 from ..modeling.configuration_blockgen import BlockGenConfig
 from ..modeling.modeling_blockgen import BlockGenForDiffusionLM
 from ..special_tokens import add_special_tokens
@@ -176,6 +177,7 @@ def make_model(recipe: Recipe, config: BlockGenConfig) -> "BlockGenForDiffusionL
     attention = recipe.model.get("attn_implementation")
     if recipe.checkpoint is None:
         model = BlockGenForDiffusionLM._from_config(config, attn_implementation=attention)
+        model.generation_config.update(decoding=default_decoding(config), do_sample=True, top_k=0, temperature=1.0)
         return model
     revision = recipe.model.get("revision")
     model = _from_pretrained(
@@ -188,13 +190,16 @@ def make_model(recipe: Recipe, config: BlockGenConfig) -> "BlockGenForDiffusionL
         attn_implementation=attention,
         dtype="float32",
     )
-    _drop_settings_of_generation(model, recipe.config_fields())
+    _adapt_settings_of_generation(model, recipe.config_fields())
     return add_adapter(model, recipe.adapter, recipe.checkpoint, revision) if recipe.adapter else model
 
 
-def _drop_settings_of_generation(model: BlockGenForDiffusionLM, changed: dict[str, Any]) -> None:
+def _adapt_settings_of_generation(model: BlockGenForDiffusionLM, changed: dict[str, Any]) -> None:
     """Settings of the checkpoint's own that are for other block sizes or another noise become those by default."""
-    settings = model.generation_config
+    settings, sizes = model.generation_config, model.config.block_sizes
+    lost_ar = settings.decoding in ("ar", "arpc") and 1 not in sizes
+    if settings.decoding is None or ("block_sizes" in changed and (lost_ar or max(sizes) == 1)):
+        settings.decoding = default_decoding(model.config)
     if "block_sizes" in changed and settings.block_size not in model.config.block_sizes:
         settings.block_size = None
     if "diffusion_type" in changed:
