@@ -24,7 +24,7 @@ from .packing import (
     token_features,
     token_offsets,
 )
-from .sources import Documents, hold_out, load_documents
+from .sources import Documents, hold_out, load_documents, with_whole_cache
 from .tokenization import REASONS, DocumentTokenizer
 
 
@@ -132,7 +132,7 @@ class DataArguments:
     cache_dir: str | None = field(
         default=None, metadata={"help": "Folder for prepared data. Default: that of `datasets`, $HF_DATASETS_CACHE."}
     )
-    overwrite_cache: bool = field(default=False, metadata={"help": "Tokenise and pack anew."})
+    overwrite_cache: bool = field(default=False, metadata={"help": "Read, tokenise and pack anew."})
 
     def __post_init__(self) -> None:
         if not self.dataset or not all(self.dataset):
@@ -185,7 +185,7 @@ def load_datasets(
     Training and validation data.
 
     With several processes of one machine, let one go first: `with training_args.main_process_first():`. The others
-    then find its cache.
+    then find its cache. A cache that is damaged is made anew.
 
     Args:
         args: what to load.
@@ -204,6 +204,12 @@ def load_datasets(
     """
     if not is_datasets_available():
         raise ImportError("Training data need the package datasets: pip install 'blockgen-hf[train]'.")
+    return with_whole_cache(args, lambda args: _load_datasets(args, tokenizer, seed))
+
+
+def _load_datasets(
+    args: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> "tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]":
     if args.validation_documents:
         documents, form, where = load_documents(args, "dataset", args.dataset, args.dataset_split, None)
         parts = hold_out(documents, args.validation_documents, args.max_documents, where)
