@@ -286,16 +286,23 @@ def test_files_without_documents_are_refused(name: str, streaming: bool, tmp_pat
         load(tmp_path / name, streaming=streaming)
 
 
-def test_documents_that_are_all_skipped_are_refused(tmp_path: Path, load: Load) -> None:
-    with pytest.raises(ValueError, match="of 2 documents none can be trained on: 2 skipped, because they are empty"):
-        load(write_json(tmp_path / "a.jsonl", {"text": ""}, {"text": None}))
-    path = write_json(tmp_path / "b.jsonl", {"prompt": "a" * 20, "completion": "b"})
-    with pytest.raises(ValueError, match="none can be trained on: 1 skipped, because no token"):
-        load(path)
-    with pytest.raises(ValueError, match="its 22 tokens do not fill one row of `sequence_length` 64"):
-        load(path, sequence_length=64, packing="packed")
+@pytest.mark.parametrize("streaming", [False, True])
+def test_documents_that_are_all_skipped_are_refused(streaming: bool, tmp_path: Path, load: Load) -> None:
+    path = write_json(tmp_path / "a.jsonl", *[{"text": ""}, {"text": None}] * 50)
+    with pytest.raises(ValueError, match="of 100 documents none can be trained on: 100 skipped, because they are emp"):
+        load(path, streaming=streaming)
+    path = write_json(tmp_path / "b.jsonl", {"prompt": "a" * 20, "completion": "b"}, {"prompt": "a", "completion": ""})
+    with pytest.raises(
+        ValueError, match="none can be trained on: 1 skipped, because they.*; 1 skipped, because no to"
+    ):
+        load(path, streaming=streaming)
     with pytest.raises(ValueError, match="do not fill one row of `sequence_length` 64"):
-        load(path, sequence_length=64, packing="packed", streaming=True)
+        load(path, sequence_length=64, packing="packed", streaming=streaming)
+
+
+def test_a_stream_whose_first_rows_are_far_behind_is_taken(tmp_path: Path, load: Load) -> None:
+    path = write_json(tmp_path / "a.jsonl", *[{"text": ""}] * 100, {"text": "ab"})
+    assert [row["source"] for row in load(path, streaming=True)] == [100]
 
 
 BAD_LINES = {

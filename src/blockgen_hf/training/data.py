@@ -15,8 +15,10 @@ from transformers.utils import is_datasets_available, logging
 
 from .documents import ACCEPTED_FILES
 from .packing import (
+    check_one_is_kept,
     count_status,
     log_reasons,
+    none_is_kept,
     one_a_row,
     pack,
     row_features,
@@ -25,7 +27,7 @@ from .packing import (
     token_offsets,
 )
 from .sources import Documents, hold_out, load_documents, with_whole_cache
-from .tokenization import REASONS, DocumentTokenizer
+from .tokenization import DocumentTokenizer
 
 
 if TYPE_CHECKING:
@@ -268,8 +270,7 @@ def _prepare(args: DataArguments, documents: Documents, tokenize: DocumentTokeni
     counts, num_tokens = count_status(tokens), int(token_offsets(tokens.with_format("arrow"))[-1])
     log_reasons(counts, where)
     if num_tokens == 0:
-        skipped = "; ".join(f"{counts[status]} {reason}" for status, reason in REASONS.items() if counts[status])
-        raise ValueError(f"{where}: of {len(tokens)} documents none can be trained on: {skipped}.")
+        raise ValueError(none_is_kept(counts, where))
     if args.packing == "none":
         return one_a_row(tokens, new_fingerprint=Hasher.hash([key, "one a row"]), **options)
     num_rows = num_tokens // args.sequence_length
@@ -301,6 +302,7 @@ def _stream(args: DataArguments, documents: Documents, tokenize: DocumentTokeniz
         features=token_features(tokenize.has_labels),
     )
     if args.packing == "none":
+        check_one_is_kept(tokens, where)
         return one_a_row(tokens)
     return IterableDataset.from_generator(
         stream_rows,
