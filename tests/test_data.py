@@ -18,6 +18,7 @@ import datasets
 import numpy as np
 import pytest
 from tiny import EOS, LETTERS, MASK, tiny_tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import HfArgumentParser, PreTrainedTokenizerFast
 
 from blockgen_hf.training.data import DataArguments, load_datasets
@@ -174,6 +175,23 @@ def test_no_token_crosses_from_prompt_to_completion(tmp_path: Path) -> None:
     assert len(ab) == len(abab) == 1
     assert [row["input_ids"][:-1] for row in rows] == [a + b, ab + ab]
     assert [row["labels"][:-1] for row in rows] == [[-100, *b], [-100, *ab]]
+
+
+@pytest.mark.parametrize("ends", [" ", "", "\n"])
+def test_no_space_is_added_where_prompt_and_completion_meet(ends: str, tmp_path: Path) -> None:
+    """Of tokenizers that put a space before every text; the prompt has the tokens that it has alone."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=80, special_tokens=["<unk>", "</s>"])
+    backend.train_from_iterator(["The answer is four and five\n"] * 20, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    prompt = f"The answer is{ends}"
+    path = write_json(tmp_path / "a.jsonl", *({"prompt": prompt, "completion": text} for text in ("four", "wer a")))
+    rows = load_datasets(DataArguments(str(path), sequence_length=32, packing="none"), tokenizer)[0]
+    alone = tokenizer(prompt)["input_ids"]
+    for row, completion in zip(rows, ("four", "wer a"), strict=True):
+        assert row["input_ids"][: len(alone)] == alone
+        assert tokenizer.decode(row["input_ids"]) == f"{prompt}{completion}</s>"
 
 
 @pytest.mark.parametrize("generation_tags", [True, False])

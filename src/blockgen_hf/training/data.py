@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 # A part of the cache's keys: another number where the same data give other rows.
-_VERSION = 1
+_VERSION = 2
 _DOCUMENTS_AT_A_TIME = 64
 PACKINGS = ("packed", "none")
 
