@@ -74,7 +74,7 @@ def test_a_run(run: Command, tmp_path: Path) -> None:
     """Finite losses, figures of what was held out, a model that loads and generates, and the recipe of the run."""
     out = run("--train-on-padding", "2", "--learning-rate", "1e-3")
     lines = out.splitlines()
-    assert lines[0] == "finetune.yaml: 0.0M parameters, 8 rows, 2 for validation, begins"
+    assert lines[0] == "finetune: 0.0M parameters, 8 rows, 2 for validation, begins"
     assert len(re.findall(r"^step \d/3  loss [\d.]+", out, flags=re.MULTILINE)) == 3
     assert "Trained in" in out and f"Model: {tmp_path / 'run'}" in out and "Validation, 2 Monte-Carlo draws" in out
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
@@ -131,8 +131,8 @@ def recipe(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Recipe]:
     """What a command line makes of the recipe."""
     recipes: list[Recipe] = []
 
-    def record(name: str, overrides: list[str], *flags: bool) -> int:
-        recipes.append(load_recipe(name, overrides))
+    def record(name: str, overrides: list[str], *flags: bool, source: str) -> int:
+        recipes.append(load_recipe(name, overrides, source))
         return 0
 
     def parse(*words: str) -> Recipe:
@@ -216,7 +216,7 @@ def test_settings(recipe: Callable[..., Recipe], base: str) -> None:
         (("--epochs", "0"), "must be a positive number, but is '0'"),
         (("--block-sizes", "1;2"), "must be numbers between commas, but is '1;2'"),
         (("--train-on-padding", "maybe"), "must be an integer of at least 0, but is 'maybe'"),
-        (("--sequence-length", "65"), "is more than the 64 positions"),
+        (("--sequence-length", "65"), "finetune: `--sequence-length` 65 is more than the 64 positions"),
         (("--prompt-column", "question"), "has no column `question` with `completion`"),
         (("--lora-rank", "2", "--lora-target", "nothing"), "not found in the base model"),
         (("--block-sizes", "0"), "`block_sizes` must be a non-empty list of positive"),
@@ -235,8 +235,8 @@ def test_bad_arguments(
 
 def test_models_that_are_not_there(failing_line: Command, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "answers.jsonl", ANSWERS)
-    assert "there is no folder './missing'" in failing_line("finetune", "./missing", "--dataset", data)
-    assert "holds no model: it has no config.json" in failing_line("finetune", str(tmp_path), "--dataset", data)
+    assert "argument model: There is no folder ./missing" in failing_line("finetune", "./missing", "--dataset", data)
+    assert "no config.json" in failing_line("finetune", str(tmp_path), "--dataset", data)
     assert "are required: --dataset" in failing_line("finetune", str(tmp_path))
 
 

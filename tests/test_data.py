@@ -18,6 +18,7 @@ import datasets
 import numpy as np
 import pytest
 from tiny import EOS, LETTERS, MASK, tiny_tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import HfArgumentParser, PreTrainedTokenizerFast
 
 from blockgen_hf.training.data import DataArguments, load_datasets
@@ -176,6 +177,23 @@ def test_no_token_crosses_from_prompt_to_completion(tmp_path: Path) -> None:
     assert [row["labels"][:-1] for row in rows] == [[-100, *b], [-100, *ab]]
 
 
+@pytest.mark.parametrize("ends", [" ", "", "\n"])
+def test_no_space_is_added_where_prompt_and_completion_meet(ends: str, tmp_path: Path) -> None:
+    """Of tokenizers that put a space before every text; the prompt has the tokens that it has alone."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=80, special_tokens=["<unk>", "</s>"])
+    backend.train_from_iterator(["The answer is four and five\n"] * 20, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    prompt = f"The answer is{ends}"
+    path = write_json(tmp_path / "a.jsonl", *({"prompt": prompt, "completion": text} for text in ("four", "wer a")))
+    rows = load_datasets(DataArguments(str(path), sequence_length=32, packing="none"), tokenizer)[0]
+    alone = tokenizer(prompt)["input_ids"]
+    for row, completion in zip(rows, ("four", "wer a"), strict=True):
+        assert row["input_ids"][: len(alone)] == alone
+        assert tokenizer.decode(row["input_ids"]) == f"{prompt}{completion}</s>"
+
+
 @pytest.mark.parametrize("generation_tags", [True, False])
 @pytest.mark.parametrize("file", ["a.jsonl", "a.parquet"])
 def test_of_messages_the_turns_of_the_assistant_are_scored(
@@ -286,16 +304,23 @@ def test_files_without_documents_are_refused(name: str, streaming: bool, tmp_pat
         load(tmp_path / name, streaming=streaming)
 
 
-def test_documents_that_are_all_skipped_are_refused(tmp_path: Path, load: Load) -> None:
-    with pytest.raises(ValueError, match="of 2 documents none can be trained on: 2 skipped, because they are empty"):
-        load(write_json(tmp_path / "a.jsonl", {"text": ""}, {"text": None}))
-    path = write_json(tmp_path / "b.jsonl", {"prompt": "a" * 20, "completion": "b"})
-    with pytest.raises(ValueError, match="none can be trained on: 1 skipped, because no token"):
-        load(path)
-    with pytest.raises(ValueError, match="its 22 tokens do not fill one row of `sequence_length` 64"):
-        load(path, sequence_length=64, packing="packed")
+@pytest.mark.parametrize("streaming", [False, True])
+def test_documents_that_are_all_skipped_are_refused(streaming: bool, tmp_path: Path, load: Load) -> None:
+    path = write_json(tmp_path / "a.jsonl", *[{"text": ""}, {"text": None}] * 50)
+    with pytest.raises(ValueError, match="of 100 documents none can be trained on: 100 skipped, because they are emp"):
+        load(path, streaming=streaming)
+    path = write_json(tmp_path / "b.jsonl", {"prompt": "a" * 20, "completion": "b"}, {"prompt": "a", "completion": ""})
+    with pytest.raises(
+        ValueError, match="none can be trained on: 1 skipped, because they.*; 1 skipped, because no to"
+    ):
+        load(path, streaming=streaming)
     with pytest.raises(ValueError, match="do not fill one row of `sequence_length` 64"):
-        load(path, sequence_length=64, packing="packed", streaming=True)
+        load(path, sequence_length=64, packing="packed", streaming=streaming)
+
+
+def test_a_stream_whose_first_rows_are_far_behind_is_taken(tmp_path: Path, load: Load) -> None:
+    path = write_json(tmp_path / "a.jsonl", *[{"text": ""}] * 100, {"text": "ab"})
+    assert [row["source"] for row in load(path, streaming=True)] == [100]
 
 
 BAD_LINES = {

@@ -115,6 +115,7 @@ def test_refused_padding(settings: dict[str, Any], message: str) -> None:
 
 def test_prompts_stay_clean_and_ends_are_noised(file: Path) -> None:
     trainer = build_trainer(load(file, "data.train_on_padding=2", "training.block_size_unit=sequence"))
+    trainer.state.max_steps = 2  # as within `train`: behind the last step there are no batches
     noised = torch.zeros(MASK + 1, dtype=torch.bool)
     batches, _ = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 2, torch.device("cpu"))
     for batch in batches:

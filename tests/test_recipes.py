@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +261,25 @@ def test_a_tokenizer_is_trained_once(file: Path, tmp_path: Path) -> None:
     assert kept.stat().st_mtime_ns == before
     load_tokenizer(recipe, args)
     assert kept.stat().st_mtime_ns > before
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_one_process_of_a_machine_makes_the_cache_anew(
+    file: Path, monkeypatch: pytest.MonkeyPatch, index: int
+) -> None:
+    """The others would delete what it maps."""
+    found = []
+
+    def load_datasets(data: Any, *args: Any, **options: Any) -> Any:
+        found.append(data.overwrite_cache)
+        raise InterruptedError
+
+    monkeypatch.setattr("blockgen_hf.training.recipe_building.load_datasets", load_datasets)
+    monkeypatch.setattr("transformers.TrainingArguments.local_process_index", index)
+    monkeypatch.setattr("transformers.TrainingArguments.main_process_first", lambda *args, **options: nullcontext())
+    with pytest.raises(InterruptedError):
+        build_trainer(load(file, "data.overwrite_cache=true"))
+    assert found == [index == 0]
 
 
 def test_the_tokenizer_knows_the_training_documents_only(file: Path, tmp_path: Path) -> None:

@@ -182,7 +182,20 @@ def run(args: argparse.Namespace) -> int:
         settings["training.global_batch_size"] = args.batch_size
         settings["training.per_device_train_batch_size"] = _micro_batch(args.batch_size)
     overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
-    return run_recipe(str(_RECIPE), [*overrides, *args.overrides], args.resume, args.overwrite, args.dry_run)
+    overrides += args.overrides
+    try:
+        return run_recipe(str(_RECIPE), overrides, args.resume, args.overwrite, args.dry_run, source="finetune")
+    except CommandError as error:
+        raise CommandError(_with_options(str(error), args)) from error
+
+
+def _with_options(message: str, args: argparse.Namespace) -> str:
+    """A message that calls the settings of the recipe as the user did."""
+    message = message.replace("`model.name_or_path`", "`model`")
+    for name, key in {**_SETTINGS, "sequence_length": "data.sequence_length"}.items():
+        if getattr(args, name) is not None:
+            message = message.replace(f"`{key}`", f"`--{name.replace('_', '-')}`")
+    return message
 
 
 def _data_settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -45,7 +45,14 @@ def run(args: argparse.Namespace) -> int:
     return run_recipe(args.recipe, overrides, args.resume, args.overwrite, args.dry_run)
 
 
-def run_recipe(recipe: str, overrides: Sequence[str], resume: bool, overwrite: bool, is_dry: bool) -> int:
+def run_recipe(
+    recipe: str,
+    overrides: Sequence[str],
+    resume: bool,
+    overwrite: bool,
+    is_dry: bool,
+    source: str | None = None,
+) -> int:
     """Trains, or says what it would take, and returns the exit status."""
     process = int(os.environ.get("RANK", "0"))
 
@@ -58,7 +65,7 @@ def run_recipe(recipe: str, overrides: Sequence[str], resume: bool, overwrite: b
 
     with quiet_transformers():
         try:
-            prepared = prepare(recipe, overrides, resume, overwrite)
+            prepared = prepare(recipe, overrides, resume, overwrite, source)
         except CommandError:
             if process > 0:
                 return 1  # the main process says it: all find the same

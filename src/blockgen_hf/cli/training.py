@@ -46,13 +46,13 @@ class Prepared:
         return self.folder.check(self.recipe, self.resume, self.overwrite)
 
 
-def prepare(name: str, overrides: Sequence[str], resume: bool, overwrite: bool) -> Prepared:
+def prepare(name: str, overrides: Sequence[str], resume: bool, overwrite: bool, source: str | None = None) -> Prepared:
     """
     Raises:
         CommandError: whatever can be found wrong on this machine, apart from what is in the output folder.
     """
     with one_line_errors():
-        recipe = load_recipe(name, overrides)
+        recipe = load_recipe(name, overrides, source)
         recipe.training.setdefault("disable_tqdm", not sys.stderr.isatty())
         args = recipe.training_arguments()
     folder = OutputFolder(Path(str(args.output_dir)))

@@ -15,8 +15,10 @@ from transformers.utils import is_datasets_available, logging
 
 from .documents import ACCEPTED_FILES
 from .packing import (
+    check_one_is_kept,
     count_status,
     log_reasons,
+    none_is_kept,
     one_a_row,
     pack,
     row_features,
@@ -24,8 +26,8 @@ from .packing import (
     token_features,
     token_offsets,
 )
-from .sources import Documents, hold_out, load_documents
-from .tokenization import REASONS, DocumentTokenizer
+from .sources import Documents, hold_out, load_documents, with_whole_cache
+from .tokenization import DocumentTokenizer
 
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 # A part of the cache's keys: another number where the same data give other rows.
-_VERSION = 1
+_VERSION = 2
 _DOCUMENTS_AT_A_TIME = 64
 PACKINGS = ("packed", "none")
 
@@ -132,7 +134,7 @@ class DataArguments:
     cache_dir: str | None = field(
         default=None, metadata={"help": "Folder for prepared data. Default: that of `datasets`, $HF_DATASETS_CACHE."}
     )
-    overwrite_cache: bool = field(default=False, metadata={"help": "Tokenise and pack anew."})
+    overwrite_cache: bool = field(default=False, metadata={"help": "Read, tokenise and pack anew."})
 
     def __post_init__(self) -> None:
         if not self.dataset or not all(self.dataset):
@@ -185,7 +187,7 @@ def load_datasets(
     Training and validation data.
 
     With several processes of one machine, let one go first: `with training_args.main_process_first():`. The others
-    then find its cache.
+    then find its cache. A cache that is damaged is made anew.
 
     Args:
         args: what to load.
@@ -204,6 +206,12 @@ def load_datasets(
     """
     if not is_datasets_available():
         raise ImportError("Training data need the package datasets: pip install 'blockgen-hf[train]'.")
+    return with_whole_cache(args, lambda args: _load_datasets(args, tokenizer, seed))
+
+
+def _load_datasets(
+    args: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> "tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]":
     if args.validation_documents:
         documents, form, where = load_documents(args, "dataset", args.dataset, args.dataset_split, None)
         parts = hold_out(documents, args.validation_documents, args.max_documents, where)
@@ -262,8 +270,7 @@ def _prepare(args: DataArguments, documents: Documents, tokenize: DocumentTokeni
     counts, num_tokens = count_status(tokens), int(token_offsets(tokens.with_format("arrow"))[-1])
     log_reasons(counts, where)
     if num_tokens == 0:
-        skipped = "; ".join(f"{counts[status]} {reason}" for status, reason in REASONS.items() if counts[status])
-        raise ValueError(f"{where}: of {len(tokens)} documents none can be trained on: {skipped}.")
+        raise ValueError(none_is_kept(counts, where))
     if args.packing == "none":
         return one_a_row(tokens, new_fingerprint=Hasher.hash([key, "one a row"]), **options)
     num_rows = num_tokens // args.sequence_length
@@ -295,6 +302,7 @@ def _stream(args: DataArguments, documents: Documents, tokenize: DocumentTokeniz
         features=token_features(tokenize.has_labels),
     )
     if args.packing == "none":
+        check_one_is_kept(tokens, where)
         return one_a_row(tokens)
     return IterableDataset.from_generator(
         stream_rows,

@@ -183,6 +183,27 @@ def count_status(documents: "Dataset") -> np.ndarray:
     return np.bincount(_column(documents.with_format("arrow"), "status"), minlength=NUM_STATUS)
 
 
+def check_one_is_kept(documents: "IterableDataset", where: str) -> None:
+    """
+    Reads a stream of tokenised documents up to the first that makes a row.
+
+    Raises:
+        ValueError: there is none; says why.
+    """
+    counts: np.ndarray = np.zeros(NUM_STATUS, np.int64)
+    for batch in documents.iter(batch_size=64):
+        if any(_is_kept(batch["status"])):
+            return
+        counts += np.bincount(batch["status"], minlength=NUM_STATUS)
+    raise ValueError(none_is_kept(counts, where))
+
+
+def none_is_kept(counts: np.ndarray, where: str) -> str:
+    """What is wrong with data of which nothing can be trained on."""
+    skipped = "; ".join(f"{counts[status]} {reason}" for status, reason in REASONS.items() if counts[status])
+    return f"{where}: of {counts.sum()} documents none can be trained on: {skipped}."
+
+
 def log_reasons(counts: np.ndarray, where: str) -> None:
     """Says how many documents were skipped or truncated, and why."""
     for status, reason in REASONS.items():

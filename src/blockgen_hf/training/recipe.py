@@ -199,24 +199,25 @@ def find_recipe(name: str) -> Path:
     return path
 
 
-def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(name: str, overrides: Sequence[str] = (), source: str | None = None) -> Recipe:
     """
     Reads a recipe and checks all that can be checked on this machine. Nothing is downloaded.
 
     Args:
         name: a bundled recipe, or a YAML file.
         overrides: `section.key=value`, the value written as in YAML.
+        source: what messages begin with; default: the name of the file.
 
     Raises:
         FileNotFoundError: no such recipe, or files that it names are not there.
         ValueError: a key or a value that is not accepted; names file and key.
     """
-    recipe = read_recipe(find_recipe(name), overrides)
+    recipe = read_recipe(find_recipe(name), overrides, source)
     _check(recipe)
     return recipe
 
 
-def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+def read_recipe(path: Path, overrides: Sequence[str] = (), source: str | None = None) -> Recipe:
     """
     Reads a recipe as it is written: keys and types are checked, and not whether what it names is there.
 
@@ -224,7 +225,7 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         FileNotFoundError: no such file.
         ValueError: a key or a value that is not accepted; names file and key.
     """
-    source, values = path.name, read_yaml(path)
+    source, values = source or path.name, read_yaml(path)
     check_keys(values, SECTIONS, source, "section")
     for section in SECTIONS:
         values[section] = {} if values.get(section) is None else values[section]

@@ -1,6 +1,7 @@
 """From a recipe to a trainer: tokenizer, configuration, rows, model."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from .checkpointing import first_line
 from .data import DataArguments, load_datasets
 from .recipe import Recipe, checkpoint_config
 from .recipe_adapter import add_adapter
-from .sources import hold_out, load_documents
+from .sources import Documents, hold_out, load_documents, with_whole_cache
 from .tokenizers import train_tokenizer
 from .trainer import BlockGenTrainer
 
@@ -53,7 +54,9 @@ def build_trainer(
         tokenizer = load_tokenizer(recipe, args, keep_tokenizer)
     config = make_config(recipe, tokenizer)
     with args.main_process_first(desc="preparing the data"):
-        train, validation = load_datasets(recipe.data, tokenizer, seed=args.seed)
+        # What the first process of a machine made anew, the others read.
+        data = recipe.data if args.local_process_index == 0 else replace(recipe.data, overwrite_cache=False)
+        train, validation = load_datasets(data, tokenizer, seed=args.seed)
     set_seed(args.seed)  # of the weights, the same in every process
     return BlockGenTrainer(
         make_model(recipe, config),
@@ -105,19 +108,24 @@ def training_texts(data: DataArguments, limit: int) -> Iterator[str]:
     Raises:
         ValueError: they are conversations.
     """
-    if data.validation_documents:
-        documents = load_documents(data, "dataset", data.dataset, data.dataset_split, None)
-        rows, _ = hold_out(documents.rows, data.validation_documents, data.max_documents, documents.where)
-    else:
-        documents = load_documents(data, "dataset", data.dataset, data.dataset_split, data.max_documents)
-        rows = documents.rows
+    documents = with_whole_cache(data, _training_documents)
     if documents.form.conversational:
         raise ValueError(
             "`tokenizer.train` needs texts, and these data are conversations, which need a tokenizer with a chat "
             "template: name one with `tokenizer.name_or_path`."
         )
     columns = documents.form.columns
-    return (data.prompt_separator.join(row[column] or "" for column in columns) for row in islice(rows, limit))
+    return (
+        data.prompt_separator.join(row[column] or "" for column in columns) for row in islice(documents.rows, limit)
+    )
+
+
+def _training_documents(data: DataArguments) -> Documents:
+    if not data.validation_documents:
+        return load_documents(data, "dataset", data.dataset, data.dataset_split, data.max_documents)
+    documents = load_documents(data, "dataset", data.dataset, data.dataset_split, None)
+    rows, _ = hold_out(documents.rows, data.validation_documents, data.max_documents, documents.where)
+    return documents._replace(rows=rows)
 
 
 # Model

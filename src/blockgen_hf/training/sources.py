@@ -1,10 +1,13 @@
 """Where documents come from: files on this machine, a folder, or the Hub; at once or as a stream."""
 
+import json
 import os
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
+from transformers.utils import logging
 
 from .documents import (
     ACCEPTED_FILES,
@@ -24,6 +27,9 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
     from .data import DataArguments
+
+logger = logging.get_logger(__name__)
+T = TypeVar("T")
 
 
 class Documents(NamedTuple):
@@ -75,6 +81,42 @@ def load_documents(
         return _json_files(args, files, limit, where)
     rows = _load_parquet(args, files, where)
     return _of_columns(args, _limited(rows, limit), where)
+
+
+def with_whole_cache(args: "DataArguments", read: Callable[["DataArguments"], T]) -> T:
+    """
+    What `read` makes of `args`; if the cache turns out to be damaged, it is made anew, once.
+
+    Raises:
+        ValueError: what lies in the cache is damaged beyond that.
+    """
+    try:
+        return read(args)
+    except json.JSONDecodeError as error:  # the description of a data set, which all else is found by
+        raise ValueError(f"The data cache {_cache_folder(args)} is damaged ({error}): delete that folder.") from error
+    except Exception as error:
+        if args.streaming or args.overwrite_cache or not _is_damage(error):
+            raise
+        logger.warning("The data cache %s is damaged (%s): it is made anew.", _cache_folder(args), error)
+    return read(replace(args, overwrite_cache=True))
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether Arrow says so. What the file system says has a number."""
+    import pyarrow as pa  # type: ignore[import-untyped]
+
+    return isinstance(error, pa.ArrowInvalid) or (type(error) is OSError and error.errno is None)
+
+
+def _cache_folder(args: "DataArguments") -> str:
+    from datasets import config
+
+    return str(args.cache_dir or config.HF_DATASETS_CACHE)
+
+
+def _download_mode(args: "DataArguments") -> str | None:
+    """What was downloaded is kept; the cache that was made of it is made anew if that is asked for."""
+    return "reuse_cache_if_exists" if args.overwrite_cache else None
 
 
 def hold_out(documents: "Dataset", count: int, limit: int | None, where: str) -> "tuple[Dataset, Dataset]":
@@ -148,8 +190,9 @@ def _read(
     where: str,
 ) -> "Dataset | IterableDataset":
     """What a reader yields, as a stream or written to the cache, whose key has size and time of each file."""
-    from datasets import Dataset, IterableDataset
+    from datasets import IterableDataset
     from datasets.exceptions import DatasetGenerationError
+    from datasets.packaged_modules.generator.generator import Generator
 
     stamps = file_stamps(files)
     # `datasets` shares out the items of a list among processes; a limit holds for all files together.
@@ -160,15 +203,17 @@ def _read(
     if args.streaming:
         return IterableDataset.from_generator(reader, features=features, gen_kwargs=gen_kwargs)
     num_proc = min(args.num_proc, len(groups)) if args.num_proc else 1
+    # `Dataset.from_generator`, which takes no download mode.
+    builder = Generator(
+        generator=reader,
+        features=features,
+        gen_kwargs=gen_kwargs,
+        cache_dir=args.cache_dir,
+        writer_batch_size=64,  # of documents that may be long
+    )
     try:
-        return Dataset.from_generator(
-            reader,
-            features=features,
-            gen_kwargs=gen_kwargs,
-            cache_dir=args.cache_dir,
-            num_proc=num_proc if num_proc > 1 else None,
-            writer_batch_size=64,  # of documents that may be long
-        )
+        builder.download_and_prepare(download_mode=_download_mode(args), num_proc=num_proc if num_proc > 1 else None)
+        return builder.as_dataset(split=builder.config.split)
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, (ValueError, OSError)):
             raise error.__cause__ from None
@@ -176,7 +221,7 @@ def _read(
 
 
 def _load_parquet(args: "DataArguments", files: list[str], where: str) -> "Dataset | IterableDataset":
-    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow as pa
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
     from datasets import load_dataset
 
@@ -195,6 +240,7 @@ def _load_parquet(args: "DataArguments", files: list[str], where: str) -> "Datas
         streaming=args.streaming,
         cache_dir=args.cache_dir,
         num_proc=args.num_proc,
+        download_mode=_download_mode(args),
     )
 
 
@@ -212,6 +258,7 @@ def _load_from_hub(
             streaming=args.streaming,
             cache_dir=args.cache_dir,
             num_proc=args.num_proc,
+            download_mode=_download_mode(args),
         )
     except (DatasetNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(

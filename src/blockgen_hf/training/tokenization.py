@@ -26,6 +26,8 @@ REASONS = {
 
 # The tokenizer is handed so many characters at a time: some hundred megabytes while it works.
 _CHARACTERS_AT_A_TIME = 2**20
+# Texts whose tokens are seldom joined with those of what follows.
+_ANCHORS = ("\n", ".")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -89,8 +91,7 @@ class DocumentTokenizer:
         special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.mask_token, tokenizer.chat_template)
         form = (self.form.kind, self.form.columns, self.form.conversational)
         settings = [self.max_length, self.train_on_prompt, self.prompt_separator, self.add_bos_token]
-        settings += [self.train_on_padding] if self.train_on_padding else []  # caches without it stay valid
-        return [state, special, tokenizer.split_special_tokens, form, settings]
+        return [state, special, tokenizer.split_special_tokens, form, settings, self.train_on_padding]
 
     def __call__(self, batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         """
@@ -145,7 +146,7 @@ class DocumentTokenizer:
         if self.form.kind == "text":
             return [(ids, np.ones(len(ids), bool)) for ids in self._texts([text for (text,) in rows])]
         # The prompt has the tokens that it will have in generation; the completion those that it has behind the
-        # prompt, unless a token would cross the border.
+        # prompt, unless a token would cross the border: then those that it has alone.
         prompts = [(prompt or "") + self.prompt_separator for prompt, _ in rows]
         completions = [completion for _, completion in rows]
         prompt_ids = self._texts(prompts)
@@ -153,9 +154,25 @@ class DocumentTokenizer:
         encoded = []
         for prompt, joint, completion in zip(prompt_ids, joint_ids, completions, strict=True):
             if not np.array_equal(joint[: len(prompt)], prompt):
-                joint = np.concatenate([prompt, self._texts([completion])[0]])
+                joint = np.concatenate([prompt, self._behind(prompt, joint, completion)])
             encoded.append((joint, np.arange(len(joint)) >= len(prompt)))
         return encoded
+
+    def _behind(self, prompt: np.ndarray, joint: np.ndarray, completion: str) -> np.ndarray:
+        """
+        Ids of a completion on its own, int32, which with those of the prompt are the text of `joint`. Tokenizers such
+        as SentencePiece put a space before every text: there the ids are those behind another text, an anchor.
+        """
+        text = self.tokenizer.decode(joint, clean_up_tokenization_spaces=False)
+        alone, *anchored = self._texts([completion, *(anchor + completion for anchor in _ANCHORS)])
+        candidates = [alone]
+        for anchor, ids in zip(self._texts(list(_ANCHORS)), anchored, strict=True):
+            if np.array_equal(ids[: len(anchor)], anchor):
+                candidates.append(ids[len(anchor) :])
+        for ids in candidates:
+            if self.tokenizer.decode([*prompt, *ids], clean_up_tokenization_spaces=False) == text:
+                return ids
+        return alone
 
     def _texts(self, texts: list[str]) -> list[np.ndarray]:
         """
