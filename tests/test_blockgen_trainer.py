@@ -22,7 +22,7 @@ from training import (
     saved_weights,
     weights,
 )
-from transformers import EarlyStoppingCallback, HfArgumentParser
+from transformers import EarlyStoppingCallback, HfArgumentParser, TrainingArguments
 
 from blockgen_hf import BlockGenForDiffusionLM
 from blockgen_hf.training import BlockGenTrainer, BlockGenTrainingArguments, DataArguments
@@ -54,11 +54,29 @@ def test_the_defaults_are_the_papers(tmp_path: Path) -> None:
         ("ema_decay", -0.1),
         ("ema_decay", math.nan),
         ("eval_monte_carlo_samples", 0),
+        ("label_smoothing_factor", 0.1),
+        ("label_names", ["targets"]),
     ],
 )
 def test_values_that_are_not_accepted_are_named(name: str, value: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"`{name}`"):
         BlockGenTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **{name: value})
+
+
+def test_another_loss_is_refused_when_the_trainer_is_made(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`compute_loss_func` must be None"):
+        make_trainer(tmp_path, trainer_kwargs={"compute_loss_func": lambda outputs, labels, **kwargs: 0})
+
+
+def test_plain_training_arguments_are_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`args` must be a `BlockGenTrainingArguments`.*is a `TrainingArguments`"):
+        BlockGenTrainer(tiny_model(), TrainingArguments(str(tmp_path), use_cpu=True), train_dataset=TokenRows())
+
+
+def test_labels_may_be_named_as_they_are(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, label_names=["labels"], max_steps=1)
+    trainer.train()
+    assert len(losses(trainer)) == 1
 
 
 # The same losses however the batch is cut

@@ -37,7 +37,12 @@ from .next_token_blockgen import (
     refuse_noise,
     shift_right,
 )
-from .objective_blockgen import chunked_mixture_loss, draw_training_noise, mixture_loss
+from .objective_blockgen import (
+    chunked_mixture_loss,
+    draw_training_noise,
+    mixture_loss,
+    refuse_count_without_labels,
+)
 from .outputs_blockgen import BlockGenOutput, with_logits
 from .positions_blockgen import clean_positions, document_positions, following_position, last_columns
 from .releases_blockgen import given_cache
@@ -151,8 +156,8 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
                 As in every causal language model: how many of the last logits to compute (0: all), or which. For the
                 denoiser also a mask of shape `[B, N]`: the logits of these M tokens alone, `[M, V]`, row by row.
             num_items_in_batch (`torch.Tensor` or `int`, *optional*):
-                Number of scored tokens in all micro-batches of an optimizer step: the loss is then the sum divided by
-                it.
+                With `labels`: number of scored tokens in all micro-batches of an optimizer step. The loss is then the
+                sum divided by it.
             query_input_ids (`torch.LongTensor` of shape `[B, Q]`, *optional*):
                 Causal language model only: the fully noised tokens that stand at the last Q predicted positions.
                 Default: mask tokens, or for uniform noise tokens that are a fixed function of their position, so that
@@ -186,6 +191,7 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
                 input_ids, labels, noisy_input_ids, block_size, noise_level, attention_mask, position_ids,
                 cache, use_cache, document_ids, num_items_in_batch, objective, skip_logits, **kwargs,
             )  # fmt: skip
+        refuse_count_without_labels(num_items_in_batch)
         if noisy_input_ids is None:
             if input_ids is None:
                 raise ValueError("`forward` needs `input_ids`, `noisy_input_ids`, or both.")

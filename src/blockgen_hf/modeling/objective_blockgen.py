@@ -168,4 +168,28 @@ def chunked_mixture_loss(
     return torch.stack(totals).sum(), losses.view(draw.input_ids.shape)
 
 
-__all__ = ["TrainingDraw", "chunked_mixture_loss", "draw_training_noise", "mixture_loss", "times_and_alphas"]
+def refuse_count_without_labels(num_items_in_batch: torch.Tensor | int | None) -> None:
+    """
+    [`Trainer`] passes the number of scored tokens without the labels exactly where it has taken the labels to compute
+    a loss of its own from the logits: with `label_smoothing_factor` or `compute_loss_func`. Without labels these are
+    logits of next tokens, which already see the token that such a loss compares them with.
+
+    Raises:
+        ValueError: a number is given.
+    """
+    if num_items_in_batch is not None:
+        raise ValueError(
+            "`num_items_in_batch` must be given together with `labels`, from which `forward` computes the loss of the "
+            "mixture. `Trainer` keeps the labels with `label_smoothing_factor` and `compute_loss_func`, which replace "
+            "that loss: train without them."
+        )
+
+
+__all__ = [
+    "TrainingDraw",
+    "chunked_mixture_loss",
+    "draw_training_noise",
+    "mixture_loss",
+    "refuse_count_without_labels",
+    "times_and_alphas",
+]

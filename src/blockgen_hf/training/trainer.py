@@ -62,10 +62,12 @@ class BlockGenTrainer(PublishingTrainer):
     [`BlockGenDataCollator`].
 
     Raises:
-        ValueError: a setting with which the average of the weights cannot be saved.
+        ValueError: `args` of another class, a `compute_loss_func`, or a setting with which the average of the weights
+            cannot be saved.
     """
 
     args: BlockGenTrainingArguments
+    arguments_class: type[BlockGenTrainingArguments] = BlockGenTrainingArguments
 
     def __init__(
         self,
@@ -76,8 +78,16 @@ class BlockGenTrainer(PublishingTrainer):
         **kwargs: Any,
     ) -> None:
         if args is None:
-            args = BlockGenTrainingArguments(output_dir="trainer_output")
+            args = self.arguments_class(output_dir="trainer_output")
+        if not isinstance(args, self.arguments_class):
+            name = self.arguments_class.__name__
+            raise ValueError(
+                f"`args` must be a `{name}`, which takes all that `{name.removeprefix('BlockGen')}` does, but is a "
+                f"`{type(args).__name__}`."
+            )
         super().__init__(model, args, data_collator, *arguments, **kwargs)
+        if self.compute_loss_func is not None:
+            raise ValueError("`compute_loss_func` must be None: the loss is that of the mixture (Eq. 7).")
         if data_collator is None:
             config = self.model.config
             self.data_collator = BlockGenDataCollator(
