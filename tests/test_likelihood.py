@@ -12,9 +12,9 @@ from tiny import MASK, VOCAB_SIZE, record_forwards, tiny_model, words
 
 from blockgen_hf import BlockGenForDiffusionLM
 from blockgen_hf.evaluation import evaluate_likelihood, likelihood, likelihood_metrics, sequence_nll
-from blockgen_hf.evaluation.draws import EvaluationRows, evaluation_rows
 from blockgen_hf.evaluation.figures import mixture_weights
 from blockgen_hf.evaluation.rows import pad_rows
+from blockgen_hf.modeling.evaluation_draws_blockgen import EvaluationRows, evaluation_rows
 from blockgen_hf.modeling.sampling_blockgen import CounterGenerator
 
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
-from ..evaluation.draws import is_exact
 from ..modeling.configuration_blockgen import BlockGenConfig
+from ..modeling.evaluation_draws_blockgen import is_exact
 from .card_facts import is_hub_id
 from .files import read_json
 
