@@ -153,7 +153,8 @@ def evaluate_likelihood(
       its scored tokens (Eq. 13). With a block size of 1 it is the cross entropy with fully noised inputs: for masked
       models the exact likelihood (Eq. 14), for uniform ones a mean over random inputs, by K draws. Models with
       `next_token_prediction` are exact, and score no text's first token.
-    - Mixture: `log_sum_exp` (Eq. 20), reduced a sequence, with a figure corrected for its bias, and `jensen` (Eq. 7).
+    - Mixture: `jensen` (Eq. 7), and the tighter `log_sum_exp` (Eq. 20), reduced a sequence, with a figure corrected
+      for its bias and one that is surely a bound.
 
     The figures do not depend, but for rounding, on batch size, padding, order or number of processes: noise is keyed
     by the seed and by what a row says. Rows that say the same get the same noise.
