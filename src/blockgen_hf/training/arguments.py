@@ -83,6 +83,11 @@ class BlockGenTrainingArguments(TrainingArguments):
                 f"`label_smoothing_factor` must be 0, but is {self.label_smoothing_factor!r}: the bounds are those of "
                 "the labels as they are."
             )
+        if self.prediction_loss_only:
+            raise ValueError(
+                "`prediction_loss_only` must be False: the loss is made of the bounds of sequences, a few numbers "
+                "each, and no logits are kept."
+            )
         if self.label_names not in (None, ["labels"]):
             raise ValueError(
                 f"`label_names` must be ['labels'], but is {self.label_names!r}: these are what the model scores."
