@@ -30,9 +30,8 @@ def batch() -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_loss_is_the_jensen_bound(variant: str) -> None:
     """Of `evaluate_likelihood` with as many draws, weights of the mixture and zero weights among them."""
-    sizes = [4, 8] if variant == "block_causal" else [1, 2, 4, 8]
-    weights = [0.4, 0.6] if variant == "block_causal" else [0.5, 0.3, 0.0, 0.2]
-    model = tiny_model(variant, block_sizes=sizes, block_size_weights=weights)
+    mixture = {"block_sizes": [1, 2, 4, 8], "block_size_weights": [0.5, 0.3, 0.0, 0.2]}
+    model = tiny_model(variant, **({} if variant == "block_causal" else mixture))
     expected = evaluate_likelihood(model, batch(), monte_carlo_samples=NUM_DRAWS)
     assert expected.jensen is not None
     with torch.no_grad():
