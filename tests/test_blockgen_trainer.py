@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import record_forwards, tiny_config, tiny_model
+from tiny import MASK, record_forwards, tiny_config, tiny_model
 from training import (
     LabelledRows,
     Recorder,
@@ -22,10 +22,15 @@ from training import (
     saved_weights,
     weights,
 )
-from transformers import EarlyStoppingCallback, HfArgumentParser
+from transformers import EarlyStoppingCallback, HfArgumentParser, TrainingArguments
 
 from blockgen_hf import BlockGenForDiffusionLM
-from blockgen_hf.training import BlockGenTrainer, BlockGenTrainingArguments, DataArguments
+from blockgen_hf.training import (
+    BlockGenDataCollator,
+    BlockGenTrainer,
+    BlockGenTrainingArguments,
+    DataArguments,
+)
 from blockgen_hf.training.draws import StepDraws
 
 
@@ -54,11 +59,69 @@ def test_the_defaults_are_the_papers(tmp_path: Path) -> None:
         ("ema_decay", -0.1),
         ("ema_decay", math.nan),
         ("eval_monte_carlo_samples", 0),
+        ("label_smoothing_factor", 0.1),
+        ("label_names", ["targets"]),
+        ("prediction_loss_only", True),
     ],
 )
 def test_values_that_are_not_accepted_are_named(name: str, value: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"`{name}`"):
         BlockGenTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **{name: value})
+
+
+def test_another_loss_is_refused_when_the_trainer_is_made(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`compute_loss_func` must be None"):
+        make_trainer(tmp_path, trainer_kwargs={"compute_loss_func": lambda outputs, labels, **kwargs: 0})
+
+
+@pytest.mark.parametrize(("name", "value"), [("batch_eval_metrics", True), ("eval_do_concat_batches", False)])
+def test_options_of_evaluation_that_the_bounds_do_not_know_are_refused(name: str, value: bool, tmp_path: Path) -> None:
+    """When the trainer is made, not hours later; metrics of the user's may know them."""
+    with pytest.raises(ValueError, match=f"`{name}` must be {not value}"):
+        make_trainer(tmp_path, **{name: value})
+    own = {"compute_metrics": lambda prediction, compute_result=True: {"score": 1.0}}
+    trainer = make_trainer(tmp_path, eval_rows=TokenRows(3, seed=1), trainer_kwargs=own, **{name: value})
+    assert trainer.evaluate()["eval_score"] == 1.0
+
+
+def test_logits_that_there_are_not_cannot_be_preprocessed(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`preprocess_logits_for_metrics` must be None"):
+        make_trainer(tmp_path, trainer_kwargs={"preprocess_logits_for_metrics": lambda logits, labels: logits})
+
+
+def test_the_loss_of_a_batch_may_be_computed_by_hand(tmp_path: Path) -> None:
+    """Of a batch without draws, in training mode: the model draws, and nothing is logged."""
+    trainer = make_trainer(tmp_path)
+    trainer.model.train()
+    loss = trainer.compute_loss(trainer.model, trainer.data_collator([TokenRows()[row] for row in range(2)]))
+    assert loss.isfinite() and loss.requires_grad
+
+
+@pytest.mark.parametrize("own_collator", [False, True])
+def test_a_mask_token_among_the_scored_tokens_is_refused(own_collator: bool, tmp_path: Path) -> None:
+    """By name, before a step; a uniform model has none, and tokens that are not scored may be it."""
+    rows = TokenRows(4)
+    rows.tokens[1, 3] = MASK
+    collator = BlockGenDataCollator(default_pad_token_id=0)
+    kwargs = {"data_collator": lambda batch: dict(collator(batch))} if own_collator else {}
+    trainer = make_trainer(tmp_path, rows=rows, eval_rows=rows, per_device_train_batch_size=4, trainer_kwargs=kwargs)
+    for run in (trainer.train, trainer.evaluate):
+        with pytest.raises(ValueError, match=rf"documents \[1\] of the data have the mask token {MASK} among"):
+            run()
+    make_trainer(tmp_path, tiny_model("uniform"), rows=rows, max_steps=1, trainer_kwargs=kwargs).train()
+    hidden = [{"input_ids": [1, MASK, 3], "labels": [1, -100, 3]}] * 4
+    make_trainer(tmp_path, rows=hidden, max_steps=1, trainer_kwargs=kwargs).train()
+
+
+def test_plain_training_arguments_are_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`args` must be a `BlockGenTrainingArguments`.*is a `TrainingArguments`"):
+        BlockGenTrainer(tiny_model(), TrainingArguments(str(tmp_path), use_cpu=True), train_dataset=TokenRows())
+
+
+def test_labels_may_be_named_as_they_are(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, label_names=["labels"], max_steps=1)
+    trainer.train()
+    assert len(losses(trainer)) == 1
 
 
 # The same losses however the batch is cut

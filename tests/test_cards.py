@@ -234,7 +234,7 @@ def test_likelihoods_stand_in_text_and_metadata(folder: Path, tmp_path: Path) ->
     (result,) = index["results"]
     assert index["name"] == "tiny" and result["task"] == {"type": "text-generation"}
     assert result["dataset"] == {"name": "me/letters", "type": "me/letters", "config": "small", "split": "test"}
-    assert [metric["value"] for metric in result["metrics"]] == [12.18, 15.64, 13.46, 13.87]
+    assert [metric["value"] for metric in result["metrics"]] == [12.18, 15.64, 13.87, 13.46]
     assert {metric["type"] for metric in result["metrics"]} == {"perplexity"}
 
 

@@ -12,6 +12,7 @@ import torch
 from tiny import tiny_model
 from training import (
     CHECKPOINT_FILES,
+    Recorder,
     TokenRows,
     are_equal,
     checkpoints,
@@ -20,11 +21,13 @@ from training import (
     run_in_process,
     saved_model,
     saved_weights,
+    weights,
 )
 from transformers.trainer_utils import get_last_checkpoint
 
 from blockgen_hf import BlockGenForDiffusionLM
 from blockgen_hf.hub.files import move_model
+from blockgen_hf.training import ema
 from blockgen_hf.training.checkpointing import keep_checkpoint, replace_folder, rotate_checkpoints
 
 
@@ -360,3 +363,20 @@ def test_killed_while_the_model_is_saved_the_folder_is_a_model_or_none(
     assert run(folder, save=True, settings=settings) == 0
     assert not (folder / "_unfinished").exists()
     assert are_equal(saved_model(folder), new_model) and (folder / "config.json").exists()
+
+
+def test_a_checkpoint_with_the_model_only_says_what_a_run_goes_on_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The average, which is what was saved: not the weights of that step."""
+    warnings: list[str] = []
+    monkeypatch.setattr(ema.logger, "warning", lambda message, *args: warnings.append(message % args))
+    settings: dict[str, Any] = dict(max_steps=4, save_strategy="steps", save_steps=2, learning_rate=1e-2)
+    make_trainer(tmp_path / "whole", save_only_model=True, **settings).train()
+    checkpoint = tmp_path / "whole" / "checkpoint-2"
+    begun: list[dict[str, torch.Tensor]] = []
+    recorder = Recorder(on_train_begin=lambda model, state: begun.append(weights(model)))
+    make_trainer(tmp_path / "resumed", callbacks=[recorder], **settings).train(resume_from_checkpoint=str(checkpoint))
+    assert are_equal(begun[0], saved_model(checkpoint))
+    (warning,) = warnings
+    assert "no training_weights.safetensors" in warning and "`save_only_model=True` saves the average alone" in warning

@@ -12,9 +12,9 @@ from tiny import MASK, VOCAB_SIZE, record_forwards, tiny_model, words
 
 from blockgen_hf import BlockGenForDiffusionLM
 from blockgen_hf.evaluation import evaluate_likelihood, likelihood, likelihood_metrics, sequence_nll
-from blockgen_hf.evaluation.draws import EvaluationRows, evaluation_rows
 from blockgen_hf.evaluation.figures import mixture_weights
 from blockgen_hf.evaluation.rows import pad_rows
+from blockgen_hf.modeling.evaluation_draws_blockgen import EvaluationRows, evaluation_rows
 from blockgen_hf.modeling.sampling_blockgen import CounterGenerator
 
 
@@ -456,3 +456,14 @@ def test_figures_of_bad_arrays_are_refused() -> None:
         likelihood_metrics(torch.zeros(2, 1, 4), torch.zeros(2), [1])
     assert math.isnan(likelihood_metrics(torch.full((1, 1, 2), math.nan), torch.ones(1), [1]).block_sizes[1].nll)
     assert likelihood_metrics(torch.full((1, 1, 2), 1e4), torch.ones(1), [1]).block_sizes[1].perplexity == math.inf
+
+
+def test_the_first_figure_of_the_mixture_is_a_bound() -> None:
+    """Jensen's, in metrics and JSON: the log-sum-exp of few noisy draws is below the best of its parts."""
+    nll = torch.tensor([[[100.0, 140.0], [140.0, 100.0]], [[150.0, 110.0], [110.0, 150.0]]])
+    result = likelihood_metrics(nll[..., :1], torch.tensor([40, 40]), [1, 4])
+    names = [name for name in result.metrics() if name.startswith("perplexity_") and "block_size" not in name]
+    assert names[0] == "perplexity_jensen"
+    assert next(name for name in result.to_dict() if name != "block_sizes") == "jensen"
+    assert result.jensen is not None and result.log_sum_exp is not None
+    assert result.log_sum_exp.nll < min(figure.nll for figure in result.block_sizes.values()) <= result.jensen.nll

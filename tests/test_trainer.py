@@ -187,3 +187,28 @@ def test_trainer_evaluates_and_resumes(tmp_path: Path) -> None:
     weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     loaded = BlockGenForDiffusionLM.from_pretrained(tmp_path / "checkpoint-2")
     assert all(torch.equal(parameter, weights[name]) for name, parameter in loaded.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("settings", "arguments"),
+    [
+        ({"label_smoothing_factor": 0.1}, {}),
+        ({}, {"compute_loss_func": lambda outputs, labels, num_items_in_batch=None: outputs.logits.mean()}),
+    ],
+    ids=["label_smoothing_factor", "compute_loss_func"],
+)
+@pytest.mark.parametrize("variant", ["masked", "uniform"])
+def test_a_loss_that_trainer_computes_from_logits_is_refused(
+    variant: str, settings: dict[str, Any], arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    """It would compare logits of next tokens with the tokens that they see: a uniform model would learn to copy."""
+    trainer = Trainer(
+        model=tiny_model(variant),
+        args=TrainingArguments(
+            str(tmp_path), use_cpu=True, report_to="none", max_steps=1, disable_tqdm=True, **settings
+        ),
+        train_dataset=Rows(words(4, 8)),
+        **arguments,
+    )
+    with pytest.raises(ValueError, match="`num_items_in_batch` must be given together with `labels`.*label_smoothing"):
+        trainer.train()

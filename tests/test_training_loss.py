@@ -221,7 +221,7 @@ def test_labels_are_what_the_clean_half_holds() -> None:
 
 def test_block_sizes_are_drawn_by_their_weights() -> None:
     """Eq. 6: the mixture over S with weights gamma."""
-    model = tiny_model(num_hidden_layers=1, block_sizes=[1, 2, 4], block_size_weights=[0.5, 0.0, 0.5])
+    model = tiny_model(num_hidden_layers=1, block_sizes=[1, 2, 4], block_size_weights=[0.5, 0.0, 0.5]).train()
     with record_trunk(model) as calls:
         for _ in range(60):
             model(words(1, 4), labels=words(1, 4))
@@ -232,7 +232,7 @@ def test_block_sizes_are_drawn_by_their_weights() -> None:
 
 def test_one_noise_level_a_sequence_spread_over_the_batch() -> None:
     """Suppl. A.4 and DESIGN section 5: t uniform on [1e-3, 1], one a sequence, low-discrepancy over the batch."""
-    model = tiny_model(num_hidden_layers=1)
+    model = tiny_model(num_hidden_layers=1).train()
     text = words(16, 8)
     with record_trunk(model) as calls:
         for _ in range(20):
@@ -259,8 +259,8 @@ def test_block_size_1_is_fully_noised(variant: str) -> None:
 
 
 def test_seeds_reproduce_the_loss() -> None:
-    """The draws come from torch's default generator, as those of dropout."""
-    model, text = tiny_model(), words(4, 8)
+    """In training mode the draws come from torch's default generator, as those of dropout."""
+    model, text = tiny_model().train(), words(4, 8)
 
     def loss(seed: int) -> float:
         torch.manual_seed(seed)

@@ -423,7 +423,7 @@ def test_masks_of_different_models_are_different(built: list[Any]) -> None:
 
 def test_masks_of_padding_documents_and_rows_are_not_kept(built: list[Any]) -> None:
     """They are those of the batch: a second batch gets its own."""
-    model = tiny_model().eval()
+    model = tiny_model().train()
     ones = torch.ones(2, 8, dtype=torch.long)
     one_pad = ones.clone()
     one_pad[0, 0] = 0

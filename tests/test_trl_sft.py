@@ -205,7 +205,7 @@ def test_settings_that_mean_another_loss_are_refused(name: str, value: Any, tmp_
 
 def test_arguments_of_the_wrong_kind_are_refused(tmp_path: Path) -> None:
     rows = datasets.Dataset.from_list(TEXTS)
-    with pytest.raises(ValueError, match="`args` must be a `BlockGenSFTConfig`.*is a SFTConfig"):
+    with pytest.raises(ValueError, match="`args` must be a `BlockGenSFTConfig`.*is a `SFTConfig`"):
         BlockGenSFTTrainer(tiny_model(), SFTConfig(str(tmp_path), use_cpu=True, bf16=False), train_dataset=rows)
     with pytest.warns(FutureWarning), pytest.raises(ValueError, match="`compute_loss_func` must be None"):
         make(tmp_path, TEXTS, compute_loss_func=lambda *args, **kwargs: 0)

@@ -10,10 +10,10 @@ if TYPE_CHECKING:
 
 # Names in the metrics, and in the table.
 _MIXTURE = {
+    "jensen": "mixture, Jensen (Eq. 7)",
     "log_sum_exp": "mixture, log-sum-exp (Eq. 20)",
     "log_sum_exp_corrected": "mixture, the same, corrected",
     "log_sum_exp_upper": "mixture, the same, from above",
-    "jensen": "mixture, Jensen (Eq. 7)",
 }
 _BLOCK = "block_size_"
 _ROUNDING = 1e-9

@@ -34,15 +34,15 @@ class LikelihoodResult:
 
     Args:
         block_sizes (`dict[int, LikelihoodFigure]`): the bound of every block size evaluated.
-        log_sum_exp ([`LikelihoodFigure`], *optional*): of the mixture, Eq. 20 as printed: reduced a sequence, and then
-            summed. On average it is too low, as it prefers the block sizes that were lucky: no bound of the likelihood
-            unless K is large.
+        jensen ([`LikelihoodFigure`], *optional*): of the mixture, Eq. 7: the mean of the block sizes' by weight. A
+            bound with any number of draws, and what training minimises: the figure to report and to compare runs by.
+        log_sum_exp ([`LikelihoodFigure`], *optional*): of the mixture, tighter, Eq. 20 as printed: reduced a sequence,
+            and then summed. On average it is too low, as it prefers the block sizes that were lucky: no bound of the
+            likelihood unless K is large.
         log_sum_exp_corrected ([`LikelihoodFigure`], *optional*): less the part of that which falls as 1 / K. The best
             guess where the error is small. None, as the next, if there is one draw only.
         log_sum_exp_upper ([`LikelihoodFigure`], *optional*): on average no less than Eq. 20 with any number of draws,
             and so a bound of the likelihood: some draws choose among the block sizes, others tell how good they are.
-        jensen ([`LikelihoodFigure`], *optional*): of the mixture, the looser bound of Eq. 7: the mean of the block
-            sizes' by weight.
         weights (`dict[int, float]`): gamma, of the block sizes in the mixture. They add up to 1. If there are none,
             the mixture's figures are None.
         num_sequences (`int`): sequences with a scored token.
@@ -52,10 +52,10 @@ class LikelihoodResult:
     """
 
     block_sizes: dict[int, LikelihoodFigure]
+    jensen: LikelihoodFigure | None
     log_sum_exp: LikelihoodFigure | None
     log_sum_exp_corrected: LikelihoodFigure | None
     log_sum_exp_upper: LikelihoodFigure | None
-    jensen: LikelihoodFigure | None
     weights: dict[int, float]
     num_sequences: int
     num_tokens: int
@@ -67,13 +67,13 @@ class LikelihoodResult:
         return asdict(self)
 
     def metrics(self) -> dict[str, float]:
-        """The figures as a flat mapping, as `Trainer` logs them: `perplexity_block_size_16`, `nll_log_sum_exp` ..."""
+        """The figures as a flat mapping, as `Trainer` logs them: `perplexity_block_size_16`, `nll_jensen` ..."""
         named = {f"block_size_{size}": figure for size, figure in self.block_sizes.items()}
         mixture = {
+            "jensen": self.jensen,
             "log_sum_exp": self.log_sum_exp,
             "log_sum_exp_corrected": self.log_sum_exp_corrected,
             "log_sum_exp_upper": self.log_sum_exp_upper,
-            "jensen": self.jensen,
         }
         named.update({name: figure for name, figure in mixture.items() if figure is not None})
         return {

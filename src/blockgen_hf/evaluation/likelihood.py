@@ -11,9 +11,9 @@ from transformers.modeling_utils import unwrap_model
 from transformers.utils import logging
 
 from ..modeling.configuration_blockgen import BlockGenConfig
+from ..modeling.evaluation_draws_blockgen import evaluation_rows, is_exact, make_draw
 from ..modeling.objective_blockgen import SMALLEST_TIME
 from .columns import model_columns
-from .draws import evaluation_rows, is_exact, make_draw
 from .figures import LikelihoodResult, likelihood_metrics, mixture_weights
 from .processes import Processes
 from .rows import Collator, check_batch, collated
@@ -32,9 +32,9 @@ def sequence_nll(
     """
     Negative log-likelihood bounds of the rows of a batch: NLL_s(t_k, z_k) of Eq. 18 for block sizes s and draws k.
 
-    The noise is keyed by the seed, the block size, the draw and what a row says (see `draws.py`), so that a row gets
-    the same figures in every batch, up to rounding. No global random number is used, and the model is left in the mode
-    it was in.
+    The noise is keyed by the seed, the block size, the draw and what a row says (see `evaluation_draws_blockgen.py`),
+    so that a row gets the same figures in every batch, up to rounding. No global random number is used, and the model
+    is left in the mode it was in.
 
     Args:
         model ([`BlockGenForDiffusionLM`]): also wrapped, as for training in several processes.
@@ -153,7 +153,8 @@ def evaluate_likelihood(
       its scored tokens (Eq. 13). With a block size of 1 it is the cross entropy with fully noised inputs: for masked
       models the exact likelihood (Eq. 14), for uniform ones a mean over random inputs, by K draws. Models with
       `next_token_prediction` are exact, and score no text's first token.
-    - Mixture: `log_sum_exp` (Eq. 20), reduced a sequence, with a figure corrected for its bias, and `jensen` (Eq. 7).
+    - Mixture: `jensen` (Eq. 7), and the tighter `log_sum_exp` (Eq. 20), reduced a sequence, with a figure corrected
+      for its bias and one that is surely a bound.
 
     The figures do not depend, but for rounding, on batch size, padding, order or number of processes: noise is keyed
     by the seed and by what a row says. Rows that say the same get the same noise.

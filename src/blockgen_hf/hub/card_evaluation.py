@@ -13,19 +13,19 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
-from ..evaluation.draws import is_exact
 from ..modeling.configuration_blockgen import BlockGenConfig
+from ..modeling.evaluation_draws_blockgen import is_exact
 from .card_facts import is_hub_id
 from .files import read_json
 
 
 Evaluation = str | Path | Mapping[str, Any]
 
-_MIXTURE = {
+_MIXTURE = {  # the figure to quote first: a bound with any number of draws
+    "jensen": ("mixture, Jensen (Eq. 7)", "upper bound"),
     "log_sum_exp": ("mixture, log-sum-exp (Eq. 20)", "on average too low"),
     "log_sum_exp_corrected": ("mixture, the same, corrected", "estimate"),
     "log_sum_exp_upper": ("mixture, the same, from above", "upper bound"),
-    "jensen": ("mixture, Jensen (Eq. 7)", "upper bound"),
 }
 _QUALITY_NUMBERS = ("value", "num_function_evaluations", "entropy")
 _METRIC_NAMES = {"generative_perplexity": "generative perplexity", "mauve": "MAUVE"}

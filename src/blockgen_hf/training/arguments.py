@@ -78,6 +78,20 @@ class BlockGenTrainingArguments(TrainingArguments):
             raise ValueError(f"`ema_decay` must be in [0, 1), but is {self.ema_decay!r}.")
         if self.eval_monte_carlo_samples < 1:
             raise ValueError(f"`eval_monte_carlo_samples` must be positive, but is {self.eval_monte_carlo_samples!r}.")
+        if self.label_smoothing_factor != 0:
+            raise ValueError(
+                f"`label_smoothing_factor` must be 0, but is {self.label_smoothing_factor!r}: the bounds are those of "
+                "the labels as they are."
+            )
+        if self.prediction_loss_only:
+            raise ValueError(
+                "`prediction_loss_only` must be False: the loss is made of the bounds of sequences, a few numbers "
+                "each, and no logits are kept."
+            )
+        if self.label_names not in (None, ["labels"]):
+            raise ValueError(
+                f"`label_names` must be ['labels'], but is {self.label_names!r}: these are what the model scores."
+            )
         super().__post_init__()
 
 

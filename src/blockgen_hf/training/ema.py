@@ -122,7 +122,12 @@ class EMACallback(TrainerCallback):
         if self.averages:  # they come from a checkpoint
             return
         if state.global_step > 0:
-            logger.warning("The checkpoint has no average of the weights: it begins with the weights of this step.")
+            logger.warning(
+                "The checkpoint has no %s: training goes on from the model that was saved, and the average of the "
+                "weights begins with it. A run that averages its weights and saves with `save_only_model=True` saves "
+                "the average alone.",
+                TRAINING_WEIGHTS,
+            )
         self.start(kwargs["model"])
 
     def on_optimizer_step(

@@ -62,10 +62,12 @@ class BlockGenTrainer(PublishingTrainer):
     [`BlockGenDataCollator`].
 
     Raises:
-        ValueError: a setting with which the average of the weights cannot be saved.
+        ValueError: `args` of another class, a `compute_loss_func`, or a setting with which the bounds cannot be
+            evaluated, or the average of the weights cannot be saved.
     """
 
     args: BlockGenTrainingArguments
+    arguments_class: type[BlockGenTrainingArguments] = BlockGenTrainingArguments
 
     def __init__(
         self,
@@ -76,8 +78,16 @@ class BlockGenTrainer(PublishingTrainer):
         **kwargs: Any,
     ) -> None:
         if args is None:
-            args = BlockGenTrainingArguments(output_dir="trainer_output")
+            args = self.arguments_class(output_dir="trainer_output")
+        if not isinstance(args, self.arguments_class):
+            name = self.arguments_class.__name__
+            raise ValueError(
+                f"`args` must be a `{name}`, which takes all that `{name.removeprefix('BlockGen')}` does, but is a "
+                f"`{type(args).__name__}`."
+            )
         super().__init__(model, args, data_collator, *arguments, **kwargs)
+        if self.compute_loss_func is not None:
+            raise ValueError("`compute_loss_func` must be None: the loss is that of the mixture (Eq. 7).")
         if data_collator is None:
             config = self.model.config
             self.data_collator = BlockGenDataCollator(
@@ -86,6 +96,7 @@ class BlockGenTrainer(PublishingTrainer):
                 score_first_token=not config.next_token_prediction,
             )
         self._loss_shifts_labels = False  # labels stand where they are scored
+        self._check_evaluation()
         self.compute_metrics: Any = self.compute_metrics or self._likelihood_metrics
         self.diffusion = diffusion_from_config(self.model.config)
         self.losses = LossesBySize(self.model.config.block_sizes)
@@ -95,6 +106,21 @@ class BlockGenTrainer(PublishingTrainer):
             self.add_callback(self.ema)
         self._is_saving_checkpoint = False
         self.num_steps_trained = 0
+
+    def _check_evaluation(self) -> None:
+        if self.preprocess_logits_for_metrics is not None:
+            raise ValueError(
+                "`preprocess_logits_for_metrics` must be None: what `compute_metrics` gets are bounds [rows, block "
+                "sizes, draws], and no logits."
+            )
+        if self.compute_metrics is not None:
+            return
+        for name, accepted in (("batch_eval_metrics", False), ("eval_do_concat_batches", True)):
+            if getattr(self.args, name) != accepted:
+                raise ValueError(
+                    f"`{name}` must be {accepted}, but is {not accepted}: the bounds of a data set are computed from "
+                    "all its rows at once. A `compute_metrics` of your own may take them in other ways."
+                )
 
     def _check_ema(self) -> None:
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
@@ -161,6 +187,7 @@ class BlockGenTrainer(PublishingTrainer):
     def _checked_batch(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """A batch of any collator, with the columns that the model knows: see [`model_columns`]."""
         if isinstance(self.data_collator, BlockGenDataCollator):  # which has checked its rows
+            self._refuse_mask_token(batch)
             return dict(batch)
         columns: dict[str, Any] = model_columns(batch, "The batch of `data_collator`")
         if columns["input_ids"].ndim != 2 or not any(batch.get(name) is not None for name in ("labels", "label_ids")):
@@ -170,9 +197,22 @@ class BlockGenTrainer(PublishingTrainer):
                 f"{list(columns['input_ids'].shape)}. `BlockGenDataCollator`, the default, makes labels where there "
                 "are none."
             )
+        self._refuse_mask_token({**batch, **columns})
         if columns["attention_mask"].all():
             del columns["attention_mask"]
         return {**columns, "source": batch["source"]} if "source" in batch else columns
+
+    def _refuse_mask_token(self, batch: Mapping[str, Any]) -> None:
+        config = self.model.config
+        if config.diffusion_type != "masked":
+            return
+        rows = (batch["labels"] == config.mask_token_id).any(-1).nonzero().flatten()
+        if len(rows):
+            documents = f", documents {batch['source'][rows].tolist()} of the data" if "source" in batch else ""
+            raise ValueError(
+                f"Rows {rows.tolist()} of a batch{documents} have the mask token {config.mask_token_id} among their "
+                "scored tokens: a masked model never predicts it. Take it out of the data, or set its labels to -100."
+            )
 
     def compute_loss(
         self,
@@ -184,7 +224,7 @@ class BlockGenTrainer(PublishingTrainer):
         """The mixture loss by the draws in `inputs`; the losses of tokens are kept to be logged."""
         source = inputs.pop("source", None)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if model.training:
+        if model.training and "block_size" in inputs:  # else a batch of the user's, whose block size the model drew
             self.losses.add(
                 inputs["block_size"], outputs["token_losses"], inputs["labels"], self.state.global_step, source
             )

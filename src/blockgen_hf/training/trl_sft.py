@@ -41,7 +41,6 @@ class BlockGenSFTConfig(SFTConfig, BlockGenTrainingArguments):
     def __post_init__(self) -> None:
         for name, accepted, instead in (
             ("loss_type", "nll", "the model's configuration chooses the loss (`training_objective`)"),
-            ("label_smoothing_factor", 0, "the bounds are those of the labels as they are"),
             ("padding_free", False, "`packing=True` fills rows, and keeps documents apart"),
         ):
             value = getattr(self, name)
@@ -81,6 +80,7 @@ class BlockGenSFTTrainer(BlockGenTrainer, _SFTData):
     """
 
     args: BlockGenSFTConfig
+    arguments_class = BlockGenSFTConfig
 
     def __init__(
         self,
@@ -90,16 +90,7 @@ class BlockGenSFTTrainer(BlockGenTrainer, _SFTData):
         *arguments: Any,
         **kwargs: Any,
     ) -> None:
-        if args is None:
-            args = BlockGenSFTConfig(output_dir="trainer_output")
-        if not isinstance(args, BlockGenSFTConfig):
-            raise ValueError(
-                f"`args` must be a `BlockGenSFTConfig`, which takes all that `SFTConfig` does, but is a "
-                f"{type(args).__name__}."
-            )
         super().__init__(model, args, data_collator, *arguments, **kwargs)
-        if self.compute_loss_func is not None:
-            raise ValueError("`compute_loss_func` must be None: the loss is that of the mixture (Eq. 7).")
         if data_collator is None:
             config = self.model.config
             self.data_collator = BlockGenDataCollator(

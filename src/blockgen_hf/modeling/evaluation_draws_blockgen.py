@@ -1,3 +1,16 @@
+# Copyright 2026 The blockgen-hf authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
 """
 The noise of a likelihood evaluation: draws keyed by what a row says, with little variance (BlockGen, Eq. 18, 19).
 
@@ -23,11 +36,12 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
-from ..modeling.configuration_blockgen import BlockGenConfig
-from ..modeling.diffusion_blockgen import DiffusionProcess, MaskedDiffusion, NoiseSchedule
-from ..modeling.positions_blockgen import document_positions
-from ..modeling.sampling_blockgen import CounterGenerator
+from .configuration_blockgen import BlockGenConfig
+from .diffusion_blockgen import DiffusionProcess, MaskedDiffusion, NoiseSchedule
+from .positions_blockgen import document_positions
+from .sampling_blockgen import CounterGenerator
 
 
 # Steps of this size, modulo 1, fill the unit interval evenly however many there are, and are unlike those of a grid.
@@ -161,7 +175,9 @@ class _Blocks:
 
 def _blocks_of(rows: EvaluationRows, block_size: int) -> _Blocks:
     """Blocks as the attention mask cuts them: from position 0 of a row or document."""
-    starts = rows.valid & ((rows.positions % block_size == 0) | (rows.places == 0))
+    number = rows.positions.div(block_size, rounding_mode="floor")
+    changes = nn.functional.pad(number.diff(dim=-1) != 0, (1, 0))  # also where positions leave out the block's first
+    starts = rows.valid & (changes | (rows.positions % block_size == 0) | (rows.places == 0))
     block = (starts.long().cumsum(-1) - 1).clamp(min=0)
     num_scored = torch.zeros_like(block).scatter_add(-1, block, rows.scored.long())
     # Blocks without a scored token are left out, so that the grid of levels is that of blocks which count.
