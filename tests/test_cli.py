@@ -372,7 +372,7 @@ def test_incomplete_checkpoints(fail: Command, tmp_path: Path) -> None:
     assert f"The tokenizer of {folder} cannot be loaded: " in fail("a", "--model", folder)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
-    assert "are missing, for example model.layers.2" in fail("a", "--model", folder)
+    assert "have 2 layers, but its config.json says `num_hidden_layers=3`" in fail("a", "--model", folder)
     (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": 48}))
     assert f"The model {folder} cannot be loaded: " in fail("a", "--model", folder)
     (tmp_path / "model.safetensors").write_bytes(b"nonsense")

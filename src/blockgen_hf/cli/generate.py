@@ -123,9 +123,9 @@ def run(args: argparse.Namespace) -> int:
     except UnicodeDecodeError as error:
         raise CommandError(f"The prompt on standard input is not valid UTF-8 text: {error}.") from error
 
-    from .loading import quiet_transformers
+    from .loading import one_line_errors, quiet_transformers
 
-    with quiet_transformers():
+    with quiet_transformers(), one_line_errors():
         sampler = _make_sampler(args, prompt, settings)
         if args.compare:
             from .comparison import compare

@@ -17,8 +17,8 @@ import blockgen_hf
 
 from .card_facts import read_model
 from .files import ADAPTER_FILES, CODE, CONFIG, CONVERSION, MODEL_FILES, README, WEIGHT_FILES, matches, read_json
+from .model_checks import check_model_folder
 from .secrets import find_secret
-from .weights import check_shapes, model_shapes
 
 
 # Where files of the remote code and their like lie: DESIGN's closure, which `save_pretrained` copies.
@@ -223,9 +223,7 @@ def _checked_model(folder: Path, contents: FolderContents) -> FolderContents:
         return contents
     if CONFIG not in contents.files:
         raise ValueError("config.json is left out, but without it nobody can load the model.")
-    if getattr(facts.config, "quantization_config", None) is None:
-        expected, tied = model_shapes(facts.config)
-        check_shapes(expected, {name: tensor.shape for name, tensor in facts.tensors.items()}, tied, str(folder))
+    check_model_folder(folder)
     return contents
 
 

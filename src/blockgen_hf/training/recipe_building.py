@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase, set_seed
 
+from ..hub.model_checks import check_loaded_model, check_model_folder, fetch_model
 from ..modeling.configuration_blockgen import BlockGenConfig
 from ..modeling.modeling_blockgen import BlockGenForDiffusionLM
 from ..special_tokens import add_special_tokens
@@ -179,7 +180,7 @@ def make_model(recipe: Recipe, config: BlockGenConfig) -> "BlockGenForDiffusionL
         return model
     revision = recipe.model.get("revision")
     model = _from_pretrained(
-        BlockGenForDiffusionLM.from_pretrained,
+        _load_checked,
         recipe.checkpoint,
         "model",
         trust_remote_code=False,
@@ -203,6 +204,14 @@ def _drop_settings_of_generation(model: BlockGenForDiffusionLM, changed: dict[st
                 check(settings)
             except ValueError:
                 setattr(settings, name, None)
+
+
+def _load_checked(name: str, **options: Any) -> BlockGenForDiffusionLM:
+    folder = fetch_model(name, options["revision"])
+    tensors = check_model_folder(folder)
+    model = BlockGenForDiffusionLM.from_pretrained(name, **options)
+    check_loaded_model(model, folder, tensors)
+    return model
 
 
 def _from_pretrained(load: Callable[..., Any], name: str, what: str, **options: Any) -> Any:
