@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from ..hub.model_checks import check_loaded_model, check_model_folder, fetch_model
+from ..hub.portable import make_tokenizer_portable
 from ..modeling.configuration_blockgen import BlockGenConfig
 from ..modeling.modeling_blockgen import BlockGenForDiffusionLM
 from ..special_tokens import add_special_tokens
@@ -82,6 +83,7 @@ def load_tokenizer(
             texts = training_texts(recipe.data, limit)
             trained = train_tokenizer(texts, arguments.train["vocab_size"], recipe.data.sequence_length)
             trained.save_pretrained(folder)
+            make_tokenizer_portable(folder, None)
         name, revision = str(folder), None
     elif arguments.name_or_path is None:
         revision = recipe.model.get("revision")
