@@ -210,7 +210,7 @@ def _positions(model: str, revision: str | None, is_dry: bool) -> int:
         found, _ = PreTrainedConfig.get_config_dict(str(folder) if folder.is_dir() else model, **options)
     except Exception:  # what is wrong with the model is said when it is loaded
         return _LONGEST_ROW
-    positions = found.get("max_position_embeddings")
+    positions = found.get("max_position_embeddings") if isinstance(found, dict) else None
     return positions if isinstance(positions, int) else _LONGEST_ROW
 
 
