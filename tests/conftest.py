@@ -14,6 +14,7 @@ from tiny import VARIANTS, tiny_model, tiny_tokenizer
 
 from blockgen_hf import BlockGenForDiffusionLM
 from blockgen_hf.cli import main
+from blockgen_hf.hub.portable import make_tokenizer_portable
 
 
 transformers.utils.logging.set_verbosity_error()
@@ -82,4 +83,5 @@ def saved(tmp_path: Path) -> Path:
     path = tmp_path / "tiny"
     tiny_model().save_pretrained(path)
     tiny_tokenizer().save_pretrained(path)
+    make_tokenizer_portable(path, tiny_model().config.max_position_embeddings)
     return path

@@ -472,7 +472,7 @@ def test_incomplete_checkpoints(fail: Command, tmp_path: Path) -> None:
     assert f"The tokenizer of {folder} cannot be loaded: " in fail("a", "--model", folder)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
-    assert "are missing, for example model.layers.2" in fail("a", "--model", folder)
+    assert "have 2 layers, but its config.json says `num_hidden_layers=3`" in fail("a", "--model", folder)
     (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": 48}))
     assert f"The model {folder} cannot be loaded: " in fail("a", "--model", folder)
     (tmp_path / "model.safetensors").write_bytes(b"nonsense")
@@ -610,3 +610,20 @@ def test_process(checkpoint: str, environment: dict[str, str]) -> None:
     shell = f'"{sys.executable}" -m blockgen_hf generate --compare --model "{checkpoint}" | head -n 1'
     done = subprocess.run(shell, shell=True, env=environment, capture_output=True, text=True)
     assert done.stdout == "No prompt\n" and done.stderr == ""
+
+
+def test_errors_of_the_user_are_a_line_and_with_traceback_more(
+    fail: Command, checkpoint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "Traceback" not in fail("a", "--corrector-start", "-1")
+    for words in (("--traceback", "generate"), ("generate", "--traceback")):
+        assert main([*words, "a", "--model", checkpoint, "--corrector-start", "-1"]) == 1
+        printed = capsys.readouterr().err
+        assert printed.startswith("Traceback") and "ValueError" in printed
+        assert printed.splitlines()[-1].startswith("blockgen-hf: error: `corrector_start`")
+
+
+def test_mistakes_of_the_package_are_raised(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("blockgen_hf.cli.sampling.Sampler.generate", None)
+    with pytest.raises(TypeError):
+        main(["generate", "a", "--model", checkpoint])

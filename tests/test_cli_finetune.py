@@ -235,9 +235,9 @@ def test_bad_arguments(
 
 def test_models_that_are_not_there(failing_line: Command, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "answers.jsonl", ANSWERS)
-    assert "argument model: There is no folder ./missing" in failing_line("finetune", "./missing", "--dataset", data)
-    assert "no config.json" in failing_line("finetune", str(tmp_path), "--dataset", data)
-    assert "are required: --dataset" in failing_line("finetune", str(tmp_path))
+    assert "There is no folder ./missing" in failing_line("finetune", "./missing", "--dataset", data)
+    assert "is not a model folder: it has no config.json" in failing_line("finetune", str(tmp_path), "--dataset", data)
+    assert "are required: --dataset" in failing_line("finetune", "tinystories-masked")
 
 
 def environment() -> dict[str, str]:

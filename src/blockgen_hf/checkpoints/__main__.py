@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..hub.files import read_json
 from ..hub.folders import AUTO_MAP, code_files
+from ..hub.portable import make_tokenizer_portable
 from . import shipped_checkpoint
 
 
@@ -20,6 +21,7 @@ def write_code(folder: Path) -> None:
         (folder / name).write_bytes(source.read_bytes())
     config = folder / "config.json"
     values = {**read_json(config), "auto_map": AUTO_MAP}
+    make_tokenizer_portable(folder, values["max_position_embeddings"])
     config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

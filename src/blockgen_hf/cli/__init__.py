@@ -8,6 +8,7 @@ import argparse
 import io
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 from .. import __version__
@@ -31,14 +32,26 @@ COMMANDS = {
 def make_parser() -> Parser:
     parser = Parser(prog=PROGRAM, description="BlockGen language models.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    _add_traceback(parser)
     parser.set_defaults(run=_print_help, parser=parser)  # no command
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for name, module in COMMANDS.items():
         summary = str(module.__doc__).strip()
         command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
         module.add_arguments(command)
+        _add_traceback(command)
         command.set_defaults(run=module.run, parser=command)
     return parser
+
+
+def _add_traceback(parser: argparse.ArgumentParser) -> None:
+    """Before the command or behind it: neither place may overwrite what the other says."""
+    parser.add_argument(
+        "--traceback",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="show where an error comes from, also one that you can fix",
+    )
 
 
 def _print_help(args: argparse.Namespace) -> int:
@@ -47,7 +60,10 @@ def _print_help(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command line (default: that of the process) and returns its exit status."""
+    """
+    Runs a command line (default: that of the process) and returns its exit status. An error that the user can fix is
+    one line, with `--traceback` below its traceback; any other is a mistake of this package, and is raised.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a model writes what it likes, also what a terminal has no sign for
     args, unknown = make_parser().parse_known_args(argv)
@@ -62,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     except CommandError as error:
         sys.stdout.flush()
+        if "traceback" in args:
+            traceback.print_exception(error)
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as error:

@@ -215,16 +215,16 @@ def _data_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def _positions(model: str, revision: str | None, is_dry: bool) -> int:
     """The longest row that the model takes; for one of the Hub that is not here yet, a dry run cannot know."""
-    from huggingface_hub.errors import HTTPError
     from transformers import PreTrainedConfig
 
     folder = Path(model).expanduser()
     options: dict[str, Any] = {"local_files_only": is_dry or folder.is_dir(), "revision": revision or "main"}
     try:
         found, _ = PreTrainedConfig.get_config_dict(str(folder) if folder.is_dir() else model, **options)
-    except (OSError, ValueError, HTTPError):
-        return _LONGEST_ROW  # what is wrong with the model is said when it is loaded
-    return int(found.get("max_position_embeddings", _LONGEST_ROW))
+    except Exception:  # what is wrong with the model is said when it is loaded
+        return _LONGEST_ROW
+    positions = found.get("max_position_embeddings") if isinstance(found, dict) else None
+    return positions if isinstance(positions, int) else _LONGEST_ROW
 
 
 def _adapter_settings(args: argparse.Namespace) -> dict[str, Any]:

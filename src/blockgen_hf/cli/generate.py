@@ -148,10 +148,10 @@ def run(args: argparse.Namespace) -> int:
         settings["stop_strings"] = args.stop
     prompts = _read_prompts(args)
 
-    from .loading import quiet_transformers
+    from .loading import one_line_errors, quiet_transformers
 
     found = []
-    with quiet_transformers():
+    with quiet_transformers(), one_line_errors():
         for number, sampler in enumerate(_make_samplers(args, prompts, settings)):
             if number > 0 and not args.json:
                 print(flush=True)

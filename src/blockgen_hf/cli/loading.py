@@ -12,7 +12,6 @@ import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import enable_progress_bars
-from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedConfig,
@@ -22,14 +21,14 @@ from transformers import (
 from transformers.utils import is_datasets_available, logging
 
 from ..checkpoints import shipped_checkpoint
+from ..hub.files import CONFIG, read_json
+from ..hub.model_checks import check_loaded_model, check_model_folder, fetch_model
 from ..modeling.configuration_blockgen import BlockGenConfig
 from ..quantization import quantize_for_cpu
 from ..tokenizer_loading import pretrained_tokenizer
 from .parsing import CommandError
 
 
-# What transformers raises for files and names that it cannot load.
-_LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 # Models of fewer parameters run on one thread: their matrices are too small to share, and threads that wait for one
 # another on a busy machine are many times slower than one. OMP_NUM_THREADS says otherwise.
 _SINGLE_THREADED = 20_000_000
@@ -62,6 +61,8 @@ def one_line_errors() -> Iterator[None]:
             "global batch stays as it is), training.activation_checkpointing=true or training.bf16=true; else a "
             "smaller --batch-size."
         ) from error
+    except BrokenPipeError:  # of the reader of what is printed
+        raise
     except (ValueError, OSError, ImportError) as error:
         raise CommandError(error) from error
     except HTTPError as error:  # of the Hub's client: no connection, or none in time
@@ -114,6 +115,8 @@ def load(
         options = {"local_files_only": not _is_on_hub(source, revision), "revision": revision or "main"}
     _check_model_type(source, options)
     try:
+        folder = fetch_model(source, revision)
+        tensors = check_model_folder(folder, own_code=trust_remote_code)
         model, loading_info = AutoModelForCausalLM.from_pretrained(
             source,
             trust_remote_code=trust_remote_code,
@@ -122,17 +125,24 @@ def load(
             output_loading_info=True,
             **options,
         )
-    except _LOADING_ERRORS as error:
+        check_loaded_model(model, folder, tensors)
+    except Exception as error:  # transformers, safetensors and torch raise all kinds for damaged files
         raise CommandError(f"The model {source} cannot be loaded: {_first_line(error)}") from error
-    if loading_info["missing_keys"]:
-        raise CommandError(
-            f"The weights of {source} are not those of its config.json: {len(loading_info['missing_keys'])} tensors "
-            f"are missing, for example {min(loading_info['missing_keys'])}."
-        )
+    for kind in ("missing", "unexpected"):  # which only code of the folder's own comes to
+        if names := loading_info[f"{kind}_keys"]:
+            raise CommandError(
+                f"The weights of {source} are not those of its config.json: {len(names)} tensors are {kind}, for "
+                f"example {min(names)}."
+            )
     try:
         tokenizer = pretrained_tokenizer(source, trust_remote_code=trust_remote_code, **options)
-    except _LOADING_ERRORS as error:
+    except Exception as error:  # tokenizers too
         raise CommandError(f"The tokenizer of {source} cannot be loaded: {_first_line(error)}") from error
+    if len(tokenizer) > model.config.vocab_size:
+        raise CommandError(
+            f"The tokenizer of {source} has {len(tokenizer):,} tokens, but the model has {model.config.vocab_size:,}: "
+            "it is that of another model. Take the tokenizer files that were saved with the model."
+        )
     set_num_threads(device, model.num_parameters())
     model = model.to(device).eval()
     if cpu_weights is not None:
@@ -182,8 +192,10 @@ def _check_model_type(source: str, options: dict[str, Any]) -> None:
     if is_folder and not (Path(source) / "config.json").is_file():
         raise CommandError(f"The folder {source} holds no model: it has no config.json.")
     try:
-        config, _ = PreTrainedConfig.get_config_dict(source, **options)
-    except _LOADING_ERRORS as error:
+        config = (
+            read_json(Path(source) / CONFIG) if is_folder else PreTrainedConfig.get_config_dict(source, **options)[0]
+        )
+    except Exception as error:  # as above
         if not is_folder and options["local_files_only"]:
             message = f"{source!r} is no folder here, the Hub does not answer, and its cache does not hold the model."
             raise CommandError(message) from error

@@ -168,7 +168,11 @@ def read_config(folder: Path) -> BlockGenConfig:
             f"{folder / 'config.json'} is of a model of type {values.get('model_type')!r}, and must be of type "
             f"{BlockGenConfig.model_type!r}."
         )
-    return BlockGenConfig.from_dict(values)
+    try:
+        config: BlockGenConfig = BlockGenConfig.from_dict(values)
+    except Exception as error:  # huggingface_hub, and fields of any type, raise all kinds
+        raise ValueError(f"{folder / CONFIG} describes no model: {error}") from error
+    return config
 
 
 def is_hub_id(name: Any) -> bool:

@@ -21,6 +21,7 @@ from .card_facts import first_prompt, is_hub_id, read_model
 from .card_training import read_training
 from .files import read_card
 from .licenses import License, find_license
+from .portable import without_paths
 
 
 _SAMPLE_FIELDS = {
@@ -161,6 +162,7 @@ def write_samples(results: Iterable[Mapping[str, Any]], file: str | Path) -> int
     for result in results:
         try:
             common = {key: result[key] for key in ("model", "dtype", "prompt", "seed")}
+            common["model"] = without_paths(common["model"])
             for generation in result["results"]:
                 settings = {key: value for key, value in generation["settings"].items() if key != "decoding"}
                 about = {**common, "decoding": generation["decoding"], "settings": settings}

@@ -18,6 +18,7 @@ from .conversion_tokenizer import load_fitting_tokenizer
 from .families import Choices, choices_of_place, make_config, recognise_family, rope_theta, unused_settings
 from .files import CONVERSION
 from .layouts import PublishedTensor, buffer_names, embedding_name, inv_freq_name, published_tensors
+from .portable import make_tokenizer_portable, without_paths
 from .sources import Source, open_source
 from .weights import DTYPES, Weights, check_shapes
 
@@ -154,7 +155,7 @@ def _to_transformers(
         "source": source.name if source.commit else source.folder.resolve().name,
         "revision": source.commit,
         "family": family,
-        "source_config": source.config,
+        "source_config": without_paths(source.config),
         "buffers": {name: {"dtype": _name(value.dtype), "values": value.tolist()} for name, value in buffers.items()},
         "blockgen_hf_version": __version__,
     }
@@ -165,6 +166,7 @@ def _to_transformers(
         model.save_pretrained(str(folder), max_shard_size=max_shard_size or "50GB")
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+            make_tokenizer_portable(folder, config.max_position_embeddings)
         files = sorted([*(path.name for path in folder.iterdir()), CONVERSION])
         (folder / CONVERSION).write_text(json.dumps({**provenance, "files": files}, indent=2) + "\n", encoding="utf-8")
     notes = _notes(family, source, config, tokenizer)

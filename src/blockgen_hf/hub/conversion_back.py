@@ -14,7 +14,7 @@ from .families import rope_theta
 from .files import CONFIG, CONVERSION, WEIGHTS, read_json
 from .layouts import FAMILIES, inv_freq_name, published_tensors, setting_names
 from .sources import Source
-from .weights import Weights, check_shapes, model_shapes
+from .weights import Weights, check_weights
 
 
 # What the published architectures have built in.
@@ -63,8 +63,7 @@ def write_published(
     family = family or notes.get("family") or _family(config)
     _check(config, family, buffers)
     published = _settings(config, family, notes.get("source_config"))
-    expected, tied = model_shapes(config)
-    check_shapes(expected, weights.shapes, tied, source.name)
+    check_weights(config, weights.shapes, source.name)
     dtype = weights.dtype(weights.shapes, dtype_name)
     state = {}
     for tensor in published_tensors(family, config):

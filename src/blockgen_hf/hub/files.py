@@ -40,7 +40,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise ValueError(f"There is no file {path}.") from error
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+        raise ValueError(f"{path} cannot be read as JSON: {error}.") from error
     except RecursionError as error:
         raise ValueError(f"{path} cannot be read as JSON: it is nested too deep.") from error
     if not isinstance(values, dict):

@@ -17,8 +17,9 @@ import blockgen_hf
 
 from .card_facts import read_model
 from .files import ADAPTER_FILES, CODE, CONFIG, CONVERSION, MODEL_FILES, README, WEIGHT_FILES, matches, read_json
+from .model_checks import check_model_folder
+from .portable import has_portable_form, portable_text
 from .secrets import find_secret
-from .weights import check_shapes, model_shapes
 
 
 # Where files of the remote code and their like lie: DESIGN's closure, which `save_pretrained` copies.
@@ -44,6 +45,7 @@ _LEFTOVERS = {
     "checkpoint-*/": "a checkpoint of the training",
     "_*/": "unfinished",
     "runs/": "logs of the training",
+    "tokenizer/": "the tokenizer as it was trained, which lies beside the weights too",
     "training_args.bin": "the training's arguments, a pickle",
     "trainer_state.json": "the training's state",
     "all_results.json": "the training's figures",
@@ -120,12 +122,12 @@ def read_folder(
     contents = _sort_files(folder, (*_KINDS[repo_type], *include), ignore, repo_type if strict else None)
     _refuse_secrets(folder, contents)
     if repo_type == "model":
-        return _with_code(folder, _checked_model(folder, contents), update_code)
+        return _portable(_with_code(folder, _checked_model(folder, contents), update_code))
     needed = {"dataset": (), "space": ("app.py", README)}[repo_type]
     missing = [name for name in needed if name not in contents.files]
     if missing:
         raise ValueError(f"{folder} is no {repo_type}: it lacks {' and '.join(missing)}.")
-    return contents
+    return _portable(contents)
 
 
 def _sort_files(folder: Path, accepted: Sequence[str], ignore: Sequence[str], repo_type: str | None) -> FolderContents:
@@ -223,9 +225,22 @@ def _checked_model(folder: Path, contents: FolderContents) -> FolderContents:
         return contents
     if CONFIG not in contents.files:
         raise ValueError("config.json is left out, but without it nobody can load the model.")
-    if getattr(facts.config, "quantization_config", None) is None:
-        expected, tied = model_shapes(facts.config)
-        check_shapes(expected, {name: tensor.shape for name, tensor in facts.tensors.items()}, tied, str(folder))
+    check_model_folder(folder)
+    return contents
+
+
+def _portable(contents: FolderContents) -> FolderContents:
+    """Without paths of this machine, and with a tokenizer that is as long as the model."""
+    config = contents.files.get(CONFIG)
+    positions = None if config is None else json.loads(config.read()).get("max_position_embeddings")
+    for path, file in contents.files.items():
+        if has_portable_form(path):
+            text = file.read().decode("utf-8", errors="surrogateescape")
+            portable = portable_text(path, text, positions)
+            if portable != text:
+                note = "; ".join(filter(None, (file.note, "without what is of this machine only")))
+                content = portable.encode("utf-8", errors="surrogateescape")
+                contents = contents.with_file(PlannedFile(path, content, note))
     return contents
 
 

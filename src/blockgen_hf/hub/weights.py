@@ -1,7 +1,7 @@
 """The tensors of a saved model: the headers of its safetensors files, their values, and what they should be."""
 
-import json
 import math
+import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +11,12 @@ from safetensors import SafetensorError, safe_open
 
 from ..modeling.configuration_blockgen import BlockGenConfig
 from ..modeling.modeling_blockgen import BlockGenForDiffusionLM
-from .files import ADAPTER_WEIGHTS, CONFIG, INDEX, SHARDS, WEIGHTS
+from .files import ADAPTER_WEIGHTS, CONFIG, INDEX, SHARDS, WEIGHTS, read_json
 
 
 DTYPES = ("float32", "bfloat16", "float16")  # that a model can be in
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I8": "int8", "U8": "uint8"}
+_LAYER = re.compile(r"\blayers\.(\d{1,9})\.")
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,9 @@ def read_tensors(folder: Path) -> dict[str, SavedTensor]:
 
 
 def _read_shards(folder: Path, index: Path, shards: set[str]) -> dict[str, SavedTensor]:
-    try:
-        named: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{index} is damaged: {error!r}. Save the model again.") from error
+    named = read_json(index).get("weight_map")
+    if not isinstance(named, dict) or not all(isinstance(shard, str) for shard in named.values()):
+        raise ValueError(f"{index} is damaged: it has no `weight_map` from tensors to files. Save the model again.")
     missing = sorted(set(named.values()) - shards)
     if missing:
         raise ValueError(f"{index.name} names {', '.join(missing)}, which {folder} does not hold.")
@@ -122,6 +122,27 @@ class Weights:
         return file.get_tensor(name) if start is None else file.get_slice(name)[start:stop]
 
 
+def check_weights(config: BlockGenConfig, found: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """
+    Compares weights with what a configuration asks for. The layers are counted first, so that nothing is built of a
+    configuration with a hundred thousand of them.
+
+    Raises:
+        ValueError: they are not those of the configuration.
+    """
+    num_layers = len({match.group(1) for match in map(_LAYER.search, found) if match})
+    if num_layers != config.num_hidden_layers:
+        raise ValueError(
+            f"The weights of {where} have {num_layers} layers, but its {CONFIG} says "
+            f"`num_hidden_layers={config.num_hidden_layers}`. Take the {CONFIG} that was saved with these weights."
+        )
+    try:
+        expected, tied = model_shapes(config)
+    except (RuntimeError, OverflowError, TypeError, MemoryError) as error:
+        raise ValueError(f"The {CONFIG} of {where} describes no model that can be built: {error}") from error
+    check_shapes(expected, found, tied, where)
+
+
 def model_shapes(config: BlockGenConfig) -> tuple[dict[str, tuple[int, ...]], set[str]]:
     """Names and shapes of the weights of a model, and those of them that may be absent, as they are tied to others."""
     with torch.device("meta"):
@@ -171,4 +192,4 @@ def count_values(tensors: dict[str, SavedTensor]) -> int:
     return sum(math.prod(tensor.shape) for tensor in tensors.values())
 
 
-__all__ = ["DTYPES", "SavedTensor", "Weights", "check_shapes", "count_values", "model_shapes", "read_tensors"]
+__all__ = ["DTYPES", "SavedTensor", "Weights", "check_shapes", "check_weights", "count_values", "read_tensors"]

@@ -16,6 +16,7 @@ from ..hub.cards import model_card, read_metadata
 from ..hub.files import README, move_model
 from ..hub.folders import is_model_file
 from ..hub.licenses import find_license
+from ..hub.portable import make_tokenizer_portable
 from ..hub.push import PushPlan, plan_push
 from ..hub.secrets import is_secret
 from .arguments import BlockGenTrainingArguments
@@ -144,7 +145,10 @@ class PublishingTrainer(Trainer):
         return plan
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """As [`Trainer`] does, without secrets (`hub_token`) in the arguments that it saves."""
+        """
+        As [`Trainer`] does, without secrets (`hub_token`) in the arguments that it saves, and with a tokenizer that
+        other releases open too.
+        """
         secrets = {name: value for name, value in vars(self.args).items() if is_secret(name, value)}
         for name in secrets:
             setattr(self.args, name, None)
@@ -153,6 +157,8 @@ class PublishingTrainer(Trainer):
         finally:
             for name, value in secrets.items():
                 setattr(self.args, name, value)
+        folder = Path(output_dir if output_dir is not None else str(self.args.output_dir))
+        make_tokenizer_portable(folder, self.model.config.max_position_embeddings)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         strategy = self.args.hub_strategy

@@ -21,6 +21,8 @@ import torch
 from transformers import PreTrainedConfig
 
 from ..checkpoints import find_checkpoint
+from ..hub.files import CONFIG, read_json
+from ..hub.model_checks import check_model_folder
 from ..modeling.configuration_blockgen import BlockGenConfig
 from .arguments import BlockGenTrainingArguments
 from .data import DataArguments
@@ -342,8 +344,10 @@ def _check(recipe: Recipe) -> None:
 def _check_model(recipe: Recipe) -> None:
     """The configuration, apart from the vocabulary, which is the tokenizer's, and from checkpoints of the Hub."""
     if recipe.checkpoint is not None:
-        if Path(recipe.checkpoint).expanduser().is_dir():
+        folder = Path(recipe.checkpoint).expanduser()
+        if folder.is_dir():
             checkpoint_config(recipe)
+            check_model_folder(folder)
         return
     fields = recipe.config_fields()
     fields.pop("mask_token_id", None)
@@ -367,8 +371,11 @@ def checkpoint_config(recipe: Recipe, local_files_only: bool = False) -> BlockGe
     if folder.is_dir():
         name, local_files_only = str(folder), True
     try:
-        found, _ = PreTrainedConfig.get_config_dict(name, local_files_only=local_files_only, **options)
-    except (OSError, ValueError) as error:
+        if (folder / CONFIG).is_file():
+            found = read_json(folder / CONFIG)
+        else:
+            found, _ = PreTrainedConfig.get_config_dict(name, local_files_only=local_files_only, **options)
+    except Exception as error:  # transformers raises all kinds for files that hold something else
         raise ValueError(f"The configuration of {name} cannot be read: {error}") from error
     if found.get("model_type") != BlockGenConfig.model_type:
         kind = found.get("model_type")
@@ -390,7 +397,7 @@ def checkpoint_config(recipe: Recipe, local_files_only: bool = False) -> BlockGe
         fields = {"block_size_weights": None, **fields}
     try:
         config: BlockGenConfig = BlockGenConfig.from_dict({**found, **fields})
-    except (ValueError, TypeError, KeyError) as error:
+    except Exception as error:  # fields of any type raise all kinds
         raise ValueError(f"{recipe.source}, `model` on top of {name}: {error}") from error
     _check_length(recipe, config)
     return config

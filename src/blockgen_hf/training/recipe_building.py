@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from ..default_decoding import default_decoding
+from ..hub.model_checks import check_loaded_model, check_model_folder, fetch_model
+from ..hub.portable import make_tokenizer_portable
 from ..modeling.configuration_blockgen import BlockGenConfig
 from ..modeling.modeling_blockgen import BlockGenForDiffusionLM
 from ..special_tokens import add_special_tokens
@@ -85,6 +87,7 @@ def load_tokenizer(
             texts = training_texts(recipe.data, limit)
             trained = train_tokenizer(texts, arguments.train["vocab_size"], recipe.data.sequence_length)
             trained.save_pretrained(folder)
+            make_tokenizer_portable(folder, None)
         name, revision = str(folder), None
     elif arguments.name_or_path is None:
         revision = recipe.model.get("revision")
@@ -189,7 +192,7 @@ def make_model(recipe: Recipe, config: BlockGenConfig) -> "BlockGenForDiffusionL
         return model
     revision = recipe.model.get("revision")
     model = _from_pretrained(
-        BlockGenForDiffusionLM.from_pretrained,
+        _load_checked,
         recipe.checkpoint,
         "model",
         trust_remote_code=False,
@@ -216,6 +219,14 @@ def _adapt_settings_of_generation(model: BlockGenForDiffusionLM, changed: dict[s
                 check(settings)
             except ValueError:
                 setattr(settings, name, None)
+
+
+def _load_checked(name: str, **options: Any) -> BlockGenForDiffusionLM:
+    folder = fetch_model(name, options["revision"])
+    tensors = check_model_folder(folder)
+    model = BlockGenForDiffusionLM.from_pretrained(name, **options)
+    check_loaded_model(model, folder, tensors)
+    return model
 
 
 def _from_pretrained(load: Callable[..., Any], name: str, what: str, **options: Any) -> Any:
