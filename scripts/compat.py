@@ -120,6 +120,8 @@ def main() -> None:
         for requirement in window(name):
             print(f"== {requirement}", flush=True)
             rows.append(try_release(name, requirement, SHORT if options.short else PARTS_OF[name], options.short))
+        if rows[-1]["release"] == rows[-2]["release"]:
+            rows[-2:] = [rows[-1] | {"release": f"{rows[-1]['release']}, oldest and newest"}]
     print(as_table(rows))
     if names == list(PARTS_OF):
         text = PAGE.read_text(encoding="utf-8").split(TABLE)[0]
