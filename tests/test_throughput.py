@@ -235,6 +235,31 @@ def test_the_speed_of_the_machine() -> None:
     assert machine.pick(3.0, 2.0) == 2.0
 
 
+@pytest.mark.parametrize(("tick", "rows"), [(1.0, 256), (0.2, 512), (0.01, 1024)])
+def test_a_slow_processor_multiplies_smaller_matrices(monkeypatch: pytest.MonkeyPatch, tick: float, rows: int) -> None:
+    """A clock by which a product of 256 rows takes `tick` seconds, and one of 512 eight times that."""
+    now, real = 0.0, torch.ones
+    scale = 1.0
+
+    def ones(*shape: int, **settings: Any) -> torch.Tensor:
+        nonlocal scale
+        if len(shape) == 2:
+            scale = (shape[0] / 256) ** 3
+        return real(*shape, **settings)
+
+    def read_clocks(device: torch.device) -> tuple[float, float]:
+        nonlocal now
+        now += tick * scale
+        return now, now
+
+    monkeypatch.setattr(torch, "ones", ones)
+    monkeypatch.setattr(throughput, "read_clocks", read_clocks)
+    machine = Machine(CPU, torch.float32, size=1024, megabytes=1)
+    machine.measure()
+    assert machine.to_dict()["rows_of_matrices"] == rows
+    assert machine.flops_per_second == pytest.approx(2 * 256**3 / tick)
+
+
 # models and decodings
 
 

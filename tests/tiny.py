@@ -143,6 +143,14 @@ def record_forwards(model: BlockGenForDiffusionLM) -> Iterator[list[dict[str, An
         handle.remove()
 
 
+def assert_near(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """
+    Equal but for rounding, in float32: processors round otherwise when a weight lies elsewhere in memory, as a loaded
+    or offloaded one does, so logits of reloaded models are not compared bit for bit.
+    """
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
 def num_rows(call: dict[str, Any]) -> int:
     """Batch size of a recorded forward pass."""
     ids = call["input_ids"] if call.get("input_ids") is not None else call["noisy_input_ids"]

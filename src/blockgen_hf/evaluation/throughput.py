@@ -188,6 +188,9 @@ def timed(device: torch.device) -> Iterator[list[float]]:
     seconds += [now - before for now, before in zip(read_clocks(device), started, strict=True)]
 
 
+SECONDS_OF_A_PRODUCT = 2.0
+
+
 class Machine:
     """
     How fast the machine multiplies matrices and reads memory.
@@ -195,18 +198,31 @@ class Machine:
     Args:
         device (`torch.device`): where.
         dtype (`torch.dtype`): of the matrices; memory is read as float32.
-        size (`int`): rows of the square matrices.
+        size (`int`): rows of the square matrices; fewer where a product would take more than about two seconds, as in
+            bf16 on a processor without it.
         megabytes (`int`): memory that is read at a time; more than the caches hold.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype, size: int = 2048, megabytes: int = 256) -> None:
         self.device = device
         self.dtype = dtype
-        self._matrix = torch.ones(size, size, dtype=dtype, device=device)
+        self._matrix = self._square(size)
         self._memory = torch.ones(megabytes * 1_000_000 // 4, device=device)
         self._product_rates: list[float] = []
         self._read_rates: list[float] = []
         self._work()  # the first call of a kernel is a slow one
+
+    def _square(self, size: int) -> torch.Tensor:
+        """Ones of `size` rows, reached by doubling: twice the rows are eight times the work."""
+        rows = min(size, 256)
+        while True:
+            matrix = torch.ones(rows, rows, dtype=self.dtype, device=self.device)
+            matrix @ matrix  # the first call of a kernel is a slow one
+            with timed(self.device) as seconds:
+                matrix @ matrix
+            if rows == size or 8 * seconds[0] > SECONDS_OF_A_PRODUCT:
+                return matrix
+            rows = min(2 * rows, size)
 
     def _work(self) -> tuple[float, float]:
         with timed(self.device) as product:
@@ -242,6 +258,7 @@ class Machine:
             "torch": torch.__version__,
             "gflops_per_second": self.flops_per_second / 1e9,
             "gigabytes_per_second": self.bytes_per_second / 1e9,
+            "rows_of_matrices": len(self._matrix),
             "measurements": len(self._product_rates),
         }
 
