@@ -25,8 +25,8 @@ import torch
 
 # Said where tokens are drawn, and where the most likely is taken.
 NO_DISTRIBUTION = (
-    "the predictions of the model are NaN, infinite or all zero: its weights are damaged or overflow in this dtype, or "
-    "the settings suppress every token"
+    "the predictions of the model are NaN, infinite or all zero: its weights are damaged or overflow in this dtype, "
+    "or the settings suppress every token"
 )
 
 # Odd constants of the SplitMix64 generator (Steele, Lea, Flood, 2014), as signed 64-bit integers.
@@ -183,4 +183,11 @@ def _invert(masses: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, 
     return index.squeeze(-1), place.squeeze(-1)
 
 
-__all__ = ["NO_DISTRIBUTION", "CounterGenerator", "argsort_at_random", "draw_token", "draw_uniform", "sample_categorical"]
+__all__ = [
+    "NO_DISTRIBUTION",
+    "CounterGenerator",
+    "argsort_at_random",
+    "draw_token",
+    "draw_uniform",
+    "sample_categorical",
+]

@@ -370,7 +370,11 @@ class BlockDecoder:
         fixed = self.state.fixed(self.state.columns(z_t.shape[1]))
         known = 0 if fixed is None else int(fixed.all(0).sum())
         log_probs = self.process.log_probs(prediction.logits.unflatten(0, z_t.shape), z_t)[:, known:]
-        if getattr(streamer, "_takes_logits", False):
+        if getattr(streamer, "_takes_masks", False):
+            config = self.model.config
+            is_mask = (z_t == config.mask_token_id)[:, known:].cpu() if config.diffusion_type == "masked" else None
+            streamer.put_draft(logits=log_probs.cpu(), is_mask=is_mask)
+        elif getattr(streamer, "_takes_logits", False):
             streamer.put_draft(logits=log_probs.cpu())
         else:
             streamer.put_draft(value=log_probs.argmax(-1).cpu())

@@ -13,7 +13,7 @@
 # limitations under the License.
 """BlockGen configuration."""
 
-from math import isfinite
+from math import inf, isfinite
 from typing import Any
 
 from transformers.utils.versions import require_version
@@ -226,7 +226,7 @@ class BlockGenConfig(PreTrainedConfig):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not low <= value < high:
                 raise ValueError(f"`{name}` must be a number in [{low:g}, {high:g}), but is {value!r}.")
-        if not isinstance(self.layer_norm_eps, (int, float)) or not self.layer_norm_eps > 0:
+        if not isinstance(self.layer_norm_eps, (int, float)) or not 0 < self.layer_norm_eps < inf:
             raise ValueError(f"`layer_norm_eps` must be a positive number, but is {self.layer_norm_eps!r}.")
         if self.mask_token_id is not None and (
             not isinstance(self.mask_token_id, int) or not 0 <= self.mask_token_id < self.vocab_size

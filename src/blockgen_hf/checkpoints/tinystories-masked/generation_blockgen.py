@@ -110,6 +110,8 @@ class BlockGenGenerationMixin(GenerationMixin):
                 setattr(generation_config, name, None)
         else:
             generation_config = BlockGenGenerationConfig.upgrade(generation_config)
+            if kwargs.get("do_sample") is False:  # pipelines pass a copy of the model's own beside the call's settings
+                generation_config = generation_config.without_sampling(kept=kwargs)
             generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         known = vars(BlockGenGenerationConfig())
         unknown = [name for name in vars(generation_config) if name not in known and not name.startswith("_")]
@@ -153,6 +155,12 @@ class BlockGenGenerationMixin(GenerationMixin):
                 "`next_token_prediction=True` has `decoding='ar'` only."
             )
         self._validate_adapter()
+        positions = self.config.max_position_embeddings
+        if generation_config.decoding != "ar" and generation_config.block_size > positions:
+            raise ValueError(
+                f"`block_size` must be at most {positions}, the positions of the model (`max_position_embeddings`), "
+                f"but is {generation_config.block_size}."
+            )
         self._validate_corrector(generation_config)
         self._validate_sampler(generation_config)
         self._validate_clean_attention(generation_config)

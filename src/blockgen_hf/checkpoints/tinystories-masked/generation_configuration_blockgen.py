@@ -13,6 +13,9 @@
 # limitations under the License.
 """The settings of BlockGen's decodings, as a generation config that is saved with the model."""
 
+import copy
+from bisect import bisect_right
+from collections.abc import Collection
 from typing import Any
 
 from transformers import GenerationConfig
@@ -26,6 +29,9 @@ DIFFUSION_CORRECTORS = ("entropy", "confidence", "margin")
 # Their scores are made of the whole diffusion distribution.
 DISTRIBUTION_CORRECTORS = ("ar_kl", "ar_reverse_kl", "ar_tv", *DIFFUSION_CORRECTORS)
 CORRECTORS = (*AR_CORRECTORS, *DIFFUSION_CORRECTORS, "random")
+
+# Steps of a block, and what is counted in them: ten times what any paper takes.
+_MOST_STEPS = 10_000
 
 # What `generate` assumes where neither the call nor the model's own generation config says anything.
 _DEFAULTS: dict[str, Any] = {
@@ -43,6 +49,8 @@ _DEFAULTS: dict[str, Any] = {
     "do_sample": True,
     "top_k": 0,
 }
+# They shape the distribution that is drawn from, and mean nothing where nothing is drawn.
+_SAMPLING_SETTINGS = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 _SETTINGS = (
     "decoding",
     "block_size",
@@ -141,7 +149,23 @@ class BlockGenGenerationConfig(GenerationConfig):
                 kwargs.pop(other, None)
             elif not defaults_only and kwargs.get(name) is not None and kwargs.get(other) is None:
                 setattr(self, other, None)
+        if defaults_only and self.do_sample is False:
+            # Greedy by the call's choice: a temperature of the model's own has no part in it, and transformers would
+            # warn of it as if the call had asked for both.
+            neutral = self._get_default_generation_params()
+            for name in _SAMPLING_SETTINGS:
+                if kwargs.get(name) != neutral.get(name):
+                    kwargs.pop(name, None)
         return super().update(defaults_only=defaults_only, allow_custom_entries=allow_custom_entries, **kwargs)
+
+    def without_sampling(self, kept: Collection[str]) -> "BlockGenGenerationConfig":
+        """A greedy copy, in which the settings of sampling are unset but for those to be kept."""
+        greedy = copy.deepcopy(self)
+        greedy.do_sample = False
+        for name in _SAMPLING_SETTINGS:
+            if name not in kept:
+                setattr(greedy, name, None)
+        return greedy
 
     def validate(self, strict: bool = False, user_set_attributes: set[str] | None = None) -> None:
         # The parent finds fault with a temperature where `do_sample` is unset, which is greedy to it and sampling
@@ -162,17 +186,21 @@ class BlockGenGenerationConfig(GenerationConfig):
             value = getattr(self, name)
             if value is not None and value not in accepted:
                 raise ValueError(f"`{name}` must be one of {list(accepted)}, but is {value!r}.")
-        for name, smallest in (
-            ("block_size", 1),
-            ("denoising_steps", 1),
-            ("nfe_per_block", 1),
-            ("ar_seed_tokens", 0),
-            ("corrector_start", 0),
-            ("corrector_period", 1),
+        for name, smallest, largest in (
+            ("block_size", 1, None),
+            ("denoising_steps", 1, _MOST_STEPS),
+            ("nfe_per_block", 1, _MOST_STEPS),
+            ("ar_seed_tokens", 0, None),
+            ("corrector_start", 0, _MOST_STEPS),
+            ("corrector_period", 1, _MOST_STEPS),
         ):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < smallest):
+            if value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < smallest:
                 raise ValueError(f"`{name}` must be an integer of at least {smallest}, but is {value!r}.")
+            if largest is not None and value > largest:
+                raise ValueError(f"`{name}` must be at most {largest:,}, but is {value}.")
         self._validate_sampler()
         if self.denoising_steps is not None and self.nfe_per_block is not None:
             raise ValueError(
@@ -212,8 +240,9 @@ class BlockGenGenerationConfig(GenerationConfig):
 
     def function_evaluations(self, num_steps: int) -> int:
         """Function evaluations of a block of T steps: T, and one more for each informed step that needs an AR pass."""
-        informed = sum(self.is_informed(step, num_steps) for step in range(num_steps))
-        return num_steps + (informed if self.corrector in AR_CORRECTORS else 0)
+        if self.decoding != "arpc" or self.corrector not in AR_CORRECTORS:
+            return num_steps
+        return num_steps + len(range(self.corrector_start, num_steps - 1, self.corrector_period))
 
     def num_denoising_steps(self) -> int:
         """T: given, or the largest that `nfe_per_block` pays for, or the block size."""
@@ -228,7 +257,7 @@ class BlockGenGenerationConfig(GenerationConfig):
                 f"{needed} function evaluations a block."
             )
         affordable = range(1, self.nfe_per_block + 1)
-        return max(steps for steps in affordable if self.function_evaluations(steps) <= self.nfe_per_block)
+        return bisect_right(affordable, self.nfe_per_block, key=self.function_evaluations)
 
 
 __all__ = ["BlockGenGenerationConfig"]

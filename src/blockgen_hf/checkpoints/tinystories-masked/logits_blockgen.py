@@ -20,7 +20,7 @@ import torch
 from transformers.generation import logits_process
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 
-from .sampling_blockgen import sample_categorical
+from .sampling_blockgen import NO_DISTRIBUTION, sample_categorical
 
 
 # What they do to a row of logits depends on nothing but that row: rows may come in any number and order.
@@ -232,8 +232,15 @@ class Prediction:
         return self[where.flatten()].sample(uniform)
 
     def best(self) -> torch.Tensor:
-        """The most likely token of each position, `[M]`."""
-        return self.logits.argmax(-1)
+        """
+        The most likely token of each position, `[M]`.
+
+        Raises:
+            RuntimeError: logits that give no distribution, as [`sample_categorical`].
+        """
+        largest, tokens = self.logits.max(-1)
+        torch._assert_async(largest.isfinite().all(), NO_DISTRIBUTION)
+        return tokens
 
     def prob(self, tokens: torch.Tensor) -> torch.Tensor:
         """x_hat of a token for each position, `[M]`, float64."""

@@ -31,13 +31,11 @@ from .generation_blockgen import BlockGenGenerationMixin
 from .generation_configuration_blockgen import BlockGenGenerationConfig
 from .masking_blockgen import BlockSize
 from .next_token_blockgen import (
-    next_token_draw,
     next_token_positions,
     next_token_states,
     refuse_noise,
-    shift_right,
 )
-from .objective_blockgen import chunked_mixture_loss, draw_training_noise, mixture_loss
+from .objective_blockgen import refuse_count_without_labels
 from .outputs_blockgen import BlockGenOutput, with_logits
 from .positions_blockgen import (
     clean_positions,
@@ -48,6 +46,7 @@ from .positions_blockgen import (
 )
 from .releases_blockgen import given_cache
 from .sampling_blockgen import CounterGenerator
+from .training_forward_blockgen import BlockGenTrainingMixin
 from .trunk_blockgen import BlockGenModel, BlockGenPreTrainedModel
 
 
@@ -55,7 +54,7 @@ logger = logging.get_logger(__name__)
 
 
 @auto_docstring
-class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
+class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenTrainingMixin, BlockGenGenerationMixin):
     """
     The BlockGen language model. What is passed to `forward` decides what it is: with `input_ids` alone a causal
     language model, with `noisy_input_ids` the denoiser, with `labels` the training loss.
@@ -132,8 +131,8 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
                 Noisy tokens z_t: the denoiser's input. Each sees the clean tokens before its block, and its block.
             block_size (`int` or `list[int]`, *optional*):
                 Block size L' of the noisy tokens, or one for each row; blocks are counted from the first noisy token.
-                Default: the largest that the model was trained for, and drawn from the mixture when `labels` are
-                given.
+                Default: the largest that the model was trained for. With `labels` it is drawn from the mixture, or in
+                evaluation mode all of the mixture are used.
             noisy_position_ids (`torch.LongTensor` of shape `[B or 1, N]`, *optional*):
                 Default: the positions of `input_ids` if there are as many (training, verification), the positions
                 behind the cache if there are no `input_ids` (generation).
@@ -151,15 +150,17 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
                 configuration's for the causal language model, False for the denoiser and for training.
             labels (`torch.LongTensor` of shape `[B, C]`, *optional*):
                 The clean tokens to learn (not shifted). Where they are -100 the noisy half is clean and costs nothing.
+                In training mode the loss is one draw of the mixture bound. In evaluation mode it is the bound, by two
+                fixed draws of each block size, unless noise or objective are given: reproducible, at the cost of
+                1 + 2 (S - 1) passes of a masked model with S block sizes.
             noise_level (`torch.Tensor` of shape `[]`, `[B]` or `[B, N]`, *optional*):
-                Time t of the noisy tokens, in [0, 1]. Needed by a time-conditional denoiser; drawn when `labels` are
-                given.
+                Time t of the noisy tokens, in [0, 1]. Needed by a time-conditional denoiser; drawn with `labels`.
             logits_to_keep (`int` or `torch.Tensor`, defaults to 0):
                 As in every causal language model: how many of the last logits to compute (0: all), or which. For the
                 denoiser also a mask of shape `[B, N]`: the logits of these M tokens alone, `[M, V]`, row by row.
             num_items_in_batch (`torch.Tensor` or `int`, *optional*):
-                Number of scored tokens in all micro-batches of an optimizer step: the loss is then the sum divided by
-                it.
+                With `labels`: number of scored tokens in all micro-batches of an optimizer step. The loss is then the
+                sum divided by it.
             query_input_ids (`torch.LongTensor` of shape `[B, Q]`, *optional*):
                 Causal language model only: the fully noised tokens that stand at the last Q predicted positions.
                 Default: mask tokens, or for uniform noise tokens that are a fixed function of their position, so that
@@ -193,6 +194,7 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
                 input_ids, labels, noisy_input_ids, block_size, noise_level, attention_mask, position_ids,
                 cache, use_cache, document_ids, num_items_in_batch, objective, skip_logits, **kwargs,
             )  # fmt: skip
+        refuse_count_without_labels(num_items_in_batch)
         if noisy_input_ids is None:
             if input_ids is None:
                 raise ValueError("`forward` needs `input_ids`, `noisy_input_ids`, or both.")
@@ -378,113 +380,6 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
             is_aligned=ordered,
             **kwargs,
         )
-
-    def _denoise_whole(
-        self,
-        noisy_input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        noise_level: torch.Tensor,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
-        """The whole text as one block, which sees no clean token: so there are none (MDLM, Duo)."""
-        position_ids = clean_positions(noisy_input_ids, attention_mask, None, None)
-        return self.model(
-            noisy_input_ids[:, :0],
-            noisy_input_ids,
-            block_size=noisy_input_ids.shape[1],
-            position_ids=position_ids[:, :0],
-            noisy_position_ids=position_ids,
-            noisy_mask=attention_mask,
-            noise_level=noise_level,
-            is_full=attention_mask is None,
-            **kwargs,
-        )
-
-    def _training_forward(
-        self,
-        input_ids: torch.Tensor | None,
-        labels: torch.Tensor,
-        noisy_input_ids: torch.Tensor | None,
-        block_size: int | Sequence[int] | None,
-        noise_level: torch.Tensor | float | None,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        cache: Cache | None,
-        use_cache: bool | None,
-        document_ids: torch.Tensor | None,
-        num_items_in_batch: torch.Tensor | int | None,
-        objective: str | None,
-        skip_logits: bool | None,
-        **kwargs: Any,
-    ) -> BlockGenOutput:
-        """The mixture bound (Eq. 7) by one draw of block size, noise level and noise; what is given is not drawn."""
-        if input_ids is None or labels.shape != input_ids.shape:
-            shape = None if input_ids is None else tuple(input_ids.shape)
-            raise ValueError(f"`labels` must have the shape of `input_ids` {shape}, but have {tuple(labels.shape)}.")
-        if cache is not None or use_cache:
-            raise ValueError("`cache` and `use_cache=True` have no meaning with `labels`: training has no cache.")
-        if kwargs.get("shift_labels") is not None:
-            raise ValueError(
-                "`shift_labels` come from sequence or context parallelism, which cuts the sequences that the loss "
-                "needs whole: train without it."
-            )
-        if noisy_input_ids is not None and noisy_input_ids.shape != input_ids.shape:
-            raise ValueError(
-                f"`noisy_input_ids` must have the shape of `input_ids` {tuple(input_ids.shape)} when `labels` are "
-                f"given, but have {tuple(noisy_input_ids.shape)}."
-            )
-        if skip_logits and not self._has_plain_head:
-            raise ValueError(
-                "`skip_logits=True` needs the output layer as a plain linear layer whose weights are at hand, but it "
-                f"is a {type(self.lm_head).__name__}, wrapped or sharded."
-            )
-        scored = labels != -100
-        targets = torch.where(scored, labels, input_ids)
-        if block_size is not None:
-            block_size = checked_block_size(self.config, block_size, len(input_ids))
-        is_next_token = self.config.next_token_prediction
-        # CODEPATH: the paper's AR baseline draws nothing, and has no clean half besides.
-        if is_next_token:
-            position_ids, document_ids = next_token_positions(
-                targets, attention_mask, position_ids, None, document_ids
-            )
-            draw = next_token_draw(targets, scored, position_ids)
-            outputs = next_token_states(
-                self.model, targets, position_ids, attention_mask, document_ids=document_ids, **kwargs
-            )
-        else:
-            draw = draw_training_noise(
-                self.diffusion, self.config, targets, scored, block_size, noise_level, noisy_input_ids, objective
-            )
-            is_one_block = isinstance(draw.block_size, int) and draw.block_size >= targets.shape[1]
-            if is_one_block and position_ids is None and document_ids is None:
-                outputs = self._denoise_whole(draw.noisy_input_ids, attention_mask, draw.noise_level, **kwargs)
-            else:
-                outputs = self._denoise(
-                    targets, draw.noisy_input_ids, draw.block_size, None, attention_mask, position_ids, None, False,
-                    draw.noise_level, document_ids, **kwargs,
-                )  # fmt: skip
-        states, logits = outputs.last_hidden_state, None
-        if self._has_plain_head if skip_logits is None and self.training else skip_logits:
-            head = (self.lm_head.weight, self.lm_head.bias)
-            states = shift_right(states) if is_next_token else states
-            total, losses = chunked_mixture_loss(self.diffusion, draw, states, *head)
-        else:
-            logits = self.lm_head(states)
-            total, losses = mixture_loss(self.diffusion, draw, shift_right(logits) if is_next_token else logits)
-        count = draw.scored.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        return with_logits(outputs, logits, total / count, losses)
-
-    @property
-    def _has_plain_head(self) -> bool:
-        """
-        Not with an adapter, quantised, sharded by tensor parallelism, or gathered, or fetched by a hook of accelerate,
-        for its own forward only.
-        """
-        weight = self.lm_head.weight
-        plain = type(self.lm_head) is nn.Linear and type(weight) in (nn.Parameter, torch.Tensor)
-        plain = plain and "forward" not in vars(self.lm_head)
-        return plain and len(weight) == self.config.vocab_size
 
     def fixed_queries(self, position_ids: torch.Tensor) -> torch.Tensor:
         """Fully noised tokens that depend on their position only: mask tokens, or for uniform noise a fixed draw."""

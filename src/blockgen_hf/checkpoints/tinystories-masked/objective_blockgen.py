@@ -19,8 +19,9 @@ torch's default generator. A trainer that wants them stratified and reproducible
 `forward`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -39,6 +40,37 @@ class _MixtureSettings(Protocol):
     training_objective: str
 
 
+def check_training_arguments(
+    input_ids: torch.Tensor | None,
+    labels: torch.Tensor,
+    columns: Mapping[str, torch.Tensor | None],
+    **kwargs: Any,
+) -> torch.Tensor:
+    """
+    `input_ids`, which are there.
+
+    Raises:
+        ValueError: shapes that differ, a cache, or labels that were shifted.
+    """
+    if input_ids is None or labels.shape != input_ids.shape:
+        shape = None if input_ids is None else tuple(input_ids.shape)
+        raise ValueError(f"`labels` must have the shape of `input_ids` {shape}, but have {tuple(labels.shape)}.")
+    if kwargs.get("cache") is not None or kwargs.get("use_cache"):
+        raise ValueError("`cache` and `use_cache=True` have no meaning with `labels`: training has no cache.")
+    if kwargs.get("shift_labels") is not None:
+        raise ValueError(
+            "`shift_labels` come from sequence or context parallelism, which cuts the sequences that the loss needs "
+            "whole: train without it."
+        )
+    for name, column in columns.items():
+        if column is not None and column.shape != input_ids.shape:
+            raise ValueError(
+                f"`{name}` must have the shape of `input_ids` {tuple(input_ids.shape)} when `labels` are given, but "
+                f"the shape is {tuple(column.shape)}."
+            )
+    return input_ids
+
+
 @dataclass(frozen=True)
 class TrainingDraw:
     """
@@ -51,6 +83,7 @@ class TrainingDraw:
         block_size (`int` or `tuple[int]`): one for all rows, or one a row.
         noise_level (`torch.DoubleTensor` of shape `[B, 1]` or `[B, L]`): t.
         objective (`str`): `"cross_entropy"` or `"elbo"`. Block size 1 is always scored by cross entropy.
+        weights (`torch.DoubleTensor` of shape `[B or 1, L or 1]`, *optional*): positive factors of the tokens' losses.
     """
 
     input_ids: torch.Tensor
@@ -59,6 +92,7 @@ class TrainingDraw:
     block_size: BlockSize
     noise_level: torch.Tensor
     objective: str
+    weights: torch.Tensor | None = None
 
     def rows_by_objective(self) -> dict[str, torch.Tensor]:
         """Which rows are scored by which objective, `[B, 1]` each; objectives without a row are left out."""
@@ -132,6 +166,8 @@ def mixture_loss(
     for objective, rows in draw.rows_by_objective().items():
         loss = diffusion.loss(logits, draw.input_ids, draw.noisy_input_ids, alpha_t, slope, objective)
         losses = torch.where(rows & draw.scored, loss, losses)
+    if draw.weights is not None:
+        losses = losses * draw.weights.to(losses.dtype)
     return losses.sum(), losses.detach()
 
 
@@ -151,6 +187,7 @@ def chunked_mixture_loss(
         counts = counts & (draw.noisy_input_ids == diffusion.mask_token_id)
     tokens, noisy_tokens = draw.input_ids.flatten(), draw.noisy_input_ids.flatten()
     times = draw.noise_level.expand(draw.input_ids.shape).flatten()
+    weights = None if draw.weights is None else draw.weights.expand(draw.input_ids.shape).flatten()
     hidden_states = hidden_states.flatten(0, 1)
     totals, losses = [], torch.zeros(tokens.shape, device=tokens.device)
     for objective, rows in draw.rows_by_objective().items():
@@ -158,9 +195,11 @@ def chunked_mixture_loss(
         t = times[index]
         alpha_t, slope = diffusion.schedule.alpha(t), diffusion.schedule.alpha_derivative(t)
         x, z_t = tokens[index], noisy_tokens[index]
+        factors = None if weights is None else weights[index]
 
         def token_loss(logits: torch.Tensor, chunk: slice) -> torch.Tensor:
-            return diffusion.loss(logits, x[chunk], z_t[chunk], alpha_t[chunk], slope[chunk], objective)  # noqa: B023
+            loss = diffusion.loss(logits, x[chunk], z_t[chunk], alpha_t[chunk], slope[chunk], objective)  # noqa: B023
+            return loss if factors is None else loss * factors[chunk].to(loss.dtype)  # noqa: B023
 
         total, scored_losses = chunked_loss(hidden_states[index], weight, bias, token_loss)
         totals.append(total)
@@ -168,4 +207,29 @@ def chunked_mixture_loss(
     return torch.stack(totals).sum(), losses.view(draw.input_ids.shape)
 
 
-__all__ = ["TrainingDraw", "chunked_mixture_loss", "draw_training_noise", "mixture_loss", "times_and_alphas"]
+def refuse_count_without_labels(num_items_in_batch: torch.Tensor | int | None) -> None:
+    """
+    [`Trainer`] passes the number of scored tokens without the labels exactly where it has taken the labels to compute
+    a loss of its own from the logits: with `label_smoothing_factor` or `compute_loss_func`. Without labels these are
+    logits of next tokens, which already see the token that such a loss compares them with.
+
+    Raises:
+        ValueError: a number is given.
+    """
+    if num_items_in_batch is not None:
+        raise ValueError(
+            "`num_items_in_batch` must be given together with `labels`, from which `forward` computes the loss of the "
+            "mixture. `Trainer` keeps the labels with `label_smoothing_factor` and `compute_loss_func`, which replace "
+            "that loss: train without them."
+        )
+
+
+__all__ = [
+    "TrainingDraw",
+    "check_training_arguments",
+    "chunked_mixture_loss",
+    "draw_training_noise",
+    "mixture_loss",
+    "refuse_count_without_labels",
+    "times_and_alphas",
+]

@@ -30,9 +30,11 @@ class BlockGenOutput(BothCacheNames, CausalLMOutputWithPast):
 
     Args:
         loss (`torch.FloatTensor` of shape `[]`, *optional*, returned when `labels` is given):
-            The training loss of the mixture bound (Eq. 7), in nats a scored token.
+            The mixture bound (Eq. 7), in nats a scored token: one draw of it in training mode, in evaluation mode its
+            mean over fixed draws of all block sizes.
         logits (`torch.FloatTensor` of shape `[B, N, V]`):
-            Raw scores of the clean token at every noisy position. None where the loss was computed without them.
+            Raw scores of the clean token at every noisy position. None where the loss was computed without them. With
+            a loss of several draws, those of the first: the smallest block size of the mixture.
         cache (`Cache`, *optional*, `past_key_values` too):
             The cache, with the clean tokens of the call if `use_cache=True`.
         hidden_states (`tuple(torch.FloatTensor)`, *optional*, returned with `output_hidden_states=True`):

@@ -23,6 +23,12 @@ handing them out in the order of the calls. torch has no such generator in its p
 import torch
 
 
+# Said where tokens are drawn, and where the most likely is taken.
+NO_DISTRIBUTION = (
+    "the predictions of the model are NaN, infinite or all zero: its weights are damaged or overflow in this dtype, "
+    "or the settings suppress every token"
+)
+
 # Odd constants of the SplitMix64 generator (Steele, Lea, Flood, 2014), as signed 64-bit integers.
 _GOLDEN_GAMMA = 0x9E3779B97F4A7C15 - 2**64
 _MULTIPLIER_1 = 0xBF58476D1CE4E5B9 - 2**64
@@ -156,7 +162,7 @@ def sample_categorical(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tens
     total = masses.sum(-1)
     torch._assert_async(
         (total.isfinite() & (total > 0)).all(),
-        "a categorical distribution has masses that are NaN, infinite or all zero",
+        NO_DISTRIBUTION,
     )
     chunk, place = _invert(masses, uniform)
     inside = torch.take_along_dim(chunks, chunk[..., None, None], dim=-2).squeeze(-2)
@@ -177,4 +183,11 @@ def _invert(masses: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, 
     return index.squeeze(-1), place.squeeze(-1)
 
 
-__all__ = ["CounterGenerator", "argsort_at_random", "draw_token", "draw_uniform", "sample_categorical"]
+__all__ = [
+    "NO_DISTRIBUTION",
+    "CounterGenerator",
+    "argsort_at_random",
+    "draw_token",
+    "draw_uniform",
+    "sample_categorical",
+]
