@@ -341,7 +341,8 @@ def test_compare_shows_whole_texts_and_fits_the_terminal(run: Command, monkeypat
             assert len(sample["completion"]) > 100 and sample["completion"].strip() in shown
 
 
-def test_compare(run: Command) -> None:
+def test_compare(run: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
     out = run("a b", "--compare", "--seed", "0")
     assert max(map(len, out.splitlines())) <= 100
     rows = re.findall(r"^(ar|block_diffusion|arpc) +(.*?) +(\d+) +([\d.]+) +[\d.]+$", out, flags=re.MULTILINE)

@@ -298,7 +298,7 @@ def test_the_elbo_bounds_the_exact_likelihood(process: Process, block_size: int)
 @pytest.mark.parametrize("process", ["masked", "uniform"])
 def test_the_drawn_training_loss_estimates_the_bound(process: Process) -> None:
     """`forward(labels)` with its own t in [1e-3, 1] and z_t: the mean over many rows is the expected ELBO a token."""
-    model = law_model(process, training_objective="elbo", noise_schedule_eps=0.0)
+    model = law_model(process, training_objective="elbo", noise_schedule_eps=0.0).train()
     text = (0, 2, 1, 1)
     rows = torch.tensor([text]).expand(20_000, -1)
     torch.manual_seed(2)

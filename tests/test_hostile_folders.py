@@ -157,9 +157,12 @@ def test_a_configuration_of_many_layers_builds_nothing(saved: Path, monkeypatch:
         check_model_folder(saved)
 
 
-def test_half_precision_that_overflows_says_so(saved: Path, failing_line: Callable[..., str]) -> None:
+def test_half_precision_that_overflows_says_so(
+    saved: Path, failing_line: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
     value(1e5)(saved)
     assert main(["generate", "a", "--model", str(saved), "--max-new-tokens", "1"]) == 0
+    capsys.readouterr()
     line = failing_line("generate", "a", "--model", str(saved), "--dtype", "float16")
     assert "or load it in float32" in line
 

@@ -151,7 +151,7 @@ class BlockGenTrainer(PublishingTrainer):
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, torch.Tensor | int | None]:
         """The micro-batches of an optimizer step, with block sizes, noise levels and noisy tokens."""
-        if self.state.global_step >= self.state.max_steps:  # Trainer looks only after a step
+        if 0 < self.state.max_steps <= self.state.global_step:  # Trainer looks only after a step
             self.control.should_training_stop = True
             return [], None
         epoch_iterator = map(self._checked_batch, epoch_iterator)

@@ -236,7 +236,7 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenTrainingMixin, Blo
     ) -> BlockGenOutput:
         """A fully noised query at the position behind every kept token: block size 1."""
         check_leak(self.config, 1)
-        documents = restarting_documents(position_ids, attention_mask, len(input_ids), cache is not None)
+        documents = restarting_documents(position_ids, attention_mask, input_ids.shape[0], cache is not None)
         position_ids = clean_positions(input_ids, attention_mask, position_ids, cache)
         kept = _kept(logits_to_keep) if query_input_ids is None else slice(-query_input_ids.shape[1], None)
         if query_input_ids is None and input_ids.shape[1] == 0:  # nothing precedes the one logit of an empty text
@@ -336,7 +336,7 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenTrainingMixin, Blo
             position_ids = document_positions(document_ids, attention_mask)
             document_ids = (position_ids == 0).cumsum(1)  # an id that comes back is another document
         else:
-            document_ids = restarting_documents(position_ids, attention_mask, len(input_ids), cache is not None)
+            document_ids = restarting_documents(position_ids, attention_mask, input_ids.shape[0], cache is not None)
             if document_ids is not None and not aligned and num_noisy:
                 raise ValueError(
                     "`position_ids` start again within a row, as those of documents packed into it do: this needs as "

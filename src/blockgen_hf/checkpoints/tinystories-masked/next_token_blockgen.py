@@ -57,7 +57,7 @@ def next_token_positions(
             "next token from the last: begin with the BOS token."
         )
     if document_ids is None:
-        documents = restarting_documents(position_ids, attention_mask, len(input_ids), cache is not None)
+        documents = restarting_documents(position_ids, attention_mask, input_ids.shape[0], cache is not None)
         return clean_positions(input_ids, attention_mask, position_ids, cache), documents
     if document_ids.shape != input_ids.shape or position_ids is not None or cache is not None:
         raise ValueError(
