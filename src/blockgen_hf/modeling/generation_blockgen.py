@@ -28,7 +28,12 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .block_decoding_blockgen import BlockDecoder
 from .cache_blockgen import make_growing
-from .generation_configuration_blockgen import AR_CORRECTORS, DIFFUSION_CORRECTORS, BlockGenGenerationConfig
+from .generation_configuration_blockgen import (
+    AR_CORRECTORS,
+    DIFFUSION_CORRECTORS,
+    NEVER_NONE,
+    BlockGenGenerationConfig,
+)
 from .logits_blockgen import STATEFUL_PROCESSORS, looks_at_neighbours
 from .releases_blockgen import CACHE_NAME, BothCacheNames, named_cache, take_cache
 
@@ -104,7 +109,11 @@ class BlockGenGenerationMixin(GenerationMixin):
             # Settings of the call, before the parent fills what is None; a None of the call is meant as such.
             generation_config = BlockGenGenerationConfig()
             kwargs_left = generation_config.update(**kwargs)
-            unset = [name for name, value in kwargs.items() if value is None and hasattr(generation_config, name)]
+            unset = [
+                name
+                for name, value in kwargs.items()
+                if value is None and hasattr(generation_config, name) and name not in NEVER_NONE
+            ]
             generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs_left)
             for name in unset:
                 setattr(generation_config, name, None)
@@ -227,9 +236,10 @@ class BlockGenGenerationMixin(GenerationMixin):
         self, inputs: torch.Tensor | None, bos_token_id: torch.Tensor | None, model_kwargs: dict[str, Any]
     ) -> tuple[torch.Tensor, str | None, dict[str, Any]]:
         inputs, input_name, model_kwargs = super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
-        if inputs.dtype.is_floating_point or inputs.ndim != 2:
+        if inputs.dtype.is_floating_point or inputs.ndim != 2 or inputs.shape[0] == 0:
             raise ValueError(
-                f"`inputs` must be token ids of shape [batch, length], but have shape {list(inputs.shape)}."
+                "`inputs` must be token ids of shape [batch, length], of one row at least, but have shape "
+                f"{list(inputs.shape)}."
             )
         self._check_attention_mask(inputs, model_kwargs.get("attention_mask"), model_kwargs.get(CACHE_NAME))
         self._check_prompt(inputs, model_kwargs.get("attention_mask"))

@@ -51,6 +51,8 @@ _DEFAULTS: dict[str, Any] = {
 }
 # They shape the distribution that is drawn from, and mean nothing where nothing is drawn.
 _SAMPLING_SETTINGS = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+# Settings that None means nothing for: in a call it leaves the default, or the model's own.
+NEVER_NONE = tuple(name for name in _DEFAULTS if name not in ("do_sample", "top_k"))
 _SETTINGS = (
     "decoding",
     "block_size",
