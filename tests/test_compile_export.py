@@ -1,9 +1,9 @@
 """`torch.compile` without breaks and without recompilation, and `torch.export` of a denoising step."""
 
-from pathlib import inspect
+import inspect
+from pathlib import Path
 from typing import Any
 
-import Path
 import pytest
 import torch
 from tiny import CAUSAL, MASK, generate, left_padded, tiny_model, words
