@@ -1,18 +1,19 @@
 #!/usr/bin/env python3
-"""Sets up blockgen-hf in .venv and runs it there. Needs Python and, the first time, a network; then it works offline.
+"""Sets up blockgen-hf in .venv and runs it there. Needs Python, and a network the first time; then it works offline.
 
 usage:
-    python3 run.py generate "Once upon a time"    any command of blockgen-hf: `--help` behind it tells its options
-    python3 run.py train laptop --dry-run         so do `finetune`, `evaluate` and others, which need more packages
-    python3 run.py test [pytest's options]        the tests but those marked slow, which `test -m slow` runs
-    python3 run.py quality                        linters, formatter and type checker, changing nothing
-    python3 run.py style                          mends what the linter and the formatter can
-    python3 run.py setup                          sets up only, with everything for development
-    python3 run.py compat [--short]               tests the oldest and the newest releases that the package supports
-    python3 run.py lock                           writes constraints.txt, the releases that are installed, anew
-    python3 run.py --newest COMMAND ...           any of the above but the last two, with the newest releases
+    python3 run.py generate "Once upon a time"    run a command of blockgen-hf; add --help to see its options
+    python3 run.py train laptop --dry-run         the same for train, finetune, evaluate ... (installs more packages)
+    python3 run.py test [pytest's options]        run the fast tests; `test -m slow` runs the slow ones
+    python3 run.py quality                        check style, types, imports and documentation; changes nothing
+    python3 run.py style                          fix what the linter and the formatter can fix
+    python3 run.py docs                           serve the documentation on http://127.0.0.1:8000
+    python3 run.py setup                          only set up, with everything needed for development
+    python3 run.py compat [--short]               test the oldest and newest supported releases
+    python3 run.py lock                           update constraints.txt, the pinned releases
+    python3 run.py --newest COMMAND ...           run any of the above except the last two with the newest releases
 
-What is installed is pinned in constraints.txt. `--newest` lays newer releases over it in .venv-newest, once a day.
+Installed releases are pinned in constraints.txt. `--newest` installs newer ones in .venv-newest, once a day.
 """
 
 import hashlib
@@ -53,17 +54,22 @@ EXTRA_OF_COMMAND = {
     "evaluate-samples": "[train,eval]",
 }
 
-TASKS: dict[str, list[list[str]]] = {
+LINT_IMPORTS = "from importlinter.cli import lint_imports_command; lint_imports_command()"  # no `python -m` for it
+
+TASKS: dict[str, list[list[str]]] = {  # arguments of Python
     "setup": [],
     "compat": [],
-    "test": [["pytest", "-m", "not slow", "-n", str(min(4, os.cpu_count() or 1))]],
+    "test": [["-m", "pytest", "-m", "not slow", "-n", str(min(4, os.cpu_count() or 1))]],
     "quality": [
-        ["ruff", "check", "."],
-        ["ruff", "format", "--check", "."],
-        ["mypy"],
-        ["mlinter", "--no-cache", "--no-progress", "src"],
+        ["-m", "ruff", "check", "."],
+        ["-m", "ruff", "format", "--check", "."],
+        ["-m", "mypy"],
+        ["-m", "mlinter", "--no-cache", "--no-progress", "src"],
+        ["-c", LINT_IMPORTS, "--no-cache", "--no-logo"],
+        ["-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", "build/site"],
     ],
-    "style": [["ruff", "check", "--fix", "."], ["ruff", "format", "."]],
+    "docs": [["-m", "mkdocs", "serve", "--strict"]],
+    "style": [["-m", "ruff", "check", "--fix", "."], ["-m", "ruff", "format", "."]],
 }
 
 
@@ -230,12 +236,13 @@ def main(arguments: list[str]) -> None:
     if name not in TASKS:
         become([python, "-m", "blockgen_hf", name, *options])
     os.chdir(ROOT)
+    os.environ["NO_MKDOCS_2_WARNING"] = "1"  # an announcement of mkdocs-material
     if name == "test":
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process a core, a thread a process
-        become([python, "-m", *TASKS[name][0], *options])
+        become([python, *TASKS[name][0], *options])
     if name == "compat":
         become([sys.executable, str(ROOT / "scripts" / "compat.py"), *options])
-    failures = [command for command in TASKS[name] if call(python, "-m", *command) != 0]
+    failures = [command for command in TASKS[name] if call(python, *command) != 0]
     sys.exit(1 if failures else 0)
 
 
