@@ -12,15 +12,24 @@ from pathlib import Path
 from typing import Any
 
 import griffe
+from mkdocs.structure.files import File
 
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLIC = ("blockgen_hf", *(f"blockgen_hf.{name}" for name in ("training", "evaluation", "hub", "metrics")))
 
 
+def on_files(files: Any, *, config: Any) -> Any:
+    """The README is the home page."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    home = re.sub(r"\]\((?!\w+:)", "](../", readme).replace("](../docs/", "](")
+    files.append(File.generated(config, "index.md", content=home))
+    return files
+
+
 def on_page_markdown(markdown: str, *, page: Any, config: Any, **_: Any) -> str:
     """Points links that leave `docs/` to the repository. If mkdocs.yml names none, only their text is shown."""
-    folder = Path(page.file.abs_src_path).parent
+    folder = (Path(config.docs_dir) / page.file.src_uri).parent
 
     def replace(link: re.Match[str]) -> str:
         text, target = link.groups()
