@@ -44,7 +44,7 @@ def load_model(name: str | None) -> tuple[Any, Any]:
 
         name = str(shipped_checkpoint())
     model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True, dtype=torch.float32)
-    return model, AutoTokenizer.from_pretrained(name, trust_remote_code=True)
+    return model, AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
 def tokenize(row: dict[str, str], tokenizer: Any, padding: int) -> dict[str, list[int]]:

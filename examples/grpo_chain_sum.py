@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    tokenizer = AutoTokenizer.from_pretrained(shipped_checkpoint())
+    tokenizer = AutoTokenizer.from_pretrained(shipped_checkpoint(), trust_remote_code=False)
     model = AutoModelForCausalLM.from_pretrained(shipped_checkpoint())
     train, test = sums(num_test=40, seed=args.seed)
 

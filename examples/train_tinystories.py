@@ -56,7 +56,7 @@ stories for children, with mistakes. It is no baseline for anything.
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained(path)
+tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
 inputs = tokenizer("Once upon a time", return_tensors="pt")
 outputs = model.generate(**inputs, decoding="arpc", block_size=16, max_new_tokens=64)

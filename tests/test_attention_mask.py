@@ -1,4 +1,4 @@
-"""Who sees whom (DESIGN section 4, Fig. 5): a second, naive writing of the rule against masks and sensitivities."""
+"""Who sees whom (Fig. 5): a second, naive writing of the rule against masks and sensitivities."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ Token = tuple[Kind, int]  # and its position
 
 
 def sees(query: Token, key: Token, block_size: int, first_noisy: int, clean_block_size: int) -> bool:
-    """The rule of DESIGN section 4 in its own words; `clean_block_size` is 1 for causal clean attention."""
+    """The attention rule of docs/model.md, written naively; `clean_block_size` is 1 for causal clean attention."""
     (query_kind, q), (key_kind, k) = query, key
     if query_kind == "clean":
         return key_kind == "clean" and k // clean_block_size <= q // clean_block_size

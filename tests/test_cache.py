@@ -1,4 +1,4 @@
-"""Caches: read by the denoiser, written by commits only, and never a reason for another result (DESIGN section 4)."""
+"""Caches: read by the denoiser, written by commits only, and never a reason for another result."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -141,7 +141,7 @@ def test_error_of_a_quantised_cache_is_that_of_what_it_holds(name: str) -> None:
 
 @pytest.mark.parametrize("name", CACHES)
 def test_denoiser_reads_without_writing(name: str) -> None:
-    """DESIGN section 4: after a denoising or a verifying pass the cache is bit for bit what it was."""
+    """After a denoising or a verifying pass the cache is bit for bit what it was."""
     model = tiny_model()
     cache, _ = make_cache(name, model.config)
     text = words(2, 5)
@@ -297,7 +297,7 @@ def test_gradient_checkpointing_in_training_mode_does_not_lose_the_cache_silentl
 
 
 def test_no_state_of_a_sequence_stays_in_a_module() -> None:
-    """DESIGN section 4: a second sequence has the logits that it has in a fresh model."""
+    """A second sequence has the logits that it has in a fresh model."""
     used, fresh = tiny_model(), tiny_model()
     attributes = {name: set(vars(module)) for name, module in used.named_modules()}
     used(words(2, 9))

@@ -11,7 +11,7 @@ from blockgen_hf import BlockGenConfig, MaskedDiffusion, UniformDiffusion, diffu
 
 
 def test_defaults_are_those_of_the_contract() -> None:
-    """DESIGN section 3, and the 170M-parameter backbone of the paper (Suppl. A.2)."""
+    """The 170M-parameter backbone of the paper (Suppl. A.2)."""
     config = BlockGenConfig()
     expected = dict(
         model_type="blockgen",
@@ -57,7 +57,7 @@ def test_objective_follows_the_noise_unless_given() -> None:
 
 
 def test_mask_token_is_the_last_id_of_a_masked_model_only() -> None:
-    """DESIGN section 3: the last id of the vocabulary when none is given; uniform noise needs none."""
+    """The last id of the vocabulary when none is given; uniform noise needs none."""
     assert BlockGenConfig(vocab_size=100).mask_token_id == 99
     assert BlockGenConfig(vocab_size=100, mask_token_id=3).mask_token_id == 3
     assert BlockGenConfig(vocab_size=100, mask_token_id=0).mask_token_id == 0
@@ -120,7 +120,7 @@ BAD_VALUES: list[tuple[str, Any]] = [
 
 @pytest.mark.parametrize("field, value", BAD_VALUES, ids=[f"{field}={value!r}" for field, value in BAD_VALUES])
 def test_bad_value_is_refused_by_its_name(field: str, value: Any) -> None:
-    """DESIGN section 3: a field's bad value raises `ValueError` that names the field."""
+    """A field's bad value raises `ValueError` that names the field."""
     with pytest.raises(ValueError, match=rf"`{field}`"):
         BlockGenConfig(**{field: value})
 
@@ -146,7 +146,7 @@ def test_several_block_sizes_are_refused_with_block_causal_attention(block_sizes
 
 
 def test_block_sizes_are_any_positive_sizes() -> None:
-    """DESIGN section 3: not only powers of two, and in any order."""
+    """Not only powers of two, and in any order."""
     config = BlockGenConfig(block_sizes=(7, 1, 12), block_size_weights=(0.5, 0.25, 0.25))
     assert config.block_sizes == [7, 1, 12]
     assert config.block_size_weights == [0.5, 0.25, 0.25]

@@ -429,7 +429,7 @@ def test_masked_draws_carry_visible_tokens_over(x_hat: Array) -> None:
 def test_masked_steps_change_nothing_but_masks_whatever_the_denoiser_says(
     alphas: tuple[float, float], vocab_size: int, seed: int
 ) -> None:
-    """FACTS, masked step: positions that are not masked never change, also where x_probs was not carried over."""
+    """Masked step: positions that are not masked never change, also where x_probs was not carried over."""
     diffusion, z = make_diffusion("masked", vocab_size), torch.arange(vocab_size - 1).repeat(1, 20)
     x_probs = torch.randn(*z.shape, vocab_size, generator=generator(seed), dtype=torch.float64).softmax(-1)
     levels = scalar(alphas[0]), scalar(alphas[1])

@@ -157,7 +157,7 @@ def test_elbo_bounds_the_exact_likelihood_of_an_enumerated_model(process: Proces
 @given(st.floats(1e-3, 0.999), st.integers(2, 9), st.integers(0, 10_000), st.sampled_from([0.5, 3.0, 40.0]))
 @by_hypothesis
 def test_losses_are_not_negative(t: float, vocab_size: int, seed: int, scale: float) -> None:
-    """FACTS, signs: with alpha' < 0 both losses are positive, as KL divergences and cross entropies are."""
+    """Signs: with alpha' < 0 both losses are positive, as KL divergences and cross entropies are."""
     for process, objective in itertools.product(PROCESSES, OBJECTIVES):
         diffusion = make_diffusion(process, vocab_size)
         x, z = random_pairs(process, vocab_size, (2, 4), seed)

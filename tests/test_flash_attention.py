@@ -1,5 +1,5 @@
 """
-FlashAttention serves what needs no mask and refuses the rest (DESIGN section 4).
+FlashAttention serves what needs no mask and refuses the rest.
 
 The kernels are not installed where tests run, so a stand-in is registered under their name. Like them it knows full
 and causal attention only, the causal one aligned to the bottom right, and it fails on a mask.

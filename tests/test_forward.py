@@ -22,7 +22,7 @@ def denoise(model: BlockGenForDiffusionLM, *args: Any, **kwargs: Any) -> torch.T
 
 # ---- the three uses
 def test_input_ids_alone_give_next_token_logits() -> None:
-    """DESIGN section 4.1: `logits[:, i]` predict position i + 1, one for every input token."""
+    """As a causal language model: `logits[:, i]` predict position i + 1, one for every input token."""
     model, text = tiny_model(), words(2, 6)
     outputs = model(text)
     assert isinstance(outputs, BlockGenOutput)
@@ -35,7 +35,7 @@ def test_input_ids_alone_give_next_token_logits() -> None:
 
 
 def test_noisy_input_ids_make_it_the_denoiser() -> None:
-    """DESIGN section 4.2: one row of raw logits a noisy token, and by default neither cache nor loss."""
+    """As the denoiser: one row of raw logits a noisy token, and by default neither cache nor loss."""
     model = tiny_model()
     outputs = model(words(2, 8), words(2, 8, seed=1), block_size=4)
     assert outputs.logits.shape == (2, 8, model.config.vocab_size)
@@ -44,7 +44,7 @@ def test_noisy_input_ids_make_it_the_denoiser() -> None:
 
 
 def test_labels_make_it_the_training_loss() -> None:
-    """DESIGN section 4.3: a scalar with a gradient, whatever is not passed is drawn."""
+    """As the training loss: a scalar with a gradient, whatever is not passed is drawn."""
     outputs = tiny_model()(input_ids=words(2, 8), labels=words(2, 8))
     assert outputs.loss.shape == () and outputs.loss.requires_grad and outputs.loss > 0
     assert outputs.logits.shape[:2] == (2, 8)
@@ -76,7 +76,7 @@ def test_given_queries_stand_at_the_last_predicted_positions() -> None:
 
 
 def test_verification_is_the_denoiser_with_block_size_1() -> None:
-    """DESIGN section 4.2: AR verification of n proposed tokens is one call, equal to n calls of the AR model."""
+    """AR verification of n proposed tokens is one call, equal to n calls of the AR model."""
     model, text, proposal = tiny_model(), words(1, 5), words(1, 4, seed=1)
     queries = torch.full((1, 4), MASK)
     verified = denoise(
@@ -104,14 +104,14 @@ def test_generation_layout_equals_training_layout(variant: str) -> None:
 
 
 def test_block_size_defaults_to_the_largest_trained() -> None:
-    """DESIGN section 4: the denoiser's default."""
+    """The denoiser's default."""
     model, text, noisy = tiny_model(), words(1, 16), words(1, 16, seed=1)
     assert torch.equal(denoise(model, text, noisy), denoise(model, text, noisy, block_size=8))
 
 
 @pytest.mark.usefixtures("loud_transformers")
 def test_block_size_without_training_runs_and_warns_once(caplog: pytest.LogCaptureFixture) -> None:
-    """DESIGN section 4: any positive size runs; one that the model was not trained for warns once."""
+    """Any positive size runs; one that the model was not trained for warns once."""
     model, text = tiny_model(), words(1, 6)
     for _ in range(2):
         assert denoise(model, text, text, block_size=3).shape == (1, 6, model.config.vocab_size)
@@ -186,7 +186,7 @@ def test_wrong_shapes_are_refused_by_name() -> None:
 
 
 def test_time_conditional_model_needs_a_noise_level_and_heeds_it() -> None:
-    """DESIGN section 3: the noisy half gets the embedding of its level; a scalar, `[B]` and `[B, N]` are the same."""
+    """The noisy half gets the embedding of its level; a scalar, `[B]` and `[B, N]` are the same."""
     model, text, noisy = tiny_model("time_conditional"), words(2, 8), words(2, 8, seed=1)
     with pytest.raises(ValueError, match="`noise_level`"):
         model(text, noisy, block_size=4)
@@ -285,7 +285,7 @@ def test_a_block_behind_left_padded_prompts_equals_one_by_one(variant: str) -> N
 # ---- attention implementations
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_sdpa_equals_eager(variant: str) -> None:
-    """DESIGN section 4: every back end gives the same result, with and without padding."""
+    """Every back end gives the same result, with and without padding."""
     eager, sdpa = (tiny_model(variant, attn_implementation=name) for name in ("eager", "sdpa"))
     text, noisy = words(3, 8), words(3, 8, seed=1)
     for mask in (None, torch.tensor([[1] * 8, [0] * 3 + [1] * 5, [0] * 8])):

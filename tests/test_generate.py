@@ -1,4 +1,4 @@
-"""`generate`: every decoding, seeds, batches, lengths, prompts and caches (DESIGN section 6)."""
+"""`generate`: every decoding, seeds, batches, lengths, prompts and caches."""
 
 import itertools
 from typing import Any
@@ -73,7 +73,7 @@ def new_tokens(model: BlockGenForDiffusionLM, prompt: torch.Tensor, **settings: 
 # ---- autoregressive decoding
 @pytest.mark.parametrize("variant", CAUSAL)
 def test_greedy_decoding_is_the_repeated_arg_max_of_forward(variant: str) -> None:
-    """DESIGN section 4.1; for uniform noise by the queries that `forward` fixes itself."""
+    """By the causal language model; for uniform noise by the queries that `forward` fixes itself."""
     model, text = tiny_model(variant), words(2, 3)
     expected = text
     for _ in range(NEW_TOKENS):
@@ -182,7 +182,7 @@ def test_generation_draws_one_number_of_the_global_generator() -> None:
 # ---- batches
 @pytest.mark.parametrize("variant, decoding", CASES)
 def test_left_padded_batch_equals_one_by_one(variant: str, decoding: str) -> None:
-    """DESIGN section 6: prompts of different lengths, an empty one among them, give what they give alone."""
+    """Prompts of different lengths, an empty one among them, give what they give alone."""
     model, settings = tiny_model(variant), DECODINGS[decoding]
     prompts = [words(length, seed=length) for length in (7, 1, 0)]
     together = generate(model, None, max_new_tokens=NEW_TOKENS, **left_padded(prompts), **settings)
@@ -229,7 +229,7 @@ def test_any_number_of_new_tokens(decoding: str) -> None:
 
 @pytest.mark.parametrize("variant", ["masked", "uniform", "block_causal"])
 def test_text_without_a_prompt_starts_from_the_prior(variant: str) -> None:
-    """DESIGN section 6: `[B, 0]`, and no inputs at all; no BOS is forced at position 0."""
+    """`[B, 0]`, and no inputs at all; no BOS is forced at position 0."""
     model = tiny_model(variant, bos_token_id=0)
     decodings = [DIFFUSION] if variant in BLOCK_CAUSAL else [AR, DIFFUSION, ARPC]
     for settings in decodings:
@@ -268,7 +268,7 @@ def test_text_may_fill_every_position() -> None:
 
 
 def test_full_sequence_diffusion_is_one_block() -> None:
-    """DESIGN section 6: `block_diffusion` with the block as long as the text; T passes in all."""
+    """`block_diffusion` with the block as long as the text; T passes in all."""
     model = tiny_model()
     outputs = generate(
         model,

@@ -1,4 +1,4 @@
-"""Models whose clean tokens see their whole block: blocks keep the grid of training (DESIGN section 6, Fig. 5a)."""
+"""Models whose clean tokens see their whole block: blocks keep the grid of training (Fig. 5a)."""
 
 from typing import Any
 

@@ -195,7 +195,7 @@ def test_arpc_without_an_informed_step_is_block_diffusion() -> None:
 
 
 def test_greedy_noise_removal_takes_the_arg_max_at_the_last_step() -> None:
-    """DESIGN section 6: from the state before it."""
+    """From the state before it."""
     for variant in ("masked", "uniform"):
         model = tiny_model(variant)
         outputs = generate(

@@ -37,7 +37,7 @@ SCHEDULES = [
 def test_an_arpc_block_costs_its_steps_and_its_informed_steps(
     block_size: int, steps: int, start: int, period: int, informed: int
 ) -> None:
-    """FACTS: T plus the informed steps that need an AR pass, the last step never; whole passes counted as they run.
+    """T plus the informed steps that need an AR pass, the last step never; whole passes counted as they run.
 
     A model that knows the time needs them all.
     """
@@ -61,7 +61,7 @@ def test_an_arpc_block_costs_its_steps_and_its_informed_steps(
 
 
 def test_period_1_from_the_start_costs_2t_minus_1() -> None:
-    """FACTS: with period 1 and start 0 a block of T steps takes 2T - 1 evaluations."""
+    """With period 1 and start 0 a block of T steps takes 2T - 1 evaluations."""
     for steps in (1, 2, 5):
         outputs = outputs_of(
             tiny_model(), words(1, 3), decoding="arpc", block_size=8, denoising_steps=steps, max_new_tokens=8
@@ -95,7 +95,7 @@ BUDGETS = [
 def test_a_budget_gives_the_largest_number_of_steps(
     decoding: str, budget: int, start: int, period: int, steps: int
 ) -> None:
-    """DESIGN section 6: T is the largest that fits; never more than the budget, and one more step would be."""
+    """T is the largest that fits; never more than the budget, and one more step would be."""
     config = BlockGenGenerationConfig(
         decoding=decoding,
         corrector="ar_surprisal",
@@ -125,7 +125,7 @@ def test_a_budget_gives_the_largest_number_of_steps(
 
 
 def test_steps_default_to_the_block_size() -> None:
-    """DESIGN section 6: `denoising_steps` = `block_size`, `block_size` = the largest trained."""
+    """Defaults: `denoising_steps` = `block_size`, `block_size` = the largest trained."""
     model = tiny_model("uniform_time_conditional")
     outputs = outputs_of(model, empty(), decoding="block_diffusion", max_new_tokens=16)
     assert outputs.num_function_evaluations.tolist() == [16]

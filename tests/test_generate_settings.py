@@ -30,7 +30,7 @@ SETTINGS: dict[str, Any] = dict(
 
 # ---- defaults
 def test_defaults_are_those_of_the_contract() -> None:
-    """DESIGN section 6; and sampling from the whole distribution, where transformers would cut it to 50 tokens."""
+    """Of every setting; and sampling from the whole distribution, where transformers would cut it to 50 tokens."""
     model = tiny_model()
     config, _ = model._prepare_generation_config(None)
     expected = dict(

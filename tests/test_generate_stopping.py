@@ -1,4 +1,4 @@
-"""Where a text ends, and who hears of it: EOS, stop strings, clocks, own criteria, streamers (DESIGN section 6)."""
+"""Where a text ends, and who hears of it: EOS, stop strings, clocks, own criteria, streamers."""
 
 import time
 from typing import Any
@@ -92,7 +92,7 @@ def test_the_end_token_of_the_model_is_heeded(settings: dict[str, Any]) -> None:
 
 @every_decoding
 def test_rows_that_are_done_cost_nothing(settings: dict[str, Any]) -> None:
-    """DESIGN section 6: they leave the batch. Seen in the rows of every forward pass and in the evaluations."""
+    """They leave the batch. Seen in the rows of every forward pass and in the evaluations."""
     model, prompts = tiny_model(), words(6, 3)
     free = generate(model, prompts, max_new_tokens=NEW_TOKENS, **settings)[:, 3:]
     end = frequent_token(free)

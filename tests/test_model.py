@@ -117,7 +117,7 @@ def test_loading_finds_every_key(tmp_path: Path) -> None:
 
 
 def test_auto_classes_build_from_a_configuration() -> None:
-    """DESIGN section 4: `AutoModel` and `AutoModelForCausalLM` return the language model."""
+    """`AutoModel` and `AutoModelForCausalLM` return the language model."""
     config = AutoConfig.for_model("blockgen", vocab_size=VOCAB_SIZE, hidden_size=16, num_attention_heads=2)
     assert isinstance(config, BlockGenConfig)
     assert type(AutoModel.from_config(config)) is BlockGenForDiffusionLM

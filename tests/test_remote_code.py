@@ -1,4 +1,4 @@
-"""A saved folder is enough: it loads and generates where blockgen_hf cannot be imported (DESIGN, section 8)."""
+"""A saved folder is enough: it loads and generates where blockgen_hf cannot be imported."""
 
 import ast
 import json

@@ -117,7 +117,7 @@ def test_noise_level_may_be_given_for_all_for_a_row_or_for_a_token() -> None:
 
 
 def test_loss_is_divided_by_the_number_of_items_when_it_is_given() -> None:
-    """DESIGN section 4: the mean over scored tokens, or the sum divided by `num_items_in_batch`."""
+    """The mean over scored tokens, or the sum divided by `num_items_in_batch`."""
     model, text = tiny_model(), words(2, 8)
     labels, noisy = labels_with_prompt(text), noise(model, text, 0.7)
     kwargs = dict(labels=labels, block_size=4, noise_level=0.7)
@@ -193,7 +193,7 @@ def record_trunk(model: BlockGenForDiffusionLM) -> Iterator[list[dict[str, Any]]
 
 @pytest.mark.parametrize("variant", ["masked", "uniform"])
 def test_unscored_tokens_stay_clean_in_the_noisy_half(variant: str) -> None:
-    """DESIGN section 4.3: prompts and padding are conditions, at every block size, block size 1 too."""
+    """Prompts and padding are conditions, at every block size, block size 1 too."""
     model = tiny_model(variant, num_hidden_layers=1)
     text = words(16, 32)
     labels = text.clone()
@@ -231,7 +231,7 @@ def test_block_sizes_are_drawn_by_their_weights() -> None:
 
 
 def test_one_noise_level_a_sequence_spread_over_the_batch() -> None:
-    """Suppl. A.4 and DESIGN section 5: t uniform on [1e-3, 1], one a sequence, low-discrepancy over the batch."""
+    """Suppl. A.4: t uniform on [1e-3, 1], one a sequence, low-discrepancy over the batch."""
     model = tiny_model(num_hidden_layers=1).train()
     text = words(16, 8)
     with record_trunk(model) as calls:
@@ -249,7 +249,7 @@ def test_one_noise_level_a_sequence_spread_over_the_batch() -> None:
 
 @pytest.mark.parametrize("variant", ["masked", "uniform", "time_conditional"])
 def test_block_size_1_is_fully_noised(variant: str) -> None:
-    """DESIGN section 3: block size 1 always trains with cross entropy on fully noised inputs, t = 1."""
+    """Block size 1 always trains with cross entropy on fully noised inputs, t = 1."""
     model, text = tiny_model(variant), words(8, 16)
     with record_trunk(model) as calls:
         model(text, labels=text, block_size=1)

@@ -91,7 +91,7 @@ def by_rule(
     valid: torch.Tensor,
     documents: torch.Tensor,
 ) -> torch.Tensor:
-    """`[B, 2 L, 2 L]`: the rule of DESIGN section 4 token by token, with padding that sees itself only."""
+    """`[B, 2 L, 2 L]`: the attention rule token by token, with padding that sees itself only."""
     length = valid.shape[1]
     masks = []
     for size, place, real, document in zip(sizes, *(t.tolist() for t in (positions, valid, documents)), strict=True):
