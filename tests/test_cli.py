@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from tokenizers.processors import TemplateProcessing
 
 import blockgen_hf
 from blockgen_hf.checkpoints import shipped_checkpoint
-from blockgen_hf.cli import COMMANDS, main
+from blockgen_hf.cli import COMMANDS, main, make_parser
 from blockgen_hf.cli.generate import CHOICES
 from blockgen_hf.modeling.generation_configuration_blockgen import CORRECTORS, DECODINGS, NOISE_REMOVALS, SAMPLERS
 
@@ -394,7 +395,7 @@ def test_compare_leaves_out_what_a_block_causal_model_cannot(run: Command, tmp_p
     [
         (
             ("--blok-size", "4"),
-            "unrecognized arguments: --blok-size 4 (`blockgen-hf generate --help` tells the options)",
+            "unrecognized arguments: --blok-size 4 (see `blockgen-hf generate --help`)",
         ),
         (("--block-size", "four"), "invalid int value: 'four'"),
         (("--num-samples", "0"), "must be an integer of at least 1, but is '0'"),
@@ -441,7 +442,7 @@ def test_interruption(checkpoint: str, monkeypatch: pytest.MonkeyPatch, capsys: 
 def test_no_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     printed = capsys.readouterr()
-    assert printed.out.startswith("usage: blockgen-hf ") and "evaluate-answers" in printed.out
+    assert "\nusage: blockgen-hf COMMAND" in printed.out and "evaluate-answers" in printed.out
     assert printed.err == ""
 
 
@@ -599,6 +600,23 @@ print(status, sorted({{"torch", "transformers", "datasets", "yaml"}} & set(sys.m
 """
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == f"{status} []"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_begins_with_an_example_that_works_and_fits_a_screen(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In 100 columns, and in 80 lines at most."""
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "example:" and max(map(len, lines)) <= 100 and len(lines) <= 80
+    for example in COMMANDS[command].EXAMPLE.splitlines():
+        assert f"  {example}" in lines
+        program, *words = shlex.split(example)
+        assert program == "blockgen-hf" and words[0] == command
+        make_parser().parse_args(words)
 
 
 @pytest.mark.slow

@@ -35,3 +35,10 @@ def test_the_paper_index_names_tests_that_exist() -> None:
     """Every test file of docs/paper_index.md is there."""
     for name in re.findall(r"`(test_\w+\.py)`", (ROOT / "docs" / "paper_index.md").read_text()):
         assert (ROOT / "tests" / name).is_file(), name
+
+
+def test_no_example_asks_whether_to_run_code() -> None:
+    """`AutoTokenizer` asks on standard input if it is not told, where a folder carries code."""
+    for file in [*PAGES, *sorted((ROOT / "examples").glob("*.py"))]:
+        for call in re.findall(r"AutoTokenizer\.from_pretrained\(.*", file.read_text()):
+            assert "trust_remote_code=" in call, (file.name, call)

@@ -1,5 +1,6 @@
 """
-The command `blockgen-hf`, one module a subcommand: `add_arguments(parser)` and `run(args) -> exit status`.
+The command `blockgen-hf`. Each subcommand is a module with `EXAMPLE`, `USAGE` (its arguments, without the options),
+`add_arguments(parser)` and `run(args) -> exit status`. Its docstring is its summary.
 
 What is slow to import (torch, transformers) is imported when a subcommand runs, not to print its help.
 """
@@ -30,14 +31,23 @@ COMMANDS = {
 
 
 def make_parser() -> Parser:
-    parser = Parser(prog=PROGRAM, description="BlockGen language models.", allow_abbrev=False)
+    parser = Parser(
+        prog=PROGRAM,
+        usage=f"{PROGRAM} COMMAND ...",
+        description=f"Run, train, evaluate and publish BlockGen language models. `{PROGRAM} COMMAND --help` shows the "
+        "options of a command.",
+        allow_abbrev=False,
+    )
+    parser.example = generate.EXAMPLE
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     _add_traceback(parser)
     parser.set_defaults(run=_print_help, parser=parser)  # no command
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", prog=PROGRAM)
     for name, module in COMMANDS.items():
         summary = str(module.__doc__).strip()
-        command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+        usage = f"{PROGRAM} {name} [option ...] {module.USAGE}".rstrip()
+        command = commands.add_parser(name, help=summary, description=summary, usage=usage, allow_abbrev=False)
+        command.example = module.EXAMPLE
         module.add_arguments(command)
         _add_traceback(command)
         command.set_defaults(run=module.run, parser=command)
@@ -50,7 +60,7 @@ def _add_traceback(parser: argparse.ArgumentParser) -> None:
         "--traceback",
         action="store_true",
         default=argparse.SUPPRESS,
-        help="show where an error comes from, also one that you can fix",
+        help="show the traceback of every error, including errors that you can fix",
     )
 
 
@@ -90,4 +100,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-__all__ = ["main"]
+__all__ = ["COMMANDS", "main", "make_parser"]

@@ -1,4 +1,4 @@
-"""Measures how fast a model generates, beside GPT-2 of the same size."""
+"""Measure how fast a model generates, next to GPT-2 of the same size."""
 
 import argparse
 import json
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 # Makes further contenders of a model and the decodings.
 MoreContenders = Callable[[Any, "list[Decoding]"], "list[Contender]"]
 
+EXAMPLE = "blockgen-hf bench --model runs/mine --prefixes 0,64 --decodings ar,arpc:8"
+USAGE = ""
 _DECODINGS = "ar,block_diffusion:4,block_diffusion:16,block_diffusion:64,arpc:8,arpc:16"
 _DIFFUSION_TYPES = ("masked", "uniform")
 
@@ -37,13 +39,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--model", type=model_name, help=f"{MODEL_HELP} (default: random weights)")
     group.add_argument(
-        "--size", choices=("base", "tiny"), help="of random weights: base, the paper's (default), or tiny"
+        "--size",
+        choices=("base", "tiny"),
+        help="size of a model with random weights: that of the paper (default), or tiny",
     )
     group.add_argument(
         "--diffusion-types",
         type=list_of(_diffusion_type),
         metavar="NAME,...",
-        help="of random weights (default: masked,uniform)",
+        help="noise of models with random weights (default: masked,uniform)",
     )
     add_loading_arguments(group)
     group.add_argument(
@@ -51,12 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=list_of(cpu_weights),
         default=[],
         metavar="NAME,...",
-        help="int8, float16, float32: the model with weights packed so too, as contenders blockgen-int8 ...",
+        help="int8, float16, float32: also measure the model with packed weights, as blockgen-int8 ...",
     )
     group.add_argument(
         "--compile",
         action="store_true",
-        help="the model with compiled layers and a static cache too, as contender blockgen-compiled",
+        help="also measure the model with compiled layers and a static cache, as blockgen-compiled",
     )
     group = parser.add_argument_group("cases")
     group.add_argument(
@@ -64,28 +68,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=list_of(str),
         default=_DECODINGS,
         metavar="NAME,...",
-        help="ar, block_diffusion:STEPS, arpc:EVALUATIONS a block; settings may follow, as in "
+        help="ar, block_diffusion:STEPS or arpc:EVALUATIONS (both per block); settings may follow, as in "
         f"block_diffusion:16:top_k=50 (default: {_DECODINGS})",
     )
     group.add_argument(
-        "--block-size", type=integer(1), default=16, metavar="N", help="tokens of a block (default: 16)"
+        "--block-size", type=integer(1), default=16, metavar="N", help="tokens denoised together (default: 16)"
     )
     group.add_argument(
         "--prefixes",
         type=list_of(integer(0)),
         default="0,512",
         metavar="N,...",
-        help="tokens of the prompts (default: 0,512)",
+        help="lengths of the prompts, in tokens (default: 0,512)",
     )
     group.add_argument(
-        "--batch-sizes", type=list_of(integer(1)), default="1,4,16", metavar="N,...", help="default: 1,4,16"
+        "--batch-sizes",
+        type=list_of(integer(1)),
+        default="1,4,16",
+        metavar="N,...",
+        help="rows of a batch (default: 1,4,16)",
     )
-    group.add_argument("--new-tokens", type=integer(1), default=64, metavar="N", help="of every row (default: 64)")
+    group.add_argument(
+        "--new-tokens", type=integer(1), default=64, metavar="N", help="new tokens per row (default: 64)"
+    )
     group = parser.add_argument_group("measurement")
-    group.add_argument("--contenders", type=list_of(str), metavar="NAME,...", help="these only (default: all)")
-    group.add_argument("--repeats", type=integer(1), default=3, metavar="N", help="rounds (default: 3)")
-    group.add_argument("--threads", type=integer(1), metavar="N", help="of the CPU (default: torch's)")
-    group.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
+    group.add_argument("--contenders", type=list_of(str), metavar="NAME,...", help="what is measured (default: all)")
+    group.add_argument("--repeats", type=integer(1), default=3, metavar="N", help="number of rounds (default: 3)")
+    group.add_argument("--threads", type=integer(1), metavar="N", help="CPU threads (default: torch's)")
+    group.add_argument("--json", type=Path, metavar="FILE", help="write all results to a JSON file")
 
 
 def _diffusion_type(text: str) -> str:

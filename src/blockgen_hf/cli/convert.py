@@ -1,4 +1,4 @@
-"""Turns a published checkpoint into a folder that transformers loads, and back."""
+"""Convert a published checkpoint to a folder that transformers loads, and back."""
 
 import argparse
 
@@ -7,38 +7,47 @@ from .figures import noise_name
 from .parsing import integer
 
 
+EXAMPLE = "blockgen-hf convert hf:kuleshov-group/bd3lm-owt-block_size4 --tokenizer gpt2 --output bd3lm"
+USAGE = "source --output DIR"
 _FAMILIES = ("block-dit", "dense-dit", "ar", "bd3lm")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", help="a folder, or hf:org/repo or hf:org/repo/folder on the Hub")
-    parser.add_argument("--output", required=True, metavar="DIR", help="the folder to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace the model in DIR; its other files stay")
+    parser.add_argument("source", help="folder, or hf:org/repo or hf:org/repo/folder on the Hub")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace the model in DIR; other files stay")
     parser.add_argument("--revision", help="branch, tag or commit of a source on the Hub")
-    group = parser.add_argument_group("what the published files do not say")
-    group.add_argument("--diffusion-type", choices=("masked", "uniform"), help="the noise")
-    group.add_argument("--block-sizes", type=_sizes, metavar="N,N,...", help="of the training, such as 1,16")
+    group = parser.add_argument_group("what the published files do not contain")
+    group.add_argument("--diffusion-type", choices=("masked", "uniform"), help="noise that the model was trained with")
     group.add_argument(
-        "--block-size-weights", type=_weights, metavar="W,W,...", help="of the training, such as 0.05,0.95"
+        "--block-sizes", type=_sizes, metavar="N,N,...", help="block sizes of the training, such as 1,16"
     )
-    group.add_argument("--tokenizer", metavar="NAME", help="a folder or a tokenizer on the Hub, to be written too")
-    group.add_argument("--family", choices=_FAMILIES, help="default: told by the files")
+    group.add_argument(
+        "--block-size-weights",
+        type=_weights,
+        metavar="W,W,...",
+        help="their weights in the training, such as 0.05,0.95",
+    )
+    group.add_argument("--tokenizer", metavar="NAME", help="tokenizer to save with the model, a folder or on the Hub")
+    group.add_argument("--family", choices=_FAMILIES, help="kind of checkpoint (default: found from the files)")
     group.add_argument(
         "--time-conditioning",
         action=argparse.BooleanOptionalAction,
-        help="whether a full-sequence model knows the noise level (default: uniform ones do, masked ones do not)",
+        help="whether a full-sequence model knows the noise level (default: yes if uniform, no if masked)",
     )
     group = parser.add_argument_group("output")
     group.add_argument(
         "--to",
         choices=("transformers", "published"),
         default="transformers",
-        help="published: the way back, from a folder of this package",
+        help="published: convert a folder of this package back",
     )
     group.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: as in the source)"
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="type of the weights (default: as in the source)"
     )
-    group.add_argument("--max-shard-size", metavar="SIZE", help="larger weights go into several files (default: 50GB)")
+    group.add_argument(
+        "--max-shard-size", metavar="SIZE", help="split larger weights into several files (default: 50GB)"
+    )
 
 
 def _sizes(text: str) -> list[int]:

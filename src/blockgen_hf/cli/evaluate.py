@@ -1,4 +1,4 @@
-"""Tells how likely a model finds a data set: perplexity of each block size, and of their mixture."""
+"""Measure the likelihood of a data set: perplexity of each block size and of the mixture."""
 
 import argparse
 import json
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 
 # Options that are fields of `DataArguments`.
+EXAMPLE = "blockgen-hf evaluate runs/mine --dataset another.txt"
+USAGE = "[model] --dataset NAME"
 _DATA_FIELDS = (
     "dataset",
     "dataset_config",
@@ -43,16 +45,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_data_arguments(parser.add_argument_group("data"))
     group = parser.add_argument_group("evaluation")
     group.add_argument(
-        "--block-sizes", type=_sizes, metavar="N,N,...", help="such as 1,4,16 (default: those of training)"
+        "--block-sizes",
+        type=_sizes,
+        metavar="N,N,...",
+        help="block sizes, such as 1,4,16 (default: those of training)",
     )
     group.add_argument(
-        "--monte-carlo-samples", type=integer(1), default=8, metavar="K", help="draws of noise a row (default: 8)"
+        "--monte-carlo-samples", type=integer(1), default=8, metavar="K", help="draws of noise per row (default: 8)"
     )
     group.add_argument("--batch-size", type=integer(1), default=8, metavar="N", help="rows at a time (default: 8)")
     group.add_argument(
-        "--seed", type=integer(0, 2**32 - 1), default=0, metavar="N", help="of the noise (default: 0, always the same)"
+        "--seed", type=integer(0, 2**32 - 1), default=0, metavar="N", help="seed of the noise (default: 0)"
     )
-    group.add_argument("--json", metavar="FILE", help="write everything to a file as JSON; '-' prints it instead")
+    group.add_argument(
+        "--json", metavar="FILE", help="write all results to a JSON file; '-' prints them instead of the table"
+    )
 
 
 def _add_data_arguments(group: argparse._ArgumentGroup) -> None:
@@ -64,31 +71,35 @@ def _add_data_arguments(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--dataset-config", metavar="NAME", help="configuration of a data set on the Hub")
     group.add_argument("--dataset-revision", metavar="NAME", help="branch, tag or commit of a data set on the Hub")
-    group.add_argument("--split", metavar="NAME", help="default: validation; files have none")
+    group.add_argument("--split", metavar="NAME", help="split of a data set on the Hub (default: validation)")
     group.add_argument("--text-column", metavar="NAME", help="column of plain text (default: text)")
     group.add_argument("--prompt-column", metavar="NAME", help="column of prompts, which are not scored")
-    group.add_argument("--completion-column", metavar="NAME", help="column of what follows prompts, which is scored")
+    group.add_argument("--completion-column", metavar="NAME", help="column of completions, which are scored")
     group.add_argument("--messages-column", metavar="NAME", help="column of conversations (default: messages)")
-    group.add_argument("--prompt-separator", metavar="TEXT", help="stands between prompt and completion")
+    group.add_argument("--prompt-separator", metavar="TEXT", help="text between prompt and completion")
     group.add_argument("--score-prompts", action="store_true", help="score prompts too")
     group.add_argument(
-        "--document-separator", metavar="TEXT", help=r"between the documents of a .txt file: '<|endoftext|>', '\n' ..."
+        "--document-separator",
+        metavar="TEXT",
+        help=r"text between the documents of a .txt file: '<|endoftext|>', '\n' ...",
     )
     group.add_argument(
-        "--sequence-length", type=integer(1), metavar="N", help="tokens of a row (default: what the model takes)"
+        "--sequence-length", type=integer(1), metavar="N", help="tokens per row (default: what the model takes)"
     )
     group.add_argument(
         "--packing",
         choices=("packed", "none"),
-        help="documents joined and cut into rows (default), or a document a row",
+        help="join documents and cut them into rows (default), or one document per row",
     )
-    group.add_argument("--isolate-documents", action="store_true", help="packed documents do not see one another")
+    group.add_argument(
+        "--isolate-documents", action="store_true", help="keep packed documents from seeing one another"
+    )
     group.add_argument("--add-bos-token", action="store_true", help="begin documents with the BOS token")
-    group.add_argument("--max-documents", type=integer(1), metavar="N", help="the first documents only")
-    group.add_argument("--max-rows", type=integer(1), metavar="N", help="the first rows only")
-    group.add_argument("--streaming", action="store_true", help="read what is needed, and keep nothing on disk")
-    group.add_argument("--num-proc", type=integer(1), metavar="N", help="processes that prepare the data")
-    group.add_argument("--cache-dir", metavar="DIR", help="where prepared data are kept (default: that of datasets)")
+    group.add_argument("--max-documents", type=integer(1), metavar="N", help="use the first N documents only")
+    group.add_argument("--max-rows", type=integer(1), metavar="N", help="use the first N rows only")
+    group.add_argument("--streaming", action="store_true", help="read only what is needed, and keep nothing on disk")
+    group.add_argument("--num-proc", type=integer(1), metavar="N", help="number of processes that prepare the data")
+    group.add_argument("--cache-dir", metavar="DIR", help="folder for prepared data (default: that of datasets)")
 
 
 def _sizes(text: str) -> list[int]:

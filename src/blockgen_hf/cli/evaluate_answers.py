@@ -1,4 +1,4 @@
-"""Lets a model answer questions by several decodings, and tells how many answers are right and what they cost."""
+"""Ask a model questions under several decodings, and report accuracy and cost."""
 
 import argparse
 import sys
@@ -16,13 +16,15 @@ if TYPE_CHECKING:
     from ..evaluation.accuracy import AnswerResult
 
 
+EXAMPLE = "blockgen-hf evaluate-answers runs/gsm8k --dataset openai/gsm8k --decodings ar,arpc:8"
+USAGE = "[model] --dataset NAME"
 _DECODINGS = "ar:do_sample=False,block_diffusion:16,arpc:16"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", type=model_name, help=f"{MODEL_HELP} (the default)")
     group = parser.add_argument_group("model")
-    group.add_argument("--adapter", type=Path, metavar="DIR", help="a PEFT adapter of the model, which is merged")
+    group.add_argument("--adapter", type=Path, metavar="DIR", help="PEFT adapter to merge into the model")
     add_loading_arguments(group)
     _add_data_arguments(parser.add_argument_group("questions"))
     _add_sample_arguments(parser.add_argument_group("answers"))
@@ -32,9 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=Path("runs/answers"),
         metavar="DIR",
-        help="generations.jsonl, results.json and table.md; what is there is gone on with (default: runs/answers)",
+        help="folder for generations.jsonl, results.json and table.md; existing generations are reused (default: "
+        "runs/answers)",
     )
-    group.add_argument("--overwrite", action="store_true", help="begin anew, whatever is there")
+    group.add_argument("--overwrite", action="store_true", help="start again, and replace existing results")
 
 
 def _add_data_arguments(group: argparse._ArgumentGroup) -> None:
@@ -46,16 +49,18 @@ def _add_data_arguments(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--dataset-config", metavar="NAME", help="configuration of a data set on the Hub")
     group.add_argument("--dataset-revision", metavar="NAME", help="branch, tag or commit of a data set on the Hub")
-    group.add_argument("--split", default="test", metavar="NAME", help="default: test; files have none")
-    group.add_argument("--question-column", metavar="NAME", help="default: question or prompt")
-    group.add_argument("--answer-column", metavar="NAME", help="default: answer or completion")
-    group.add_argument("--limit", type=integer(1), metavar="N", help="the first questions only")
-    group.add_argument("--cache-dir", metavar="DIR", help="where data of the Hub are kept (default: that of datasets)")
+    group.add_argument(
+        "--split", default="test", metavar="NAME", help="split of a data set on the Hub (default: test)"
+    )
+    group.add_argument("--question-column", metavar="NAME", help="column of questions (default: question or prompt)")
+    group.add_argument("--answer-column", metavar="NAME", help="column of answers (default: answer or completion)")
+    group.add_argument("--limit", type=integer(1), metavar="N", help="ask the first N questions only")
+    group.add_argument("--cache-dir", metavar="DIR", help="folder for downloaded data (default: that of datasets)")
     group.add_argument(
         "--prompt-separator",
         type=lambda text: text.replace("\\n", "\n"),
         metavar="TEXT",
-        help="stands behind a question, \\n for a line end: that of training (default: nothing; openai/gsm8k: \\n)",
+        help="text after a question, as in training; \\n for a line break (default: nothing; openai/gsm8k: \\n)",
     )
     group.add_argument("--add-bos-token", action="store_true", help="begin questions with the BOS token")
 
@@ -66,28 +71,36 @@ def _add_sample_arguments(group: argparse._ArgumentGroup) -> None:
         type=list_of(str),
         default=_DECODINGS,
         metavar="NAME,...",
-        help="ar, block_diffusion:STEPS, arpc:EVALUATIONS a block; settings may follow, as in "
+        help="ar, block_diffusion:STEPS or arpc:EVALUATIONS (both per block); settings may follow, as in "
         f"arpc:8:block_size=8:temperature=0.5 (default: {_DECODINGS})",
     )
-    group.add_argument("--block-size", type=integer(1), metavar="N", help="default: the model's largest")
     group.add_argument(
-        "--num-samples", type=integer(1), default=1, metavar="N", help="answers to each question (default: 1)"
+        "--block-size", type=integer(1), metavar="N", help="tokens denoised together (default: the model's largest)"
     )
-    group.add_argument("--k", type=list_of(integer(1)), default="1", metavar="N,...", help="of pass@k (default: 1)")
     group.add_argument(
-        "--max-new-tokens", type=integer(1), default=256, metavar="N", help="of an answer (default: 256)"
+        "--num-samples", type=integer(1), default=1, metavar="N", help="answers per question (default: 1)"
+    )
+    group.add_argument(
+        "--k", type=list_of(integer(1)), default="1", metavar="N,...", help="values of k for pass@k (default: 1)"
+    )
+    group.add_argument(
+        "--max-new-tokens", type=integer(1), default=256, metavar="N", help="longest answer (default: 256)"
     )
     form = group.add_mutually_exclusive_group()
     form.add_argument(
         "--last-number",
         action="store_true",
-        help="without ####, the last number is the answer (default where the right answers have no ####)",
+        help="read the last number of a text without #### (default if the reference answers have no ####)",
     )
     form.add_argument(
         "--programs", action="store_true", help="answers are Python programs, as in TinyGSM: run them in a sandbox"
     )
-    group.add_argument("--batch-size", type=integer(1), default=16, metavar="N", help="default: 16")
-    group.add_argument("--seed", type=integer(0, 2**32 - 1), default=0, metavar="N", help="default: 0")
+    group.add_argument(
+        "--batch-size", type=integer(1), default=16, metavar="N", help="answers generated together (default: 16)"
+    )
+    group.add_argument(
+        "--seed", type=integer(0, 2**32 - 1), default=0, metavar="N", help="seed of the answers (default: 0)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

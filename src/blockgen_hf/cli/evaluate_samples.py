@@ -1,4 +1,4 @@
-"""Draws texts with many decodings, and tabulates their quality against function evaluations and throughput."""
+"""Generate texts with many settings, and tabulate quality against function evaluations and speed."""
 
 import argparse
 import sys
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from ..evaluation.samples import SampleCell, SampleResults, SampleScorer, SkippedCell
 
 
+EXAMPLE = "blockgen-hf evaluate-samples runs/mine --nfe 4,8,16 --num-samples 8 --judge none"
+USAGE = "[model]"
 _JUDGE = "openai-community/gpt2-large"  # of the paper
 _DECODINGS = "ar,block_diffusion,arpc"
 
@@ -33,9 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     add_loading_arguments(group)
     group.add_argument(
-        "--cpu-weights", type=cpu_weights, metavar="NAME", help="int8 or float16: faster on an x86 CPU (docs/speed.md)"
+        "--cpu-weights",
+        type=cpu_weights,
+        metavar="NAME",
+        help="pack the weights as int8 or float16, which is faster on an x86 CPU (docs/speed.md)",
     )
-    _add_grid_arguments(parser.add_argument_group("cells: every combination of"))
+    _add_grid_arguments(parser.add_argument_group("settings, of which every combination is a cell"))
     _add_text_arguments(parser.add_argument_group("texts"))
     _add_score_arguments(parser.add_argument_group("scores"))
     group = parser.add_argument_group("output")
@@ -43,13 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output-dir",
         type=Path,
         metavar="DIR",
-        help="texts and figures; what is there already is not drawn or scored again (default: runs/samples)",
+        help="folder for texts and results; existing texts and scores are reused (default: runs/samples)",
         default=Path("runs/samples"),
     )
-    group.add_argument(
-        "--overwrite", action="store_true", help="replace what is there from other settings, instead of refusing"
-    )
-    group.add_argument("--dry-run", action="store_true", help="list the cells and what they cost, and draw nothing")
+    group.add_argument("--overwrite", action="store_true", help="replace results of other settings")
+    group.add_argument("--dry-run", action="store_true", help="list the cells and their cost, and generate nothing")
 
 
 def _add_grid_arguments(group: argparse._ArgumentGroup) -> None:
@@ -58,7 +61,7 @@ def _add_grid_arguments(group: argparse._ArgumentGroup) -> None:
         type=list_of(str),
         default=_DECODINGS,
         metavar="NAME,...",
-        help="ar, block_diffusion, arpc; settings may follow, as in arpc:corrector=ar_kl:corrector_start=1 "
+        help="ar, block_diffusion or arpc; settings may follow, as in arpc:corrector=ar_kl:corrector_start=1 "
         f"(default: {_DECODINGS})",
     )
     group.add_argument(
@@ -66,52 +69,71 @@ def _add_grid_arguments(group: argparse._ArgumentGroup) -> None:
         type=list_of(integer(1)),
         default="4,8,16,32,64",
         metavar="N,...",
-        help="function evaluations a block, AR passes counted (default: 4,8,16,32,64)",
+        help="function evaluations per block, AR passes included (default: 4,8,16,32,64)",
     )
-    group.add_argument("--block-sizes", type=list_of(integer(1)), metavar="N,...", help="default: the model's largest")
+    group.add_argument(
+        "--block-sizes",
+        type=list_of(integer(1)),
+        metavar="N,...",
+        help="tokens denoised together (default: the model's largest)",
+    )
     group.add_argument(
         "--ar-seed",
         type=list_of(integer(0)),
         default="0",
         metavar="N,...",
-        help="first tokens, drawn autoregressively (default: 0)",
+        help="number of first tokens generated autoregressively (default: 0)",
     )
     group.add_argument(
-        "--temperatures", type=list_of(positive), default="1", metavar="X,...", help="of all draws (default: 1)"
+        "--temperatures",
+        type=list_of(positive),
+        default="1",
+        metavar="X,...",
+        help="temperatures of all draws (default: 1)",
     )
-    group.add_argument("--top-p", type=list_of(_share), default="1", metavar="X,...", help="default: 1")
+    group.add_argument(
+        "--top-p", type=list_of(_share), default="1", metavar="X,...", help="top-p of all draws (default: 1)"
+    )
 
 
 def _add_text_arguments(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--num-samples", type=integer(1), default=64, metavar="N", help="texts a cell (default: 64)")
+    group.add_argument("--num-samples", type=integer(1), default=64, metavar="N", help="texts per cell (default: 64)")
     group.add_argument(
-        "--max-new-tokens", type=integer(1), metavar="N", help="of every text (default: what the model takes)"
+        "--max-new-tokens", type=integer(1), metavar="N", help="length of every text (default: what the model takes)"
     )
     group.add_argument(
-        "--prompts", type=Path, metavar="FILE", help=".jsonl with a `prompt` a line, or a text file with one a line"
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="text file with one prompt per line, or .jsonl with a `prompt` in each line",
     )
-    group.add_argument("--batch-size", type=integer(1), default=32, metavar="N", help="texts at once (default: 32)")
-    group.add_argument("--seed", type=integer(0), default=0, metavar="N", help="of the texts (default: 0)")
+    group.add_argument(
+        "--batch-size", type=integer(1), default=32, metavar="N", help="texts generated together (default: 32)"
+    )
+    group.add_argument("--seed", type=integer(0), default=0, metavar="N", help="seed of the texts (default: 0)")
 
 
 def _add_score_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--judge",
         metavar="NAME",
-        help=f"a causal language model, a folder or on the Hub, that reads the texts (default: {_JUDGE}); none: no "
-        "generative perplexity",
+        help=f"causal language model for generative perplexity, a folder or on the Hub, or none (default: {_JUDGE})",
     )
-    group.add_argument("--judge-gguf", type=Path, metavar="FILE", help="a GGUF file as the judge")
+    group.add_argument("--judge-gguf", type=Path, metavar="FILE", help="GGUF file with the judge")
     group.add_argument(
-        "--judge-start-token", metavar="TOKEN", help="in front of each text (default: the judge's BOS, or its EOS)"
+        "--judge-start-token", metavar="TOKEN", help="token before each text (default: the judge's BOS, or its EOS)"
     )
-    group.add_argument("--judge-max-length", type=integer(1), metavar="N", help="tokens that it reads of a text")
-    group.add_argument("--judge-batch-size", type=integer(1), default=8, metavar="N", help="default: 8")
+    group.add_argument(
+        "--judge-max-length", type=integer(1), metavar="N", help="longest text that the judge reads, in tokens"
+    )
+    group.add_argument(
+        "--judge-batch-size", type=integer(1), default=8, metavar="N", help="texts scored together (default: 8)"
+    )
     group.add_argument(
         "--references",
         type=Path,
         metavar="FILE",
-        help="texts for MAUVE: .jsonl with a `text` a line, or a text file with one a line",
+        help="texts for MAUVE: text file with one per line, or .jsonl with a `text` in each line",
     )
 
 

@@ -1,4 +1,4 @@
-"""Trains a checkpoint further on prompts and answers: all of its weights, or an adapter (LoRA, DoRA)."""
+"""Train a checkpoint further on prompts and answers: all weights, or an adapter (LoRA, DoRA)."""
 
 import argparse
 import json
@@ -17,6 +17,11 @@ _GSM8K = {
     "completion_column": "answer",
     "prompt_separator": "\n",
 }
+EXAMPLE = (
+    "blockgen-hf finetune tinystories-masked --dataset my.jsonl --output-dir runs/mine\n"
+    "blockgen-hf finetune org/name --dataset openai/gsm8k --lora-rank 16"
+)
+USAGE = "model --dataset NAME [section.key=value ...]"
 KNOWN_DATASETS: dict[str, dict[str, str]] = {"openai/gsm8k": _GSM8K, "gsm8k": _GSM8K}
 _RECIPE = Path(__file__).parents[1] / "training" / "finetune.yaml"
 _LONGEST_ROW = 512  # unless the user wants longer ones
@@ -72,8 +77,14 @@ def _add_data_arguments(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--dataset-config", metavar="NAME", help="configuration of a data set on the Hub")
     group.add_argument("--dataset-split", metavar="NAME", help="split to train on (default: train)")
-    group.add_argument("--prompt-column", metavar="NAME", help="default: prompt, or that of a known data set")
-    group.add_argument("--completion-column", metavar="NAME", help="default: completion, or that of a known data set")
+    group.add_argument(
+        "--prompt-column", metavar="NAME", help="column of prompts (default: prompt, or that of a known data set)"
+    )
+    group.add_argument(
+        "--completion-column",
+        metavar="NAME",
+        help="column of answers (default: completion, or that of a known data set)",
+    )
     group.add_argument(
         "--messages-column", metavar="NAME", help="column of conversations, for the tokenizer's chat template"
     )
@@ -81,16 +92,16 @@ def _add_data_arguments(group: argparse._ArgumentGroup) -> None:
         "--prompt-separator",
         type=lambda text: text.replace("\\n", "\n"),
         metavar="TEXT",
-        help="stands between prompt and answer, \\n for a line end (default: nothing)",
+        help="text between prompt and answer, \\n for a line break (default: nothing)",
     )
-    group.add_argument("--max-documents", type=integer(1), metavar="N", help="train on the first N only")
+    group.add_argument("--max-documents", type=integer(1), metavar="N", help="train on the first N documents only")
     group.add_argument("--validation-dataset", metavar="NAME", help="validation data, named as --dataset")
     group.add_argument("--validation-split", metavar="NAME", help="split to validate on")
     group.add_argument(
         "--validation-documents",
         type=integer(0),
         metavar="N",
-        help="hold out the last N of --dataset (default: 100, unless validation data are named)",
+        help="hold out the last N documents (default: 100, or 0 with other validation data)",
     )
     group.add_argument(
         "--sequence-length",
@@ -103,20 +114,19 @@ def _add_data_arguments(group: argparse._ArgumentGroup) -> None:
         type=_padding,
         default=0,
         metavar="yes|no|N",
-        help="score end-of-text tokens behind that which ends the answer: N of them, or up to the sequence length "
-        "(default: no)",
+        help="also score end-of-text tokens after the first: N of them, or up to the sequence length (default: no)",
     )
 
 
 def _add_training_arguments(group: argparse._ArgumentGroup) -> None:
     length = group.add_mutually_exclusive_group()
     length.add_argument("--max-steps", type=integer(1), metavar="N", help="optimizer steps")
-    length.add_argument("--epochs", type=positive, metavar="N", help="times the data (default: 3)")
+    length.add_argument("--epochs", type=positive, metavar="N", help="passes over the data (default: 3)")
     group.add_argument(
         "--learning-rate", type=positive, metavar="X", help=f"default: 1e-4, for adapters {_LORA_LEARNING_RATE:g}"
     )
-    group.add_argument("--batch-size", type=integer(1), metavar="N", help="rows of an optimizer step (default: 32)")
-    group.add_argument("--seed", type=integer(0), metavar="N", help="of data, noise and adapters (default: 0)")
+    group.add_argument("--batch-size", type=integer(1), metavar="N", help="rows per optimizer step (default: 32)")
+    group.add_argument("--seed", type=integer(0), metavar="N", help="for data, noise and adapters (default: 0)")
     group.add_argument(
         "--block-sizes", type=_numbers(int), metavar="N,N...", help="block sizes of the mixture (default: the model's)"
     )
@@ -124,10 +134,10 @@ def _add_training_arguments(group: argparse._ArgumentGroup) -> None:
         "--block-size-weights",
         type=_numbers(float),
         metavar="X,X...",
-        help="their weights, which add up to 1 (default: the model's; equal for other block sizes)",
+        help="their weights, which add up to 1 (default: the model's; equal for new block sizes)",
     )
     group.add_argument(
-        "--diffusion-type", choices=("masked", "uniform"), help="go on with this noise (default: the model's)"
+        "--diffusion-type", choices=("masked", "uniform"), help="noise to train with (default: the model's)"
     )
 
 
@@ -135,20 +145,22 @@ def _add_adapter_arguments(group: argparse._ArgumentGroup) -> None:
     which = group.add_mutually_exclusive_group()
     which.add_argument("--full", action="store_true", help="train all weights (default)")
     which.add_argument("--lora-rank", type=integer(1), metavar="N", help="train an adapter (LoRA) of rank N instead")
-    group.add_argument("--lora-alpha", type=integer(1), metavar="N", help="its scale (default: twice the rank)")
+    group.add_argument(
+        "--lora-alpha", type=integer(1), metavar="N", help="scale of the adapter (default: twice the rank)"
+    )
     group.add_argument(
         "--lora-target",
         metavar="NAME,NAME...",
-        help="what is adapted (default: all matrices of attention and MLP); all-linear: adaptive layer norms too",
+        help="matrices to adapt (default: attention and MLP); all-linear: adaptive layer norms too",
     )
-    group.add_argument("--dora", action="store_true", help="with magnitudes of its own (DoRA)")
+    group.add_argument("--dora", action="store_true", help="train an adapter with magnitudes (DoRA)")
 
 
 def _add_output_arguments(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--output-dir", metavar="DIR", help="where the model goes (default: runs/finetune)")
+    group.add_argument("--output-dir", metavar="DIR", help="folder for the model (default: runs/finetune)")
     folder = group.add_mutually_exclusive_group()
     folder.add_argument(
-        "--resume", action="store_true", help="go on from the last checkpoint in the output folder, if there is one"
+        "--resume", action="store_true", help="continue from the last checkpoint in the output folder, if there is one"
     )
     folder.add_argument(
         "--overwrite", action="store_true", help="replace the model and the checkpoints in the output folder"
@@ -156,7 +168,7 @@ def _add_output_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--dry-run",
         action="store_true",
-        help="check everything, and print size, memory and time to expect; downloads and writes nothing",
+        help="check everything and print expected size, memory and time; downloads and writes nothing",
     )
 
 

@@ -1,4 +1,4 @@
-"""Continues a prompt with a BlockGen model, and tells what that cost."""
+"""Continue a prompt with a BlockGen model and report the cost."""
 
 import argparse
 import json
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from .streamers import StreamedText
 
 
+EXAMPLE = 'blockgen-hf generate "Once upon a time" --decoding arpc --block-size 16'
+USAGE = "[PROMPT ...]"
 _SETTINGS = (
     "decoding",
     "block_size",
@@ -52,23 +54,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "prompts",
         nargs="*",
         metavar="PROMPT",
-        help="texts to continue, one after the other; '-' reads one from standard input (default: none)",
+        help="texts to continue, one after the other; '-' reads one from standard input (default: no prompt)",
     )
     parser.add_argument(
         "--prompt-file",
         type=Path,
         metavar="FILE",
-        help="instead: a text file with a prompt a line, or a .jsonl file with a `prompt` a line",
+        help="read prompts from a text file, one per line, or from a .jsonl file with a `prompt` in each line",
     )
     _add_model_arguments(parser.add_argument_group("model"))
-    _add_decoding_arguments(parser.add_argument_group("decoding (default: what the model's generation config says)"))
+    _add_decoding_arguments(parser.add_argument_group("decoding (default: the model's generation config)"))
     group = parser.add_argument_group("output")
-    group.add_argument("--num-samples", type=integer(1), default=1, metavar="N", help="so many texts (default: 1)")
+    group.add_argument("--num-samples", type=integer(1), default=1, metavar="N", help="number of texts (default: 1)")
     group.add_argument(
-        "--seed", type=integer(0, 2**32 - 1), metavar="N", help="makes it reproducible (default: another every time)"
+        "--seed",
+        type=integer(0, 2**32 - 1),
+        metavar="N",
+        help="makes the text reproducible (default: another seed every time)",
     )
-    group.add_argument("--show-denoising", action="store_true", help="show the drafts of the block in work")
-    group.add_argument("--compare", action="store_true", help="the same prompt with every decoding, as a table")
+    group.add_argument(
+        "--show-denoising", action="store_true", help="show the intermediate drafts of the current block"
+    )
+    group.add_argument(
+        "--compare", action="store_true", help="continue the prompt with every decoding and print a table"
+    )
     group.add_argument("--json", action="store_true", help="print the result as JSON instead of text")
 
 
@@ -79,58 +88,73 @@ def _add_model_arguments(group: argparse._ArgumentGroup) -> None:
         "--cpu-weights",
         type=cpu_weights,
         metavar="NAME",
-        help="int8, float16 or float32: packed, which is faster on an x86 CPU (docs/speed.md)",
+        help="pack the weights as int8, float16 or float32, which is faster on an x86 CPU (docs/speed.md)",
     )
 
 
 def _add_decoding_arguments(group: argparse._ArgumentGroup) -> None:
     # Numbers are checked by BlockGenGenerationConfig, when torch and transformers have been imported.
-    group.add_argument("--decoding", choices=CHOICES["decoding"], help="how blocks of tokens are generated")
-    group.add_argument("--block-size", type=int, metavar="N", help="tokens denoised together")
-    group.add_argument("--denoising-steps", type=int, metavar="N", help="denoiser steps a block")
+    group.add_argument("--decoding", choices=CHOICES["decoding"], help="how the text is generated")
+    group.add_argument("--block-size", type=int, metavar="N", help="number of tokens denoised together")
+    group.add_argument("--denoising-steps", type=int, metavar="N", help="denoising steps per block")
     group.add_argument(
         "--nfe-per-block",
         type=int,
         metavar="N",
-        help="instead: budget of function evaluations a block (arpc, where neither is given: half of the block size)",
+        help="function evaluations per block, instead of --denoising-steps (default for arpc: half the block size)",
     )
-    group.add_argument("--ar-seed-tokens", type=int, metavar="N", help="so many tokens autoregressively at first")
+    group.add_argument(
+        "--ar-seed-tokens",
+        type=int,
+        metavar="N",
+        help="number of tokens generated autoregressively before the first block",
+    )
     group.add_argument(
         "--corrector",
         choices=CHOICES["corrector"],
         metavar="NAME",
-        help="arpc: score of proposed tokens, ar_surprisal, ar_kl ...",
+        help="arpc: score of the proposed tokens, such as ar_surprisal or ar_kl",
     )
     group.add_argument("--corrector-start", type=int, metavar="N", help="arpc: first informed step")
-    group.add_argument("--corrector-period", type=int, metavar="N", help="arpc: informed from then on every N-th step")
-    group.add_argument("--noise-removal", choices=CHOICES["noise_removal"], help="last step of a block")
+    group.add_argument(
+        "--corrector-period",
+        type=int,
+        metavar="N",
+        help="arpc: every N-th step from the first informed one on is informed",
+    )
+    group.add_argument("--noise-removal", choices=CHOICES["noise_removal"], help="how the last step of a block draws")
     group.add_argument(
         "--sampler", choices=CHOICES["sampler"], help="block_diffusion: how a block is denoised (default: ancestral)"
     )
     group.add_argument(
-        "--confidence-threshold", type=float, metavar="X", help="sampler confidence: accept tokens of this probability"
+        "--confidence-threshold",
+        type=float,
+        metavar="X",
+        help="sampler confidence: accept tokens with at least this probability",
     )
     group.add_argument(
         "--entropy-bound",
         type=float,
         metavar="X",
-        help="sampler entropy_bound: accept up to X nats in all",
+        help="sampler entropy_bound: accept tokens with a total entropy of up to X nats",
     )
-    group.add_argument("--max-new-tokens", type=int, metavar="N", help="length of the continuation (else: 64)")
+    group.add_argument("--max-new-tokens", type=int, metavar="N", help="length of the continuation (default: 64)")
     group.add_argument(
         "--stop",
         type=_stop_string,
         action="append",
         metavar="TEXT",
-        help="end a text behind this, \\n for a line end; may be given several times",
+        help="end a text after this string, \\n for a line break; may be repeated",
     )
-    group.add_argument("--temperature", type=float, metavar="X", help="below 1: safer, above: wilder")
-    group.add_argument("--top-k", type=int, metavar="N", help="draw from the N likeliest tokens only; 0: from all")
     group.add_argument(
-        "--top-p", type=float, metavar="X", help="draw from the likeliest tokens of total probability X"
+        "--temperature", type=float, metavar="X", help="below 1: more predictable, above 1: more varied"
+    )
+    group.add_argument("--top-k", type=int, metavar="N", help="draw only from the N most likely tokens; 0: from all")
+    group.add_argument(
+        "--top-p", type=float, metavar="X", help="draw only from the most likely tokens with a total probability of X"
     )
     group.add_argument("--repetition-penalty", type=float, metavar="X", help="above 1: fewer repetitions")
-    group.add_argument("--greedy", action="store_true", help="the likeliest token wherever one would be drawn")
+    group.add_argument("--greedy", action="store_true", help="take the most likely token instead of drawing one")
 
 
 def _stop_string(text: str) -> str:

@@ -14,17 +14,23 @@ Value = TypeVar("Value")
 
 
 class CommandError(Exception):
-    """What a user can mend. It is printed as one line, without a traceback."""
+    """An error that the user can fix. It is printed as one line, without a traceback."""
 
     def __init__(self, message: object) -> None:
         super().__init__(" ".join(str(message).split()))
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
+    """An argument parser whose help begins with an example and whose errors are one line."""
+
+    example = ""
+
+    def format_help(self) -> str:
+        example = "\n".join(f"  {line}" for line in self.example.splitlines())
+        return f"example:\n{example}\n\n{super().format_help()}" if example else super().format_help()
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{PROGRAM}: error: {message} (`{self.prog} --help` tells the options)\n")
+        self.exit(2, f"{PROGRAM}: error: {message} (see `{self.prog} --help`)\n")
 
 
 def integer(low: int, high: int | None = None) -> Callable[[str], int]:
@@ -62,17 +68,15 @@ def model_name(text: str) -> str:
 def add_loading_arguments(group: argparse._ArgumentGroup) -> None:
     """How a model is loaded, whatever it is called."""
     group.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
-    group.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda if it is there"
-    )
+    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda if available")
     group.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
-        help="of the weights (default: auto, as they were saved)",
+        help="type of the weights (default: auto, as saved)",
     )
     group.add_argument(
-        "--attn-implementation", metavar="NAME", help="eager, sdpa, flex_attention, ... (default: transformers')"
+        "--attn-implementation", metavar="NAME", help="eager, sdpa, flex_attention ... (default: that of transformers)"
     )
     group.add_argument(
         "--trust-remote-code", action="store_true", help="run the code of the checkpoint instead of this package's"

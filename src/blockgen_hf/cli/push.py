@@ -1,4 +1,4 @@
-"""Uploads a folder to the Hub: a model with its card and its code, a data set of samples, or a Space."""
+"""Push a folder to the Hub: a model with its card and code, a data set of samples, or a Space."""
 
 import argparse
 from typing import TYPE_CHECKING
@@ -10,42 +10,59 @@ if TYPE_CHECKING:
     from ..hub.push import PushPlan
 
 
+EXAMPLE = "blockgen-hf push runs/mine my-name/my-model --license apache-2.0 --dry-run"
+USAGE = "DIR ORG/NAME"
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="DIR", help="what to upload")
-    parser.add_argument("repo_id", metavar="ORG/NAME", help="where to; it is created if it is not there")
+    parser.add_argument("folder", metavar="DIR", help="folder to upload")
+    parser.add_argument("repo_id", metavar="ORG/NAME", help="repository on the Hub; created if it does not exist")
     parser.add_argument(
-        "--dry-run", action="store_true", help="show what would be uploaded, card and all, and contact nobody"
+        "--dry-run",
+        action="store_true",
+        help="show what would be uploaded, including the card; makes no network requests",
     )
     group = parser.add_argument_group("repository")
-    group.add_argument("--repo-type", choices=("model", "dataset", "space"), default="model", help="default: model")
-    group.add_argument("--private", action="store_true", default=None, help="a new repository is private")
-    group.add_argument("--revision", metavar="BRANCH", help="created if it is not there (default: main)")
+    group.add_argument(
+        "--repo-type",
+        choices=("model", "dataset", "space"),
+        default="model",
+        help="kind of repository (default: model)",
+    )
+    group.add_argument("--private", action="store_true", default=None, help="make a new repository private")
+    group.add_argument(
+        "--revision", metavar="BRANCH", help="branch to push to; created if it does not exist (default: main)"
+    )
     group.add_argument("--create-pr", action="store_true", help="open a pull request")
-    group.add_argument("--commit-message", metavar="TEXT")
+    group.add_argument("--commit-message", metavar="TEXT", help="message of the commit")
     group = parser.add_argument_group("card (default: README.md of the folder, if there is one)")
-    group.add_argument("--license", metavar="ID", help="such as apache-2.0 (default: what README.md or LICENSE says)")
-    group.add_argument("--language", metavar="CODE", action="append", help="such as en; may be given several times")
+    group.add_argument(
+        "--license", metavar="ID", help="licence, such as apache-2.0 (default: from README.md or LICENSE)"
+    )
+    group.add_argument("--language", metavar="CODE", action="append", help="language, such as en; may be repeated")
     group.add_argument(
         "--evaluation",
         metavar="FILE",
         action="append",
         default=[],
-        help="what `evaluate --json` wrote, or qualities of samples; may be given several times",
+        help="file of `evaluate --json`, or qualities of samples; may be repeated",
     )
-    group.add_argument("--new-card", action="store_true", help="write the card anew where there is a README.md")
+    group.add_argument("--new-card", action="store_true", help="write a new card even if there is a README.md")
     group = parser.add_argument_group("files")
     group.add_argument(
-        "--ignore", metavar="GLOB", action="append", default=[], help="leave files out; may be given several times"
+        "--ignore", metavar="GLOB", action="append", default=[], help="files to leave out; may be repeated"
     )
     group.add_argument(
         "--include",
         metavar="GLOB",
         action="append",
         default=[],
-        help="take files that are not of a model, such as figures of the card; may be given several times",
+        help="files to add that do not belong to a model, such as pictures of the card; may be repeated",
     )
     group.add_argument(
-        "--update-code", action="store_true", help="publish this package's code where the folder has another version's"
+        "--update-code",
+        action="store_true",
+        help="publish this package's code if the folder has that of another version",
     )
 
 

@@ -1,4 +1,4 @@
-"""Trains a BlockGen model by a recipe: a YAML file, or one that the package brings."""
+"""Train a BlockGen model from a recipe: a YAML file, or one that comes with the package."""
 
 import argparse
 import json
@@ -6,6 +6,10 @@ import os
 from collections.abc import Sequence
 
 from .parsing import CommandError, integer
+
+
+EXAMPLE = "blockgen-hf train laptop data.dataset=my.txt --output-dir runs/mine"
+USAGE = "recipe [section.key=value ...]"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,15 +20,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "overrides",
         nargs="*",
         metavar="section.key=value",
-        help="changes the recipe: data.dataset=my.txt, training.learning_rate=1e-3, model.block_sizes=[1,16] ...",
+        help="change the recipe: data.dataset=my.txt, training.learning_rate=1e-3, model.block_sizes=[1,16] ...",
     )
-    parser.add_argument("--output-dir", metavar="DIR", help="where the model goes; short for training.output_dir=DIR")
+    parser.add_argument("--output-dir", metavar="DIR", help="folder for the model; short for training.output_dir=DIR")
     parser.add_argument(
         "--max-steps", type=integer(1), metavar="N", help="optimizer steps; short for training.max_steps=N"
     )
     group = parser.add_mutually_exclusive_group()
     group.add_argument(
-        "--resume", action="store_true", help="go on from the last checkpoint in the output folder, if there is one"
+        "--resume", action="store_true", help="continue from the last checkpoint in the output folder, if there is one"
     )
     group.add_argument(
         "--overwrite", action="store_true", help="replace the model and the checkpoints in the output folder"
@@ -32,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="check everything, and print size, memory and time to expect; downloads and writes nothing",
+        help="check everything and print expected size, memory and time; downloads and writes nothing",
     )
 
 
