@@ -1,7 +1,7 @@
-# Short names for what run.py does; where there is no make, type what stands behind them.
+# Short names for the commands of run.py. Without make, run these commands directly.
 PYTHON ?= python3
 
-.PHONY: setup run test test-slow quality style compat lock
+.PHONY: setup run test test-slow quality style docs compat lock
 
 setup:
 	$(PYTHON) run.py setup
@@ -20,6 +20,9 @@ quality:
 
 style:
 	$(PYTHON) run.py style
+
+docs:
+	$(PYTHON) run.py docs
 
 compat:
 	$(PYTHON) run.py compat

@@ -1,9 +1,9 @@
 """
 Fine-tunes a BlockGen checkpoint on GSM8K with nothing but transformers' Trainer, and lets it answer a question.
 
-The model draws block size, noise level and noise itself. What a label of -100 stands at, here the questions, stays
-clean and costs nothing; the end of text behind an answer is learned. By default the small checkpoint that the package
-brings is trained, which learns the form of the answers and no arithmetic.
+The model draws block size, noise level and noise itself. Tokens with a label of -100, here the questions, stay clean and
+are not scored; the end-of-text token after an answer is learned. By default this trains the small checkpoint of the
+package, which learns the form of the answers but no arithmetic.
 
     python examples/finetune_gsm8k.py --model org/name --output-dir runs/gsm8k
     python examples/finetune_gsm8k.py --train-file train.jsonl --max-steps 20   # a file with `question` and `answer`
@@ -25,14 +25,14 @@ SEPARATOR = "\n"  # behind a question, in training and in generation
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n")[0])
     parser.add_argument("--model", help="a folder or a model on the Hub (default: the package's small checkpoint)")
-    parser.add_argument("--train-file", help="JSON lines, in place of openai/gsm8k from the Hub")
+    parser.add_argument("--train-file", help="JSON lines, instead of openai/gsm8k from the Hub")
     parser.add_argument("--output-dir", default="runs/gsm8k")
     parser.add_argument("--max-steps", type=int, default=-1, help="default: --epochs")
     parser.add_argument("--epochs", type=float, default=3.0)
-    parser.add_argument("--batch-size", type=int, default=8, help="rows at a time")
-    parser.add_argument("--accumulation-steps", type=int, default=4, help="a block size is drawn for each")
+    parser.add_argument("--batch-size", type=int, default=8, help="rows of a forward pass")
+    parser.add_argument("--accumulation-steps", type=int, default=4, help="a block size is drawn for each of them")
     parser.add_argument("--learning-rate", type=float, default=1e-4)
-    parser.add_argument("--padding", type=int, default=0, help="ends of text that are learned behind the first one")
+    parser.add_argument("--padding", type=int, default=0, help="end-of-text tokens learned after the first")
     parser.add_argument("--seed", type=int, default=0)
     return parser
 

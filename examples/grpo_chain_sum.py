@@ -1,9 +1,9 @@
 """
 Reinforcement learning of sums with TRL's GRPO: the reward is whether reasoning-gym's verifier accepts the answer.
 
-The small model that the package ships learns from worked examples first, until it is right now and then, and then from
-its own answers to some of these sums. `OUTPUT/rewards.json` has the mean reward of every step, and accuracies before
-and after, on these sums and on some that it never saw.
+The small model of the package first learns from worked examples until it is sometimes right, and then from its own
+answers to some of these sums. `OUTPUT/rewards.json` has the mean reward of every step, and the accuracy before and after
+on these sums and on sums that it has never seen.
 
     pip install 'blockgen-hf[trl]' reasoning-gym
     python examples/grpo_chain_sum.py runs/grpo
@@ -79,12 +79,12 @@ def accuracies(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--decoding", choices=DECODINGS, default="ar", help="of the rollouts")
+    parser.add_argument("--decoding", choices=DECODINGS, default="ar", help="decoding of the rollouts")
     parser.add_argument("--warmup-steps", type=int, default=200, help="steps on worked examples")
-    parser.add_argument("--problems", type=int, default=40, help="sums to answer in GRPO, of the 160 of the examples")
+    parser.add_argument("--problems", type=int, default=40, help="number of sums in GRPO, out of the 160 examples")
     parser.add_argument("--steps", type=int, default=60, help="steps of GRPO")
-    parser.add_argument("--rollouts", type=int, default=128, help="of a step of GRPO, 8 a sum")
-    parser.add_argument("--learning-rate", type=float, default=5e-4, help="of GRPO")
+    parser.add_argument("--rollouts", type=int, default=128, help="rollouts per step of GRPO, 8 per sum")
+    parser.add_argument("--learning-rate", type=float, default=5e-4, help="learning rate of GRPO")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 

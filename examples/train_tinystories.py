@@ -1,10 +1,9 @@
 """
-Trains the small BlockGen that the package ships: byte-level BPE tokenizer, model, evaluation and model card.
+Trains the small BlockGen model of the package: byte-level BPE tokenizer, model, evaluation and model card.
 
-It needs nothing but `transformers.Trainer`: `BlockGenForDiffusionLM.forward(input_ids, labels)` draws block size,
-noise level and noise itself. By default the stories come from the Hub (`roneneldan/TinyStories`); `--train-file` reads
-a local text instead (also `.xz`), one story, then a line `<|endoftext|>`. Run it again to resume from the last
-checkpoint.
+It uses plain `transformers.Trainer`: `BlockGenForDiffusionLM.forward(input_ids, labels)` draws block size, noise level and
+noise itself. By default, the stories come from the Hub (`roneneldan/TinyStories`). `--train-file` reads a local text
+instead (also `.xz`), with a line `<|endoftext|>` after each story. Run the script again to resume from the last checkpoint.
 
     python examples/train_tinystories.py --output-dir runs/tinystories --max-steps 3000
 """
@@ -102,7 +101,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--max-stories", type=int, default=200_000, help="stories to take from the Hub's training split"
     )
     parser.add_argument("--vocab-size", type=int, default=4096)
-    parser.add_argument("--length", type=int, default=256, help="tokens of a row")
+    parser.add_argument("--length", type=int, default=256, help="tokens per row")
     parser.add_argument("--hidden-size", type=int, default=192)
     parser.add_argument("--num-layers", type=int, default=4)
     parser.add_argument("--num-heads", type=int, default=3)
@@ -110,10 +109,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--save-steps", type=int, default=250)
-    parser.add_argument(
-        "--eval-rows", type=int, default=256, help="validation rows that the card's perplexities are of"
-    )
-    parser.add_argument("--eval-draws", type=int, default=4, help="Monte-Carlo draws a row of the bounds")
+    parser.add_argument("--eval-rows", type=int, default=256, help="validation rows for the perplexities of the card")
+    parser.add_argument("--eval-draws", type=int, default=4, help="Monte-Carlo draws per row for the bounds")
     parser.add_argument("--seed", type=int, default=0)
     return parser
 

@@ -23,19 +23,19 @@ class BlockGenTrainingArguments(TrainingArguments):
 
     learning_rate: float = field(default=3e-4, metadata={"help": "The initial learning rate of the optimizer."})
     lr_scheduler_type: str = field(
-        default="constant_with_warmup", metadata={"help": "Learning-rate schedule, a name of transformers."}
+        default="constant_with_warmup", metadata={"help": "Learning-rate schedule, as named in transformers."}
     )
     warmup_steps: float = field(
         default=2500, metadata={"help": "Steps of linear warm-up; a number below 1 is a share of all steps."}
     )
     remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Off: the collator picks the columns, and hands on where a row comes from."}
+        default=False, metadata={"help": "Off: the collator selects the columns and keeps the source of each row."}
     )
     include_num_input_tokens_seen: str = field(  # `str | bool` is a flag for HfArgumentParser, which takes no words
         default="non_padding", metadata={"help": "Log the tokens seen: `all`, `non_padding` or `no`."}
     )
     ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Off: a step uses all parameters, whatever it draws."}
+        default=False, metadata={"help": "Off: every step uses all parameters."}
     )
     block_size_sampling: str = field(
         default="stratified",
@@ -48,21 +48,21 @@ class BlockGenTrainingArguments(TrainingArguments):
         default="micro_batch",
         metadata={
             "help": "A slot is a `micro_batch` (a rank and accumulation step, the paper), or every `sequence` of the "
-            "global batch: finer strata, and no difference between batch size and accumulation, but no mask is reused."
+            "global batch. `sequence` gives finer strata, the same for every accumulation, but reuses no mask."
         },
     )
     noise_level_sampling: str = field(
-        default="sequence", metadata={"help": "One noise level a `sequence` (the paper) or a `block` (BD3-LM)."}
+        default="sequence", metadata={"help": "One noise level per `sequence` (the paper) or per `block` (BD3-LM)."}
     )
     ema_decay: float = field(
         default=0.9999,
-        metadata={"help": "Decay of the average of the weights, which is what is saved and evaluated; 0 for none."},
+        metadata={"help": "Decay of the average of the weights, which is saved and evaluated; 0 for no average."},
     )
     eval_monte_carlo_samples: int = field(
-        default=8, metadata={"help": "Monte-Carlo draws of noise a sequence in evaluation (Eq. 19)."}
+        default=8, metadata={"help": "Monte-Carlo draws of noise per sequence in evaluation (Eq. 19)."}
     )
     hub_license: str | None = field(
-        default=None, metadata={"help": "Licence of the model that is pushed to the Hub, such as apache-2.0."}
+        default=None, metadata={"help": "Licence of a model that is pushed to the Hub, such as apache-2.0."}
     )
 
     def __post_init__(self) -> None:

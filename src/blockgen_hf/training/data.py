@@ -44,7 +44,7 @@ PACKINGS = ("packed", "none")
 @dataclass
 class DataArguments:
     """
-    What to train on, and how rows are made of it. For `HfArgumentParser`, YAML files and Python.
+    What to train on, and how to make rows of it. For `HfArgumentParser`, YAML files and Python.
 
     Raises:
         ValueError: a value that is not accepted, or settings that contradict one another.
@@ -64,77 +64,78 @@ class DataArguments:
     )
     streaming: bool = field(default=False, metadata={"help": "Read while training, and keep nothing on disk."})
     shuffle_buffer_size: int = field(
-        default=0, metadata={"help": "With streaming: draw each row from so many; 0 keeps the order of the data."}
+        default=0,
+        metadata={
+            "help": "With streaming: size of the buffer that rows are drawn from; 0 keeps the order of the data."
+        },
     )
 
     text_column: str | None = field(default=None, metadata={"help": "Column of plain text. Default: `text`."})
     prompt_column: str | None = field(
-        default=None, metadata={"help": "Column of prompts (`question`, say). Default: `prompt`."}
+        default=None, metadata={"help": "Column of prompts, such as `question`. Default: `prompt`."}
     )
     completion_column: str | None = field(
-        default=None, metadata={"help": "Column of what follows a prompt (`answer`, say). Default: `completion`."}
+        default=None, metadata={"help": "Column of completions, such as `answer`. Default: `completion`."}
     )
     messages_column: str | None = field(
         default=None, metadata={"help": "Column of conversations. Default: `messages`."}
     )
     prompt_separator: str = field(
-        default="", metadata={"help": "Stands between prompt and completion, as a part of the prompt."}
+        default="", metadata={"help": "Text between prompt and completion; part of the prompt."}
     )
     train_on_prompt: bool = field(
-        default=False, metadata={"help": "Score prompts and the turns of users too, not only what answers them."}
+        default=False, metadata={"help": "Score prompts and user turns too, not only completions."}
     )
     document_separator: str | None = field(
         default=None,
         metadata={
-            "help": "What stands between the documents of a .txt file: `<|endoftext|>`, `\\n` for one a line ... "
+            "help": "Text between the documents of a .txt file: `<|endoftext|>`, `\\n` for one per line ... "
             "Default: a file is one document."
         },
     )
 
     validation_dataset: list[str] | str | None = field(
-        default=None, metadata={"help": "Validation data, named as `dataset` is."}
+        default=None, metadata={"help": "Validation data, in the form of `dataset`."}
     )
     validation_split: str | None = field(
         default=None,
-        metadata={
-            "help": "Split to validate on, of `validation_dataset` (default `validation`) or else of `dataset`."
-        },
+        metadata={"help": "Split to validate on, of `validation_dataset` (default `validation`) or of `dataset`."},
     )
     validation_documents: int = field(
-        default=0, metadata={"help": "Instead: hold out so many documents at the end of the training data."}
+        default=0, metadata={"help": "Number of documents to hold out at the end of the training data instead."}
     )
     max_documents: int | None = field(
-        default=None, metadata={"help": "Train on so many documents at most, the first ones."}
+        default=None, metadata={"help": "Largest number of documents to train on; the first ones are used."}
     )
 
-    sequence_length: int = field(default=1024, metadata={"help": "Tokens of a row; the longest row if not packed."})
+    sequence_length: int = field(default=1024, metadata={"help": "Tokens per row; if not packed, the longest row."})
     packing: str = field(
         default="packed",
         metadata={
             "help": "`packed`: documents joined with the end-of-text token and cut into rows of `sequence_length`. "
-            "`none`: a document a row, truncated to `sequence_length`.",
+            "`none`: one document per row, truncated to `sequence_length`.",
             "choices": PACKINGS,
         },
     )
     isolate_documents: bool = field(
-        default=False, metadata={"help": "Packed: keep the documents of a row apart in attention and in positions."}
+        default=False, metadata={"help": "Packed: separate the documents of a row in attention and positions."}
     )
     train_on_padding: int = field(
         default=0,
         metadata={
-            "help": "Not packed: end-of-text tokens that are scored behind the first one, as far as `sequence_length` "
-            "allows. 0: none. `sequence_length`: rows are filled up with them."
+            "help": "Not packed: number of end-of-text tokens scored after the first, as far as `sequence_length` "
+            "allows. 0: none. `sequence_length`: rows are filled with them."
         },
     )
     add_bos_token: bool = field(
         default=False, metadata={"help": "Begin documents and prompts with the tokenizer's BOS token."}
     )
 
-    num_proc: int | None = field(default=None, metadata={"help": "Processes that read, tokenise and pack."})
+    num_proc: int | None = field(default=None, metadata={"help": "Number of processes that read, tokenise and pack."})
     cache_dir: str | None = field(
         default=None, metadata={"help": "Folder for prepared data. Default: that of `datasets`, $HF_DATASETS_CACHE."}
     )
-    overwrite_cache: bool = field(default=False, metadata={"help": "Read, tokenise and pack anew."})
+    overwrite_cache: bool = field(default=False, metadata={"help": "Read, tokenise and pack again."})
 
     def __post_init__(self) -> None:
         if not self.dataset or not all(self.dataset):
