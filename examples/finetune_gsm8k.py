@@ -1,9 +1,9 @@
 """
 Fine-tunes a BlockGen checkpoint on GSM8K with nothing but transformers' Trainer, and lets it answer a question.
 
-The model draws block size, noise level and noise itself. Tokens with a label of -100, here the questions, stay clean and
-are not scored; the end-of-text token after an answer is learned. By default this trains the small checkpoint of the
-package, which learns the form of the answers but no arithmetic.
+The model draws block size, noise level and noise itself. Tokens with a label of -100, here the questions, stay clean
+and are not scored; the end-of-text token after an answer is learned. By default this trains the small checkpoint of
+the package, which learns the form of the answers but no arithmetic.
 
     python examples/finetune_gsm8k.py --model org/name --output-dir runs/gsm8k
     python examples/finetune_gsm8k.py --train-file train.jsonl --max-steps 20   # a file with `question` and `answer`

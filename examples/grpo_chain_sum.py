@@ -2,8 +2,8 @@
 Reinforcement learning of sums with TRL's GRPO: the reward is whether reasoning-gym's verifier accepts the answer.
 
 The small model of the package first learns from worked examples until it is sometimes right, and then from its own
-answers to some of these sums. `OUTPUT/rewards.json` has the mean reward of every step, and the accuracy before and after
-on these sums and on sums that it has never seen.
+answers to some of these sums. `OUTPUT/rewards.json` has the mean reward of every step, and the accuracy before and
+after on these sums and on sums that it has never seen.
 
     pip install 'blockgen-hf[trl]' reasoning-gym
     python examples/grpo_chain_sum.py runs/grpo

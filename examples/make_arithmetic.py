@@ -1,8 +1,8 @@
 r"""
 Writes arithmetic with worked answers, in the form of GSM8K, for `blockgen-hf finetune` and `evaluate-answers`.
 
-The problems are `chain_sum` of reasoning-gym (`pip install reasoning-gym`). Its verifier checks every worked answer, and
-the script stops if one is not accepted. No problem of the test file is in the training file.
+The problems are `chain_sum` of reasoning-gym (`pip install reasoning-gym`). Its verifier checks every worked answer,
+and the script stops if one is not accepted. No problem of the test file is in the training file.
 
     python examples/make_arithmetic.py arithmetic
 

@@ -1,9 +1,10 @@
 """
 Trains the small BlockGen model of the package: byte-level BPE tokenizer, model, evaluation and model card.
 
-It uses plain `transformers.Trainer`: `BlockGenForDiffusionLM.forward(input_ids, labels)` draws block size, noise level and
-noise itself. By default, the stories come from the Hub (`roneneldan/TinyStories`). `--train-file` reads a local text
-instead (also `.xz`), with a line `<|endoftext|>` after each story. Run the script again to resume from the last checkpoint.
+It uses plain `transformers.Trainer`: `BlockGenForDiffusionLM.forward(input_ids, labels)` draws block size, noise level
+and noise itself. By default, the stories come from the Hub (`roneneldan/TinyStories`). `--train-file` reads a local
+text instead (also `.xz`), with a line `<|endoftext|>` after each story. Run the script again to resume from the last
+checkpoint.
 
     python examples/train_tinystories.py --output-dir runs/tinystories --max-steps 3000
 """

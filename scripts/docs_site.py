@@ -83,16 +83,15 @@ def _translate_docstrings(parent: Any, names: dict[str, str]) -> None:
 
     def argument(found: re.Match[str]) -> str:
         name, kind, default = found.groups()
-        kind = kind.replace("`", "").removesuffix(", *optional*").removesuffix("*optional*")
+        kind = re.sub(r"\[?`\]?|,? ?\*optional\*", "", kind)
         return name + (f" ({kind}):" if kind else ":") + (f" Defaults to {default}." if default else "")
 
     for member in parent.members.values():
         if member.is_alias:
             continue
         if member.docstring:
-            text = re.sub(r"\[`(~?)([\w.]+)`\](?![\[(])", link, member.docstring.value)
-            member.docstring.value = re.sub(
-                r"^(\s+[\w, ]+) \((.*?)(?:,? defaults to (.+?))?\):", argument, text, flags=re.MULTILINE
-            )
+            form = r"^(\s+[\w, ]+) \((.*?)(?:,? defaults to (.+?))?\):"
+            text = re.sub(form, argument, member.docstring.value, flags=re.MULTILINE)
+            member.docstring.value = re.sub(r"\[`(~?)([\w.]+)`\](?![\[(])", link, text)
         if member.is_module or member.is_class:
             _translate_docstrings(member, names)
