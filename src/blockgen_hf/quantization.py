@@ -120,9 +120,9 @@ def quantize_for_cpu(model: PreTrainedModel, weights: str = "int8") -> PreTraine
     Replaces the matrices of the layers and the output layer by packed ones, for inference on an x86 CPU.
 
     Args:
-        model ([`BlockGenForDiffusionLM`]): float32, on the CPU, in evaluation mode. It is changed in place; its
-            parameters need no gradients any more. Embeddings, norms and what depends on the noise level stay as they
-            are.
+        model ([`BlockGenForDiffusionLM`]): a float32 model on the CPU, in evaluation mode. It is changed in place, and
+            its parameters no longer require gradients. Embeddings, norms and layers that depend on the noise level
+            stay unchanged.
         weights (`str`): `"int8"`: a quarter of the memory, products of 8 bits times 8 bits. `"float16"`: half of the
             memory, the precision of float16 in the weights, that of float32 elsewhere. `"float32"`: the same weights,
             only packed; faster with the many rows of a block, not with the single one of `decoding="ar"`.
@@ -131,8 +131,8 @@ def quantize_for_cpu(model: PreTrainedModel, weights: str = "int8") -> PreTraine
         the model.
 
     Raises:
-        ValueError: a format that there is not, another model, type, device or mode, layers that are adapted or
-            quantised already, or a CPU or a torch without the kernels.
+        ValueError: the format is unknown; the model, its type, device or mode is not supported; layers are already
+            adapted or quantised; or this CPU or torch lacks the kernels.
     """
     if weights not in FORMATS:
         raise ValueError(f"`weights` must be one of {', '.join(map(repr, FORMATS))}, but is {weights!r}.")

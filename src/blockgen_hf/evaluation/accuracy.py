@@ -79,47 +79,47 @@ def evaluate_answers(
     progress: bool = False,
 ) -> AnswerResult:
     r"""
-    Lets a model answer questions by several decodings, and counts the right answers.
+    Asks a model questions under several decodings, and measures accuracy and cost.
 
-    A sample depends on the seed, its prompt and its number alone: not on batch size, other questions or number of
-    processes, but for rounding. Decodings have their random numbers in common. With `output_dir` every batch is on
-    disk once it is generated, and a call with the same settings goes on where the last one was killed.
+    A sample depends only on the seed, its prompt and its number. Except for rounding, it does not depend on the batch
+    size, the other questions or the number of processes. All decodings share their random numbers. With `output_dir`,
+    batches are written to disk as they are generated, and a call with the same settings continues an interrupted one.
 
     Args:
-        model ([`BlockGenForDiffusionLM`]): on its device. It is put into evaluation mode.
-        tokenizer: that of the model.
+        model ([`BlockGenForDiffusionLM`]): the model on its device. It is put into evaluation mode.
+        tokenizer: the tokenizer of the model.
         questions: rows of a data set, see [`read_questions`].
         decodings (`Sequence[str]`): such as `"ar"`, `"ar:do_sample=false"`, `"block_diffusion:8"` (denoising steps),
-            `"arpc:8"` (function evaluations a block); settings of `generate` may follow, as in
+            `"arpc:8"` (function evaluations per block); settings of `generate` may follow, as in
             `"arpc:8:block_size=4:temperature=0.5"`.
-        num_samples (`int`): samples of each question.
-        k (`Sequence[int]`): of pass@k, each at most `num_samples`.
-        max_new_tokens (`int`): of a sample. Where prompt and answer exceed the model's positions it is less, and
-            prompts that leave no room are counted as not answered.
-        block_size (`int`, *optional*): of the decodings that do not say. Default: the largest trained.
-        prompt_separator (`str`): stands behind a prompt that is a text. It must be what the model was trained with.
-        add_bos_token (`bool`): begin prompts that are texts with the BOS token, if the model was trained so.
-        answer_form (`str`, *optional*): what is the answer of a sample: `"marker"`, the number behind the last `####`;
-            `"last_number"`, where there is no `####` the last number; `"program"`, what a Python program returns, as
-            in TinyGSM, see [`run_programs`]. Default: `"marker"` if all right answers have a `####`, else
+        num_samples (`int`): samples per question.
+        k (`Sequence[int]`): values of k for pass@k, each at most `num_samples`.
+        max_new_tokens (`int`): longest sample. It is reduced if prompt and answer exceed the model's positions;
+            prompts that leave no room count as not answered.
+        block_size (`int`, *optional*): block size of decodings that do not set it. Default: the largest trained.
+        prompt_separator (`str`): text after a prompt that is a text, as in training.
+        add_bos_token (`bool`): whether to begin prompts that are texts with the BOS token, as in training.
+        answer_form (`str`, *optional*): how to read the answer of a sample. `"marker"`: the number after the last
+            `####`. `"last_number"`: the last number if there is no `####`. `"program"`: what a Python program returns,
+            as in TinyGSM, see [`run_programs`]. Default: `"marker"` if all reference answers have a `####`, otherwise
             `"last_number"`.
-        question_column, answer_column (`str`, *optional*): of `questions`.
-        batch_size (`int`): rows of a call of `generate`.
-        seed (`int`): of samples and intervals.
-        output_dir (*optional*): where `generations.jsonl`, `results.json` and `table.md` are written. With several
-            processes needed, in a file system that all share.
-        overwrite (`bool`): begin anew. Otherwise what `output_dir` holds is gone on with, if it was made with the same
-            settings, model and questions; samples and decodings may be added.
-        accelerator (`accelerate.Accelerator` or `PartialState`, *optional*): shares the samples among its processes;
-            every one gets the result. Default: made where several processes were launched.
-        progress (`bool`): whether the main process shows a bar, of samples.
+        question_column, answer_column (`str`, *optional*): columns of `questions`.
+        batch_size (`int`): rows per call of `generate`.
+        seed (`int`): seed of samples and intervals.
+        output_dir (*optional*): folder for `generations.jsonl`, `results.json` and `table.md`. Required with several
+            processes, on a file system that they share.
+        overwrite (`bool`): whether to start again. Otherwise existing generations in `output_dir` are reused, if they
+            have the same settings, model and questions; samples and decodings may be added.
+        accelerator (`accelerate.Accelerator` or `PartialState`, *optional*): shares the samples among its processes,
+            which all get the result. Default: created if several processes were launched.
+        progress (`bool`): whether the main process shows a progress bar.
 
     Returns:
         [`AnswerResult`].
 
     Raises:
-        ValueError: bad arguments, questions without answers, or an `output_dir` that was made with other settings or
-            that another process writes to.
+        ValueError: an argument is invalid, questions have no answers, or `output_dir` has other settings or is in use
+            by another process.
     """
     unwrapped: PreTrainedModel = unwrap_model(model).eval()
     _check_arguments(num_samples, k, max_new_tokens, batch_size, answer_form)

@@ -34,20 +34,20 @@ class LikelihoodResult:
 
     Args:
         block_sizes (`dict[int, LikelihoodFigure]`): the bound of every block size evaluated.
-        jensen ([`LikelihoodFigure`], *optional*): of the mixture, Eq. 7: the mean of the block sizes' by weight. A
-            bound with any number of draws, and what training minimises: the figure to report and to compare runs by.
-        log_sum_exp ([`LikelihoodFigure`], *optional*): of the mixture, tighter, Eq. 20 as printed: reduced a sequence,
-            and then summed. On average it is too low, as it prefers the block sizes that were lucky: no bound of the
-            likelihood unless K is large.
-        log_sum_exp_corrected ([`LikelihoodFigure`], *optional*): less the part of that which falls as 1 / K. The best
-            guess where the error is small. None, as the next, if there is one draw only.
-        log_sum_exp_upper ([`LikelihoodFigure`], *optional*): on average no less than Eq. 20 with any number of draws,
-            and so a bound of the likelihood: some draws choose among the block sizes, others tell how good they are.
-        weights (`dict[int, float]`): gamma, of the block sizes in the mixture. They add up to 1. If there are none,
-            the mixture's figures are None.
-        num_sequences (`int`): sequences with a scored token.
-        num_tokens (`int`): scored tokens.
-        num_skipped (`int`): rows without a scored token.
+        jensen ([`LikelihoodFigure`], *optional*): the mixture by Eq. 7: the weighted mean of the block sizes. A bound
+            with any number of draws, and what training minimises. Report this one and compare runs by it.
+        log_sum_exp ([`LikelihoodFigure`], *optional*): the mixture by Eq. 20 as printed, which is tighter: reduced for
+            each sequence and then summed. Too low on average, since it prefers block sizes with lucky draws: not a
+            bound of the likelihood unless K is large.
+        log_sum_exp_corrected ([`LikelihoodFigure`], *optional*): the same without the part of the bias that falls as
+            1 / K. The best estimate if the error is small. None, like the next, if there is only one draw.
+        log_sum_exp_upper ([`LikelihoodFigure`], *optional*): on average at least Eq. 20 with any number of draws, and
+            so a bound of the likelihood: some draws choose among the block sizes, and others measure them.
+        weights (`dict[int, float]`): gamma, for the block sizes in the mixture. They add up to 1. If there are none,
+            the results for the mixture are None.
+        num_sequences (`int`): number of sequences with a scored token.
+        num_tokens (`int`): number of scored tokens.
+        num_skipped (`int`): number of rows without a scored token.
         num_draws (`int`): K.
     """
 
@@ -93,18 +93,18 @@ def likelihood_metrics(
     num_skipped: int = 0,
 ) -> LikelihoodResult:
     """
-    The figures of a data set from the bounds of its sequences. Tensors or arrays, in any order of the sequences.
+    The likelihood of a data set from the bounds of its sequences, tensors or arrays in any order of the sequences.
 
     Args:
-        nll (`[N, S, K]`): what [`sequence_nll`] gives, in nats. Not-a-numbers and infinities end in the figures.
-        num_tokens (`[N]`): scored tokens of every sequence. Sequences without any are counted as skipped.
+        nll (`[N, S, K]`): bounds of [`sequence_nll`], in nats. NaN and infinite values carry over to the result.
+        num_tokens (`[N]`): number of scored tokens of each sequence. Sequences without any are counted as skipped.
         block_sizes (`Sequence[int]`): the S block sizes.
-        weights (`Sequence[float]`, *optional*): gamma, one a block size, zero for those that are not in the mixture;
-            they are divided by their sum. Default: equal. [`mixture_weights`] gives those of a configuration.
-        num_skipped (`int`): sequences that were left out before.
+        weights (`Sequence[float]`, *optional*): gamma, one per block size, zero for those outside the mixture; they
+            are divided by their sum. Default: equal. [`mixture_weights`] gives those of a configuration.
+        num_skipped (`int`): number of sequences that were left out before.
 
     Raises:
-        ValueError: shapes that do not fit, negative weights, or no sequence with a scored token.
+        ValueError: shapes do not fit, a weight is negative, or no sequence has a scored token.
     """
     nll = torch.as_tensor(nll).detach().to("cpu", torch.float64)
     num_tokens = torch.as_tensor(num_tokens).detach().to("cpu", torch.float64)

@@ -147,51 +147,50 @@ def evaluate_likelihood(
     progress: bool = False,
 ) -> LikelihoodResult:
     r"""
-    Bounds of the negative log-likelihood of a data set, and perplexities, of each block size and of their mixture.
+    Bounds of the negative log-likelihood of a data set, and perplexities, for each block size and for the mixture.
 
-    - Block size s: the ELBO, Eq. 15 or 16, by K draws a sequence (Eq. 18, 19), summed over the data set and divided by
-      its scored tokens (Eq. 13). With a block size of 1 it is the cross entropy with fully noised inputs: for masked
-      models the exact likelihood (Eq. 14), for uniform ones a mean over random inputs, by K draws. Models with
-      `next_token_prediction` are exact, and score no text's first token.
-    - Mixture: `jensen` (Eq. 7), and the tighter `log_sum_exp` (Eq. 20), reduced a sequence, with a figure corrected
-      for its bias and one that is surely a bound.
+    - Block size s: the ELBO (Eq. 15, 16) from K draws per sequence (Eq. 18, 19), summed over the data set and divided
+      by its scored tokens (Eq. 13). For block size 1, it is the cross entropy with fully noised inputs: the exact
+      likelihood of masked models (Eq. 14), and a mean over random inputs from K draws for uniform ones. Models with
+      `next_token_prediction` are exact, and do not score the first token of a text.
+    - Mixture: `jensen` (Eq. 7), and the tighter `log_sum_exp` (Eq. 20), reduced for each sequence, with one estimate
+      that is corrected for its bias and one that is certainly a bound.
 
-    The figures do not depend, but for rounding, on batch size, padding, order or number of processes: noise is keyed
-    by the seed and by what a row says. Rows that say the same get the same noise.
+    Except for rounding, the results do not depend on batch size, padding, order or number of processes: noise is keyed
+    by the seed and the content of a row. Rows with the same content get the same noise.
 
-    As in the paper's code, t is uniform on (smallest_time, 1], and what the bound has outside is left out: the little
-    that is left of the text at t = 1, where alpha is `noise_schedule_eps` (1e-3), and times below `smallest_time`, for
-    which the mean of the others stands in. For masked models either is about a part in a thousand. The latter may be
-    much for a uniform model that has not learnt to trust the tokens which it sees: `smallest_time=0` gives the whole
-    integral.
+    As in the paper's code, t is uniform on (smallest_time, 1]. This leaves out two parts of the bound: the rest of the
+    text at t = 1, where alpha is `noise_schedule_eps` (1e-3), and times below `smallest_time`, which are replaced by
+    the mean of the others. For masked models, each is about one part in a thousand. The second may be large for a
+    uniform model that has not learnt to trust the tokens it sees; `smallest_time=0` gives the whole integral.
 
     Args:
-        model ([`BlockGenForDiffusionLM`]): on its device, also wrapped by `accelerator.prepare`.
-        dataset: rows with `input_ids` and the columns that [`model_columns`] lists, lists or tensors, as a sequence, a
-            `Dataset` or an iterable; or token ids alone; or the columns that a tokenizer returns; or a tensor of token
-            ids `[N, L]`. Rows of unequal length are padded. Scored are the tokens whose label is not -100 (without
-            labels all), but not padding.
-        block_sizes (`Sequence[int]`, *optional*): what to evaluate, any positive sizes. Default: those of the
+        model ([`BlockGenForDiffusionLM`]): the model on its device; may be wrapped by `accelerator.prepare`.
+        dataset: rows with `input_ids` and the columns that [`model_columns`] lists, as lists or tensors, in a
+            sequence, a `Dataset` or an iterable; or only token ids; or the columns that a tokenizer returns; or a
+            tensor of token ids `[N, L]`. Rows of unequal length are padded. Tokens whose label is not -100 are scored
+            (without labels, all tokens), except padding.
+        block_sizes (`Sequence[int]`, *optional*): block sizes to evaluate, any positive numbers. Default: those of the
             configuration.
-        monte_carlo_samples (`int`): K, draws of noise for each row and block size. The time taken is in proportion.
-        batch_size (`int`): rows a forward pass, and process.
-        data_collator (`Callable`, *optional*): makes a batch of tensors of a list of rows. Default: pads on the right.
+        monte_carlo_samples (`int`): K, draws of noise for each row and block size. The time is proportional to it.
+        batch_size (`int`): rows per forward pass and process.
+        data_collator (`Callable`, *optional*): makes a batch of tensors from a list of rows. Default: pads on the
+            right.
         weights (`Mapping[int, float]` or `Sequence[float]`, *optional*): gamma, by block size or in their order.
-            Default: those of the configuration; its block sizes only are in the mixture then. Where `block_sizes`
-            leave some of them out, the mixture is that of the others, with weights that add up to 1 again: see
-            `weights` of the result.
-        seed (`int`): of the noise.
-        smallest_time (`float`): in [0, 1).
-        accelerator (`accelerate.Accelerator`, *optional*): shares the rows among its processes; every process gets the
-            same result, and must be given the same data set. Default: made where several processes were launched.
-        progress (`bool`): whether the main process shows a bar, of rows.
+            Default: those of the configuration; the mixture then has only its block sizes. If `block_sizes` leaves
+            some of them out, the weights of the others are scaled to add up to 1: see `weights` of the result.
+        seed (`int`): seed of the noise.
+        smallest_time (`float`): smallest time, in [0, 1).
+        accelerator (`accelerate.Accelerator`, *optional*): shares the rows among its processes. Every process gets the
+            same result and needs the same data set. Default: created if several processes were launched.
+        progress (`bool`): whether the main process shows a progress bar.
 
     Returns:
         [`LikelihoodResult`].
 
     Raises:
-        ValueError: a data set without a scored token; a bad row, by its number; a bad argument; or a likelihood that
-            is not finite, by row and block size.
+        ValueError: the data set has no scored token; a row (named by its number) or an argument is invalid; or a
+            likelihood (named by row and block size) is not finite.
     """
     config: BlockGenConfig = unwrap_model(model).config
     sizes = checked_block_sizes(config, block_sizes)

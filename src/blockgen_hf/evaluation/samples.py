@@ -56,27 +56,26 @@ def evaluate_samples(
     progress: Progress | None = None,
 ) -> SampleResults | None:
     """
-    Draws texts in every cell, then scores them. What `output_dir` holds of either is not done again.
+    Generates texts in every cell, then scores them. Existing texts and scores in `output_dir` are reused.
 
-    Under `accelerate launch` or `torchrun` each process draws a share of the texts, with the whole model; the main
-    process scores them, and alone gets the result: it must have the scorer, the others need none.
+    Under `accelerate launch` or `torchrun`, each process generates a share of the texts with the whole model. The main
+    process scores them and is the only one that gets the result; only it needs the scorer.
 
     Args:
-        cells (`Sequence` of [`SampleCell`]): of [`sample_cells`], for the same `max_new_tokens`.
+        cells (`Sequence` of [`SampleCell`]): cells of [`sample_cells`], for the same `max_new_tokens`.
         output_dir (`Path`): see [`SampleFolder`]; `results.json` is written there too.
-        num_samples (`int`): texts a cell. Text i has the same random numbers in every cell.
+        num_samples (`int`): texts per cell. Text i has the same random numbers in every cell.
         scorer ([`SampleScorer`], *optional*): default: one without a judge.
-        batch_size (`int`): texts drawn at once, in a process. It changes tokens per second, not the texts.
+        batch_size (`int`): texts generated together in a process. It changes tokens per second, not the texts.
         skipped (`Sequence` of [`SkippedCell`]): passed on to the result.
-        overwrite (`bool`): replace what is there from other settings.
-        progress (`Callable`, *optional*): told what comes, in the main process.
+        overwrite (`bool`): whether to replace results of other settings.
+        progress (`Callable`, *optional*): called with the next task, in the main process.
 
     Returns:
-        [`SampleResults`]; None in other processes than the main one.
+        [`SampleResults`]; None in processes other than the main one.
 
     Raises:
-        ValueError: numbers that are none, bad prompts, a folder of other settings, or one that another process writes
-            to.
+        ValueError: a number or a prompt is invalid, or the folder has other settings or is in use by another process.
     """
     for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
         if value < 1:

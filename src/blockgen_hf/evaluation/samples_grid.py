@@ -91,25 +91,25 @@ def sample_cells(
     top_p: Sequence[float] = (1.0,),
 ) -> tuple[list[SampleCell], list[SkippedCell]]:
     """
-    The cells of a grid, and those that the model, or the length of the texts, rules out.
+    The cells of a grid, and those that are impossible for the model or the length of the texts.
 
-    What a decoding does not have does not multiply it: `"ar"` is one cell a temperature and top-p,
-    `"block_diffusion:sampler=first_hitting"` has no number of evaluations. Neither does what it says itself:
-    `"arpc:8"` is a cell of 8 evaluations a block whatever `nfe` is, and `"ar:temperature=0.7"` has that temperature.
+    A setting that a decoding does not have adds no cells: `"ar"` is one cell per temperature and top-p, and
+    `"block_diffusion:sampler=first_hitting"` has no number of evaluations. Neither does a setting that it fixes:
+    `"arpc:8"` has 8 evaluations per block whatever `nfe` is, and `"ar:temperature=0.7"` has that temperature.
 
     Args:
-        model ([`BlockGenForDiffusionLM`]): asked what it can do.
-        decodings (`Sequence[str]`): as `Decoding.parse` reads them. A number of function evaluations is
+        model ([`BlockGenForDiffusionLM`]): the model, which decides what is possible.
+        decodings (`Sequence[str]`): in the form of `Decoding.parse`. A number of function evaluations is
             `denoising_steps` with `"block_diffusion"`, `nfe_per_block` with `"arpc"`, whose AR passes count.
         max_new_tokens (`int`): length of the texts.
-        nfe (`Sequence[int]`): function evaluations a block.
+        nfe (`Sequence[int]`): function evaluations per block.
         block_sizes (`Sequence[int]`, *optional*): L'. Default: the largest that the model was trained for.
         ar_seed_tokens (`Sequence[int]`): k.
         temperatures (`Sequence[float]`): of all draws, autoregressive and diffusion alike.
-        top_p (`Sequence[float]`): the same.
+        top_p (`Sequence[float]`): of all draws.
 
     Raises:
-        ValueError: a decoding that there is not, a number that is none, or a grid without a possible cell.
+        ValueError: an unknown decoding, an invalid number, or a grid without a possible cell.
     """
     sizes = [max(model.config.block_sizes)] if block_sizes is None else list(block_sizes)
     for name, values, smallest in (("nfe", nfe, 1), ("block_sizes", sizes, 1), ("ar_seed_tokens", ar_seed_tokens, 0)):

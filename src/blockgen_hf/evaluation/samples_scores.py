@@ -27,8 +27,8 @@ class SampleScorer:
     Args:
         tokenizer (`PreTrainedTokenizerBase`): the generator's.
         judge (`Judge`, *optional*): of `load_judge`. None: no generative perplexity, no MAUVE.
-        max_length (`int`, *optional*): tokens that the judge reads of a text. Default: its context.
-        batch_size (`int`): texts that the judge reads at once. It does not change the scores.
+        max_length (`int`, *optional*): longest text that the judge reads, in tokens. Default: its context.
+        batch_size (`int`): texts that the judge reads together. It does not change the scores.
         references (`Sequence[str]`): texts for MAUVE, whose features are the judge's.
 
     Raises:

@@ -54,23 +54,24 @@ def model_card(
     trainer_state: Mapping[str, Any] | None = None,
 ) -> ModelCard:
     """
-    The card of a model, or of an adapter, from what its folder holds.
+    The card of a model or an adapter, written from the contents of its folder.
 
     Args:
-        folder (`str` or `Path`): as `save_pretrained`, `blockgen-hf train` or `blockgen-hf convert` leave it.
-        repo_id (`str`): its name on the Hub, for the snippets.
-        title (`str`, *optional*): Default: the last part of `repo_id`.
-        license (`str`, *optional*): an identifier of the Hub. Default: that of the folder's README.md, or its file
-            LICENSE.
+        folder (`str` or `Path`): folder written by `save_pretrained`, `blockgen-hf train` or `blockgen-hf convert`.
+        repo_id (`str`): name of the model on the Hub, for the snippets.
+        title (`str`, *optional*): title of the card. Default: the last part of `repo_id`.
+        license (`str`, *optional*): an identifier of the Hub. Default: that of the folder's README.md, or its LICENSE
+            file.
         language (`str` or `list[str]`, *optional*): codes such as `"en"`.
         datasets (`list[str]`, *optional*): names on the Hub. Default: that of the folder's recipe.
-        base_model (`str`, *optional*): what it was fine-tuned from, on the Hub. Default: the recipe's.
-        tags (`list[str]`): more of them.
-        evaluations: see [`read_results`].
-        training_arguments, trainer_state (`dict`, *optional*): of a running Trainer; default: what the folder holds.
+        base_model (`str`, *optional*): model on the Hub that it was fine-tuned from. Default: that of the recipe.
+        tags (`list[str]`): additional tags.
+        evaluations: results, see [`read_results`].
+        training_arguments, trainer_state (`dict`, *optional*): those of a running Trainer. Default: those in the
+            folder.
 
     Raises:
-        ValueError: the folder holds no model or says nothing of its licence, or an evaluation is refused.
+        ValueError: the folder has no model or no licence, or an evaluation is refused.
     """
     folder = Path(folder)
     title = title or repo_id.split("/")[-1]
@@ -117,13 +118,13 @@ def samples_card(
     model_id: str | None = None,
 ) -> DatasetCard:
     """
-    The card of a data set of samples: JSONL files, a sample a line, as [`write_samples`] writes them.
+    The card of a data set of samples: JSONL files with one sample per line, as written by [`write_samples`].
 
     Args:
-        model_id (`str`, *optional*): the model's name on the Hub. Default: what the samples say, if that is one.
+        model_id (`str`, *optional*): name of the model on the Hub. Default: that in the samples, if there is one.
 
     Raises:
-        ValueError: no samples, or a sample without its decoding, settings, seed or function evaluations.
+        ValueError: there are no samples, or a sample lacks its decoding, settings, seed or function evaluations.
     """
     folder = Path(folder)
     rows = read_samples(folder)
@@ -153,10 +154,10 @@ def samples_card(
 
 def write_samples(results: Iterable[Mapping[str, Any]], file: str | Path) -> int:
     """
-    Writes what `blockgen-hf generate --json` printed as JSONL, a sample a line, and returns how many there are.
+    Writes the output of `blockgen-hf generate --json` as JSONL, one sample per line, and returns their number.
 
     Raises:
-        ValueError: a result of another shape.
+        ValueError: a result has another form.
     """
     lines = []
     for result in results:

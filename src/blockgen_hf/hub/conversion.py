@@ -34,11 +34,11 @@ class ConversionReport:
     Attributes:
         output: the folder that was written.
         family: `"block-dit"`, `"dense-dit"`, `"ar"` or `"bd3lm"`.
-        config: the configuration on our side.
-        num_parameters: of the model.
-        dtype: of the weights that were written.
+        config: the configuration for transformers.
+        num_parameters: number of parameters of the model.
+        dtype: type of the written weights.
         wrote_tokenizer: whether the folder has a tokenizer.
-        notes: what its user should know, a sentence each.
+        notes: what a user of the folder should know, one sentence each.
     """
 
     output: Path
@@ -68,29 +68,29 @@ def convert_checkpoint(
     overwrite: bool = False,
 ) -> ConversionReport:
     """
-    Turns a published checkpoint into a folder for `from_pretrained`, or the other way round. What the published files
-    do not say and `source`'s place in the release of BlockGen does not tell has to be given.
+    Converts a published checkpoint to a folder for `from_pretrained`, or the other way round. Pass what neither the
+    published files nor the path of `source` in the release of BlockGen say.
 
     Args:
         source: a folder, or `hf:org/repo` or `hf:org/repo/folder`: a published checkpoint, or one of this package with
             `to="published"`.
-        output: the folder to be written, which must be empty or absent unless `overwrite`.
+        output: the folder to write, which must be empty or absent unless `overwrite`.
         diffusion_type: `"masked"` or `"uniform"`.
-        block_sizes, block_size_weights: the mixture that a BlockGen was trained on.
+        block_sizes, block_size_weights: the mixture that a BlockGen model was trained on.
         time_conditioning: whether a full-sequence model knows the noise level. Default: uniform ones (Duo) do, masked
             ones (MDLM) do not.
-        tokenizer: a folder or a name on the Hub; the folder gets it. Without one the folder has none.
-        family: `"block-dit"`, `"dense-dit"`, `"ar"` or `"bd3lm"`, if the files do not tell.
+        tokenizer: a folder or a name on the Hub, to save in `output`. Default: no tokenizer is saved.
+        family: `"block-dit"`, `"dense-dit"`, `"ar"` or `"bd3lm"`, if it cannot be found from the files.
         to: `"transformers"` or `"published"`.
         dtype: `"float32"`, `"bfloat16"` or `"float16"`. Default: as in the source, bit by bit.
         revision, cache_dir: of a source on the Hub.
-        max_shard_size: larger weights are written in several files. Default: 50 GB.
+        max_shard_size: weights larger than this are split into several files. Default: 50 GB.
         overwrite: replace the model in `output`; other files there stay.
 
     Raises:
-        ValueError: an argument has a value that it does not accept, or contradicts the source; the source is
-            incomplete, of another architecture, or pickled; a published checkpoint cannot hold the model.
-        OSError: nothing can be written.
+        ValueError: an argument has a value that is not accepted, or contradicts the source; the source is
+            incomplete, of another architecture, or pickled; the published layout cannot hold the model.
+        OSError: `output` cannot be written.
     """
     for name, value, accepted in (("to", to, TARGETS), ("dtype", dtype, (None, *DTYPES))):
         if value not in accepted:

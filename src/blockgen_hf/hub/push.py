@@ -28,12 +28,12 @@ _BLANK = "[More Information Needed]"  # in the cards that huggingface_hub and PE
 @dataclass(frozen=True)
 class PushPlan:
     """
-    What a push uploads. Nothing was sent yet.
+    What a push will upload. Nothing has been sent yet.
 
     Args:
-        repo_id, repo_type, revision, private, create_pr, commit_message: where to, and how.
-        files (`tuple[PlannedFile]`): all that is uploaded, README.md among them.
-        left_out (`tuple[tuple[str, str]]`): what stays behind, and why.
+        repo_id, repo_type, revision, private, create_pr, commit_message: the target, as in [`plan_push`].
+        files (`tuple[PlannedFile]`): files to upload, including README.md.
+        left_out (`tuple[tuple[str, str]]`): files that are left out, with the reason.
     """
 
     repo_id: str
@@ -57,16 +57,16 @@ class PushPlan:
 
     def upload(self, *, token: str | None = None) -> CommitInfo:
         """
-        Creates the repository and the branch if they are not there, and uploads the files in one commit. Weights of
-        the branch that the plan does not have are deleted in that commit: another number of shards would leave some
-        of the old model behind.
+        Creates the repository and the branch if they do not exist, and uploads the files in one commit. The commit
+        deletes weights of the branch that are not in the plan: with another number of shards, a part of the old model
+        would remain.
 
         Args:
-            token (`str`, *optional*): of the Hub. Default: that of `hf auth login`, or of HF_TOKEN.
+            token (`str`, *optional*): token of the Hub. Default: that of `hf auth login`, or HF_TOKEN.
 
         Raises:
             ValueError: the Hub refuses the card, or the repository is public and should be private.
-            OSError: no token, no right to write there, or an answer of the Hub that is an error.
+            OSError: there is no token, or no permission to write, or the Hub returns an error.
         """
         api = HfApi(token=token)
         api.whoami()  # first of all, since it says what to do without a token
@@ -89,7 +89,7 @@ class PushPlan:
         )
 
     def upload_in_background(self, *, token: str | None = None) -> Future:
-        """As [`~PushPlan.upload`] in a thread: the commit, or the error, is the result of the future."""
+        """Like [`~PushPlan.upload`], in a thread: the result of the future is the commit, or the error."""
         return HfApi().run_as_future(self.upload, token=token)
 
     def _old_weights(self, paths: Iterable[str]) -> list[str]:
@@ -118,24 +118,24 @@ def plan_push(
     strict: bool = True,
 ) -> PushPlan:
     """
-    Checks a folder, and says what [`push_folder`] would upload. Contacts nobody, and changes nothing.
+    Checks a folder and returns what [`push_folder`] would upload. Makes no network requests and changes nothing.
 
     Args:
-        folder (`str` or `Path`): of a model or an adapter; a data set of samples; or a Space.
+        folder (`str` or `Path`): folder with a model, an adapter, a data set of samples, or a Space.
         repo_id (`str`): `namespace/name`.
         repo_type (`str`): `"model"`, `"dataset"` or `"space"`.
-        private (`bool`, *optional*): of a new repository. Default: as the namespace has it.
-        revision (`str`, *optional*): a branch, which is created if it is not there. Default: main.
-        create_pr (`bool`): open a pull request instead of writing to the branch.
+        private (`bool`, *optional*): whether a new repository is private. Default: that of the namespace.
+        revision (`str`, *optional*): branch, which is created if it does not exist. Default: main.
+        create_pr (`bool`): whether to open a pull request instead of writing to the branch.
         commit_message (`str`, *optional*): Default: "Upload NAME with blockgen-hf".
         license, language, evaluations: see [`model_card`]. The card is the folder's README.md, if it has one.
-        ignore, include (`list[str]`): globs of paths in the folder that stay behind, and of others to take.
-        new_card (`bool`): whether to write the card anew where there is a README.md.
+        ignore, include (`list[str]`): globs of files to leave out, and of files to add.
+        new_card (`bool`): whether to write a new card even if there is a README.md.
         update_code (`bool`): whether to publish this package's code instead of the folder's, if they differ.
-        strict (`bool`): False leaves files that do not belong there behind, instead of refusing them.
+        strict (`bool`): whether to refuse files that do not belong to a model; False leaves them out.
 
     Raises:
-        ValueError: anything that should not be published.
+        ValueError: the folder contains something that must not be published.
     """
     if not str(folder):
         raise ValueError("`folder` must be the name of a folder, but is empty.")
@@ -163,11 +163,11 @@ def push_folder(folder: str | Path, repo_id: str, *, token: str | None = None, *
     Uploads a folder to the Hub in one commit, with a card and with the code that `trust_remote_code=True` loads.
 
     Args:
-        token (`str`, *optional*): of the Hub. Default: that of `hf auth login`, or of HF_TOKEN.
-        options: those of [`plan_push`].
+        token (`str`, *optional*): token of the Hub. Default: that of `hf auth login`, or HF_TOKEN.
+        options: options of [`plan_push`].
 
     Raises:
-        ValueError, OSError: see [`plan_push`] and [`PushPlan.upload`]. Nothing was uploaded then.
+        ValueError, OSError: see [`plan_push`] and [`PushPlan.upload`]. Nothing is uploaded then.
     """
     return plan_push(folder, repo_id, **options).upload(token=token)
 

@@ -24,13 +24,13 @@ def write_space(folder: str | Path, model_id: str, *, license: str, title: str |
     --repo-type space` uploads it.
 
     Args:
-        folder (`str` or `Path`): a new one, or an empty one.
-        model_id (`str`): the model on the Hub, or a folder with one, to try the app here.
-        license (`str`): of the app, an identifier of the Hub.
-        title (`str`, *optional*): what stands above it. Default: the model's name.
+        folder (`str` or `Path`): a new or empty folder.
+        model_id (`str`): a model on the Hub, or a model folder, to try the app on this machine.
+        license (`str`): licence of the app, an identifier of the Hub.
+        title (`str`, *optional*): title of the app. Default: the model's name.
 
     Raises:
-        ValueError: the folder holds something, or a bad name or licence.
+        ValueError: the folder is not empty, or the name or the licence is invalid.
     """
     folder = Path(folder)
     is_local = Path(model_id).is_dir()

@@ -12,18 +12,18 @@ from ..evaluation.columns import IGNORED_LABEL, model_columns, stack_rows, token
 
 class BlockGenDataCollator:
     """
-    Rows of unequal length, side by side, filled up on the right. Rows that are padded already stay as they are.
+    Makes a batch of rows of unequal length, padded on the right. Rows that are already padded stay unchanged.
 
     Args:
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): its padding token fills what is left, or else its token for
-            the end of text, which is as good: padding is neither attended to nor scored.
-        pad_to_multiple_of (`int`, *optional*): makes the length of every batch a multiple of it.
-        default_pad_token_id (`int`, *optional*): fills what is left where no tokenizer says with what.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): the tokenizer whose padding token is used. Without one, its
+            end-of-text token works as well: padding is neither attended to nor scored.
+        pad_to_multiple_of (`int`, *optional*): makes the length of every batch a multiple of this.
+        default_pad_token_id (`int`, *optional*): token for padding if the tokenizer has none.
         score_first_token (`bool`): False for models with `next_token_prediction`, which cannot predict the first token
             of a text.
 
     Raises:
-        ValueError: `pad_to_multiple_of` below 1, or nothing to fill with.
+        ValueError: `pad_to_multiple_of` is below 1, or there is no token for padding.
     """
 
     def __init__(

@@ -187,13 +187,13 @@ def load_datasets(
     """
     Training and validation data.
 
-    With several processes of one machine, let one go first: `with training_args.main_process_first():`. The others
-    then find its cache. A cache that is damaged is made anew.
+    With several processes on one machine, let one go first: `with training_args.main_process_first():`. The others
+    then find its cache. A damaged cache is rebuilt.
 
     Args:
         args: what to load.
-        tokenizer: with an end-of-text token, and with a chat template for conversations.
-        seed: of the shuffling of a stream.
+        tokenizer: a tokenizer with an end-of-text token, and with a chat template for conversations.
+        seed: seed for shuffling a stream.
 
     Returns:
         Training data, and validation data or None. Rows have `input_ids` (list of int), `source` (number of the
@@ -201,8 +201,8 @@ def load_datasets(
         `labels` (-100 where not scored; without them everything is) and `document_ids` (counted from 0 in a row).
 
     Raises:
-        FileNotFoundError: no such file, or no such data set on the Hub.
-        ValueError: data that cannot be used; the message names file and line where there are any.
+        FileNotFoundError: a file, or a data set on the Hub, does not exist.
+        ValueError: data cannot be used; the message names file and line if there are any.
         ImportError: `datasets` is not installed.
     """
     if not is_datasets_available():

@@ -48,7 +48,7 @@ def stratified_block_sizes(
         `num_slots` sizes; those of weight zero are never among them.
 
     Raises:
-        ValueError: weights that are no distribution over the sizes, no slot, or `u` outside [0, 1).
+        ValueError: the weights are not a distribution over the sizes, there is no slot, or `u` is outside [0, 1).
     """
     weights = [1.0] * len(block_sizes) if weights is None else list(weights)
     if len(weights) != len(block_sizes) or not all(0 <= w < math.inf for w in weights) or sum(weights) == 0:

@@ -21,12 +21,12 @@ def train_tokenizer(
 
     Args:
         documents: texts, read once.
-        vocab_size: ids in all, special tokens included. A text that is too short for so many gives fewer.
+        vocab_size: number of ids, including special tokens. A short text gives fewer.
         sequence_length: the tokenizer's `model_max_length`.
         min_frequency: pairs of tokens that occur less often are not merged.
 
     Raises:
-        ValueError: a vocabulary that has no room for the 256 bytes and the special tokens, or no text.
+        ValueError: the vocabulary has no room for the 256 bytes and the special tokens, or there is no text.
     """
     smallest = _NUM_BYTES + len(_SPECIAL_TOKENS)
     if vocab_size < smallest:

@@ -46,24 +46,24 @@ logger = logging.get_logger(__name__)
 
 class BlockGenTrainer(PublishingTrainer):
     """
-    [`Trainer`] for [`BlockGenForDiffusionLM`]. Beyond what Trainer does:
+    [`Trainer`] for [`BlockGenForDiffusionLM`]. In addition to what Trainer does:
 
     - Block sizes are stratified over the slots of an optimizer step, that is over ranks and accumulation steps
       (Algorithm 2), and noise levels over the global batch. All draws depend on the seed, the step and the place in
       the global batch only.
-    - The average of the weights (EMA) is evaluated and saved. A checkpoint has the weights too, so that a run that is
-      resumed goes on as if it had not been interrupted.
-    - The loss is logged for each block size; a loss that is not finite ends the run before it spoils a checkpoint.
-    - `evaluate` gives the likelihood bounds of [`evaluate_likelihood`].
-    - Checkpoints and models are complete or not there, also when the process is killed while it writes them.
-    - What is pushed to the Hub is what `blockgen-hf push` would upload, card included: see [`PublishingTrainer`].
+    - The average of the weights (EMA) is evaluated and saved. A checkpoint has the weights too, so that a resumed run
+      continues as if it had never stopped.
+    - The loss is logged for each block size. If a loss is not finite, the run ends before it writes a checkpoint.
+    - `evaluate` returns the likelihood bounds of [`evaluate_likelihood`].
+    - Checkpoints and models are always complete, even if the process is killed while it writes them.
+    - A push to the Hub uploads what `blockgen-hf push` would upload, including the card: see [`PublishingTrainer`].
 
-    The arguments are those of [`Trainer`], `args` being [`BlockGenTrainingArguments`]. Default of the collator:
+    The arguments are those of [`Trainer`], with [`BlockGenTrainingArguments`] as `args`. The default collator is
     [`BlockGenDataCollator`].
 
     Raises:
-        ValueError: `args` of another class, a `compute_loss_func`, or a setting with which the bounds cannot be
-            evaluated, or the average of the weights cannot be saved.
+        ValueError: `args` has another class, there is a `compute_loss_func`, or with a setting the bounds cannot be
+            evaluated or the average of the weights cannot be saved.
     """
 
     args: BlockGenTrainingArguments

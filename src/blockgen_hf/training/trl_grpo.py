@@ -26,20 +26,19 @@ class BlockGenGRPOTrainer(GRPOTrainer):
     `{"decoding": "arpc", "block_size": 8, "nfe_per_block": 8}`. The default is `"ar"`, which draws from the policy:
     the gradient is then that of GRPO. Other decodings draw from another law mu, whose probabilities are not tractable:
     the ratio of the loss stays pi / pi_old, without mu, and the gradient is that of the advantage-weighted
-    log-likelihood under pi of what mu wrote, not the policy gradient of the reward.
+    log-likelihood, under pi, of the texts of mu. It is not the policy gradient of the reward.
 
-    Only block size 1 is trained. The weights are those of all block sizes, and what becomes of the others has to be
-    looked at.
+    Only block size 1 is trained. All block sizes share the weights, so check the others afterwards.
 
-    Dropout is always off (`disable_dropout`), as it would give a token another probability in every pass. AR rollouts
-    of a uniform model go through the query tokens that `forward` takes by default, those of the log-probabilities.
+    Dropout is always off (`disable_dropout`), because a token would get another probability in every pass. AR rollouts
+    of a uniform model use the default query tokens of `forward`, as the log-probabilities do.
 
     The arguments are those of `GRPOTrainer`.
 
     Raises:
-        ValueError: a setting of generation that the model does not have, other engines than `generate`, a `hub_token`,
-            which would be uploaded, or a model with `clean_attention="block_causal"`, which has no autoregressive
-            probabilities.
+        ValueError: the model does not have a generation setting; an engine other than `generate` is selected; there is
+            a `hub_token`, which would be uploaded; or the model has `clean_attention="block_causal"`, and so no
+            autoregressive probabilities.
     """
 
     def __init__(

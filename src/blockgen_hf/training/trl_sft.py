@@ -25,7 +25,7 @@ class BlockGenSFTConfig(SFTConfig, BlockGenTrainingArguments):
     `ema_decay`, `eval_monte_carlo_samples` ...).
 
     Raises:
-        ValueError: a value that is not accepted, or a setting of TRL that means another loss than the mixture's.
+        ValueError: a value is not accepted, or a setting of TRL selects a loss other than that of the mixture.
     """
 
     remove_unused_columns: bool = field(
@@ -61,22 +61,22 @@ class _SFTData(SFTTrainer):
 
 class BlockGenSFTTrainer(BlockGenTrainer, _SFTData):
     """
-    TRL's `SFTTrainer` for [`BlockGenForDiffusionLM`]: the data is TRL's, the training is that of [`BlockGenTrainer`],
-    with its draws, average of weights, losses of block sizes, likelihood bounds, checkpoints and cards.
+    TRL's `SFTTrainer` for [`BlockGenForDiffusionLM`]. Data works as in TRL. Training works as in [`BlockGenTrainer`],
+    with its draws, average of the weights, losses by block size, likelihood bounds, checkpoints and cards.
 
-    Every form of data that `SFTTrainer` takes: text, messages, prompts with completions, token ids; `packing`,
-    `completion_only_loss`, `assistant_only_loss`, `max_length`, `formatting_func`, `peft_config` and chat templates
-    are TRL's. Prompts, and all that is not scored, stay clean in the noisy half. Packed documents do not see one
-    another, and their positions start at 0 (`packing_strategy="wrapped"` cuts the text up without regard to documents,
-    as in TRL).
+    It takes every form of data that `SFTTrainer` takes: text, messages, prompts with completions, token ids.
+    `packing`, `completion_only_loss`, `assistant_only_loss`, `max_length`, `formatting_func`, `peft_config` and chat
+    templates work as in TRL. Prompts and other tokens that are not scored stay clean in the noisy half. Packed
+    documents do not see one another, and their positions start at 0 (`packing_strategy="wrapped"` cuts the text up
+    without regard to documents, as in TRL).
 
-    TRL's metrics of next tokens, `mean_token_accuracy` and `entropy`, are not logged: the loss here is that of the
+    TRL's metrics of next tokens, `mean_token_accuracy` and `entropy`, are not logged, since the loss is that of the
     whole mixture.
 
-    The arguments are those of `SFTTrainer`, `args` being [`BlockGenSFTConfig`].
+    The arguments are those of `SFTTrainer`, with [`BlockGenSFTConfig`] as `args`.
 
     Raises:
-        ValueError: `args` of another class, or a `compute_loss_func`.
+        ValueError: `args` has another class, or there is a `compute_loss_func`.
     """
 
     args: BlockGenSFTConfig
