@@ -88,7 +88,9 @@ def pip_install(venv: Path, *requirements: str) -> bool:
 
 def create_venv(venv: Path) -> None:
     if call(sys.executable, "-m", "venv", str(venv)):
-        sys.exit(f"Could not create {venv}. On Debian and Ubuntu, `apt install python3-venv` brings what is missing.")
+        sys.exit(
+            f"Could not create {venv}. On Debian and Ubuntu, `apt install python3-venv` installs what is missing."
+        )
 
 
 def takes_cpu_torch() -> bool:
@@ -115,9 +117,12 @@ def install_cpu_torch() -> None:
     if answers(CPU_INDEX):
         requirements += ["--extra-index-url", CPU_INDEX]
     else:
-        print(f"{CPU_INDEX} does not answer: looking for {CPU_TORCH} elsewhere.", flush=True)
+        print(f"{CPU_INDEX} cannot be reached: looking for {CPU_TORCH} elsewhere.", flush=True)
     if not pip_install(VENV, *requirements):
-        print("No CPU build of torch for this machine: taking the default build, which is large.", flush=True)
+        print(
+            "There is no CPU build of torch for this machine: installing the default build, which is large.",
+            flush=True,
+        )
 
 
 def set_up(extra: str) -> None:
@@ -135,7 +140,7 @@ def set_up(extra: str) -> None:
     for name in ("PIP_CONSTRAINT", "PIP_BUILD_CONSTRAINT"):
         os.environ[name] = CONSTRAINTS.as_uri()
     if not pip_install(VENV, "--editable", f"{ROOT}{extra}"):
-        sys.exit("The installation failed, see above. It needs a network; run the same command again to go on.")
+        sys.exit("The installation failed, see above. It needs a network; run the same command again to continue.")
     stamp.write_text(f"{key} {extra}")
 
 
@@ -162,7 +167,7 @@ def set_up_newest(extra: str) -> None:
     key = f"{hashlib.sha256(f'{ROOT} {PROJECT} {PINS}'.encode()).hexdigest()} {extra} {time.strftime('%Y-%m-%d')}"
     if stamp.exists() and stamp.read_text() == key:
         return
-    print(f"Laying the newest releases over {VENV}, in {NEWEST_VENV} ...", flush=True)
+    print(f"Installing the newest releases on top of {VENV}, in {NEWEST_VENV} ...", flush=True)
     lay_over(NEWEST_VENV)
     if takes_cpu_torch() and answers(CPU_INDEX):
         pip_install(NEWEST_VENV, "--upgrade", "torch", "--index-url", CPU_INDEX)
@@ -178,7 +183,7 @@ def set_up_newest(extra: str) -> None:
     if done:
         stamp.write_text(key)
     else:
-        print("The newest releases could not be looked up: going on with those of last time.", flush=True)
+        print("Could not look up the newest releases: using those of the last time.", flush=True)
     print(f"Newest releases: {newer_than_pinned()}", flush=True)
 
 
