@@ -583,6 +583,7 @@ def environment() -> Iterator[dict[str, str]]:
         (["generate", "--decoding", "diffusion"], 2),
         (["generate", "--sampler", "gibbs"], 2),
         (["evaluate", "./no-such-folder", "--dataset", "a.txt"], 2),
+        (["train", "labtop"], 1),
     ],
 )
 def test_help_and_typos_import_neither_torch_nor_transformers(

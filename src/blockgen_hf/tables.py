@@ -24,11 +24,13 @@ class Table:
         columns (`Sequence[str]`): headings.
         rows (`Sequence[Sequence[str]]`): a cell for each column. Cells may be Markdown code, such as "`ar`".
         num_labels (`int`): how many columns are words, the first ones, which are left-aligned. The others are numbers.
+        num_keys (`int`, *optional*): how many columns tell a row from the others. Default: the labels.
     """
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     num_labels: int = 1
+    num_keys: int | None = None
 
     def markdown(self) -> str:
         marks = ["---" if i < self.num_labels else "---:" for i in range(len(self.columns))]
@@ -38,7 +40,7 @@ class Table:
     def text(self, width: int | None = None) -> str:
         """
         Aligned columns. Headings and labels that are too long are wrapped; columns that do not fit beside one another
-        follow in a second part, with the labels repeated.
+        follow in a second part, with the keys repeated.
 
         Args:
             width: columns of the terminal. Default: those it has, 100 if the output is not a terminal.
@@ -46,21 +48,22 @@ class Table:
         width = terminal_width() if width is None else width
         rows = [[cell.replace("`", "") for cell in row] for row in self.rows]
         widths = [_natural_width(name, [row[i] for row in rows]) for i, name in enumerate(self.columns)]
-        labels, numbers = widths[: self.num_labels], widths[self.num_labels :]
-        _shrink(labels, width - _total(numbers) - len(_GAP) * bool(numbers))
-        if _total(labels + numbers) > width:
-            _shrink(labels, width // 2)
-        parts = _parts(numbers, width - _total(labels) - len(_GAP))
-        return "\n\n".join(self._part(rows, labels, numbers, part) for part in parts)
+        num_keys = self.num_keys or self.num_labels
+        labels, keys, others = widths[: self.num_labels], widths[self.num_labels : num_keys], widths[num_keys:]
+        _shrink(labels, width - _total([0, *keys, *others]))
+        if _total([*labels, *keys, *others]) > width:
+            _shrink(labels, width // 2 - _total([0, *keys]))
+        keys = [*labels, *keys]
+        parts = _parts(others, width - _total([*keys, 0]))
+        return "\n\n".join(self._part(rows, keys, others, part) for part in parts)
 
-    def _part(self, rows: list[list[str]], labels: list[int], numbers: list[int], part: list[int]) -> str:
-        """The labels, and the numbers of some columns."""
-        count = self.num_labels
-        chosen = [*range(count), *(count + i for i in part)]
-        widths = labels + [numbers[i] for i in part]
-        lines = aligned([self.columns[i] for i in chosen], widths, count, bottom=True)
+    def _part(self, rows: list[list[str]], keys: list[int], others: list[int], part: list[int]) -> str:
+        """The keys, and some of the other columns."""
+        chosen = [*range(len(keys)), *(len(keys) + i for i in part)]
+        widths = keys + [others[i] for i in part]
+        lines = aligned([self.columns[i] for i in chosen], widths, self.num_labels, bottom=True)
         for row in rows:
-            lines += aligned([row[i] for i in chosen], widths, count)
+            lines += aligned([row[i] for i in chosen], widths, self.num_labels)
         return "\n".join(lines)
 
 

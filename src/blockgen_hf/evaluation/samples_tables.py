@@ -3,7 +3,7 @@
 import textwrap
 from collections.abc import Iterator, Sequence
 from io import BytesIO
-from itertools import count
+from itertools import chain, count
 from math import ceil, floor, log
 from typing import Any
 
@@ -91,7 +91,9 @@ def _table(cells: Sequence[Figures], judge: str | None, device: str) -> Table:
         "ppl": judge is not None,
     }
     names = ["decoding", "L'", "k"] + [name for name in ("T", "top-p") if has[name]]
-    names += ["NFE a block", "run", "NFE a token"] + ([judge_label(judge)] if has["ppl"] else [])
+    names += ["NFE a block"]
+    num_keys = len(names)
+    names += ["run", "NFE a token"] + ([judge_label(judge)] if has["ppl"] else [])
     names += ["entropy", "distinct-2", "rep-4"] + (["MAUVE"] if has["MAUVE"] else [])
     speeds = dict([_speed(device), ("tokens_per_second", "tokens/s")])
     names += speeds.values()
@@ -107,7 +109,7 @@ def _table(cells: Sequence[Figures], judge: str | None, device: str) -> Table:
         row += [number(scores["distinct_2"], ".2f"), number(scores["rep_4"], ".3f")]
         row += [number(scores["mauve"], ".3f")] if has["MAUVE"] else []
         rows.append([*row, *(f"{figures[key]:.0f}" for key in speeds)])
-    return Table(names, rows)
+    return Table(names, rows, num_keys=num_keys)
 
 
 def _by_seed(cells: Sequence[Figures], seeds: Sequence[int], settings: dict[str, Any]) -> Table:
@@ -139,7 +141,7 @@ def _by_seed(cells: Sequence[Figures], seeds: Sequence[int], settings: dict[str,
             else:
                 row += [MISSING, MISSING]
         rows.append(row)
-    return Table(names, rows)
+    return Table(names, rows, num_keys=3)
 
 
 def _seed(cell: dict[str, Any]) -> str:
@@ -180,9 +182,9 @@ def plot(results: SampleResults) -> bytes:
                 _draw(panel, results.cells, x, measure)
             if measure == "perplexity":
                 log_axis(row[0].yaxis)
-        for panel, (_, label) in zip(panels[-1], axes_of_x, strict=True):
+        for panel, (x, label) in zip(panels[-1], axes_of_x, strict=True):
             panel.set_xlabel(label)
-            log_axis(panel.xaxis)
+            log_axis(panel.xaxis, doubling=x == "evaluations_per_token")
         bars = "bars: ± a standard error over the texts"
         figure.suptitle(bars if judge is None else f"judge: {judge}; {bars}", fontsize="medium")
         handles, labels = panels[0][0].get_legend_handles_labels()
@@ -192,25 +194,27 @@ def plot(results: SampleResults) -> bytes:
     return image.getvalue()
 
 
-def log_axis(axis: Any) -> None:
+def log_axis(axis: Any, *, doubling: bool = False) -> None:
     """
-    Makes an axis logarithmic, with plain numbers at its ticks: powers of 2 where they are few, else 1, 2 and 5 of each
-    power of 10, or powers of 10 alone. A range with fewer than two ticks is widened to the next ones.
+    Makes an axis logarithmic, with plain numbers at its ticks: powers of 2 if `doubling`; else, or where these are too
+    many, 1, 2 and 5 of each power of 10; or powers of 10 alone. A range with fewer than two ticks is widened.
     """
     from matplotlib.ticker import FixedLocator, NullLocator
 
-    low, high = sorted(axis.get_view_interval())
-    (axis.axes.set_xscale if axis.axis_name == "x" else axis.axes.set_yscale)("log")
-    ticks = next(ticks for ticks in _tick_choices(low, high) if len(ticks) <= _MOST_TICKS)
+    is_x = axis.axis_name == "x"
+    (axis.axes.set_xscale if is_x else axis.axes.set_yscale)("log")
+    low, high = axis.axes.get_xlim() if is_x else axis.axes.get_ylim()
+    ticks = next(ticks for ticks in _tick_choices(low, high, doubling) if len(ticks) <= _MOST_TICKS)
     axis.set_major_locator(FixedLocator(ticks))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter("{x:g}")
-    (axis.axes.set_xlim if axis.axis_name == "x" else axis.axes.set_ylim)(min(low, ticks[0]), max(high, ticks[-1]))
+    (axis.axes.set_xlim if is_x else axis.axes.set_ylim)(min(low, ticks[0]), max(high, ticks[-1]))
 
 
-def _tick_choices(low: float, high: float) -> Iterator[list[float]]:
+def _tick_choices(low: float, high: float, doubling: bool) -> Iterator[list[float]]:
     """From fine to coarse; each from the last tick below the range to the first above it if it has less than two."""
-    for base, factors in ((2, (1,)), (10, (1, 2, 5)), *((10**step, (1,)) for step in count(1))):
+    fine = [(2, (1,))] if doubling else []
+    for base, factors in chain([*fine, (10, (1, 2, 5))], ((10**step, (1,)) for step in count(1))):
         first, last = floor(log(low, base)) - 1, ceil(log(high, base)) + 1
         ticks = [factor * float(base) ** power for power in range(first, last + 1) for factor in factors]
         inside = [tick for tick in ticks if low <= tick <= high]
@@ -250,4 +254,4 @@ def _series(cells: Sequence[Figures]) -> dict[str, list[Figures]]:
     return series
 
 
-__all__ = ["judge_label", "markdown", "plain", "plot"]
+__all__ = ["judge_label", "log_axis", "markdown", "plain", "plot"]
