@@ -42,14 +42,15 @@ def check_model_folder(folder: Path, *, own_code: bool = False) -> dict[str, Sav
         what is in the files of weights.
 
     Raises:
-        ValueError: a file that is damaged or holds something else, an adapter beside the model, weights that are not those of config.json, or a
-            generation config with ids that the vocabulary does not have, or that leaves no token to generate.
+        ValueError: a file that is damaged or holds something else, an adapter beside the model, weights that are not
+            those of config.json, or a generation config with ids that the vocabulary does not have, or that leaves no
+            token to generate.
     """
     values = _read(folder / CONFIG)
     if (folder / ADAPTER_CONFIG).is_file():
         raise ValueError(
-            f"{folder} holds a model and an adapter, {ADAPTER_CONFIG}, by which transformers would load another model, "
-            "the adapter's base. Move the adapter's files to a folder of their own."
+            f"{folder} holds a model and an adapter, {ADAPTER_CONFIG}, and transformers would load the adapter's base "
+            "model instead of this one. Move the adapter's files to a folder of their own."
         )
     small = [name for name in (GENERATION_CONFIG, *TOKENIZER_FILES) if name.endswith(".json")]
     found = {name: _read(folder / name) for name in small if (folder / name).is_file()}
