@@ -102,7 +102,7 @@ def test_a_dry_run_lists_cells_and_costs(evaluate: Command, tmp_path: Path) -> N
     lines = [re.split(" {2,}", line) for line in out.splitlines()]
     start = next(i for i, line in enumerate(lines) if line[0] == "ar")
     assert lines[start : start + 5] == [
-        ["ar", "16", "1.00"],
+        ["ar", "–", "16", "1.00"],
         ["block_diffusion-4-L8-k0", "4", "8", "0.50"],
         ["block_diffusion-4-L8-k4", "4", "12", "0.75"],
         ["arpc-4-L8-k0", "4", "8", "0.50"],
@@ -126,7 +126,7 @@ def test_prompts_and_settings(evaluate: Command, tmp_path: Path) -> None:
     evaluate(*SMALL, "--prompts", str(prompts), "--temperatures", "1,0.5", "--top-p", "0.9", "--decodings", "ar")
     found = figures(tmp_path / "samples")
     assert found["settings"]["num_prompts"] == 2
-    assert [cell["cell"]["name"] for cell in found["cells"]] == ["ar-p0.9", "ar-T0.5-p0.9"]
+    assert [cell["cell"]["name"] for cell in found["cells"]] == ["ar-T0.5-p0.9", "ar-p0.9"]
     assert "| T | top-p |" in (tmp_path / "samples" / "results.md").read_text()
 
 

@@ -57,6 +57,11 @@ def test_columns_that_do_not_fit_follow_with_the_labels_repeated() -> None:
     ]
 
 
+def test_labels_are_not_cut_where_columns_go_to_another_part_anyway() -> None:
+    table = Table(["decoding", *"abcdef"], [["block_diffusion:16", *("1" * 15 for _ in range(6))]])
+    assert table.text(100).count("block_diffusion:16  ") == 2
+
+
 def test_a_cell_too_long_goes_on_in_the_next_line() -> None:
     assert aligned(["one two", "5"], [4, 3]) == ["one     5", "two"]
     assert aligned(["one two", "5"], [4, 3], bottom=True) == ["one", "two     5"]

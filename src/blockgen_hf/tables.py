@@ -11,7 +11,8 @@ MISSING = "–"
 _WIDTH = 100  # where the output is not a terminal
 _NARROWEST = 40
 _GAP = "  "
-_LABEL = 16  # columns that a label keeps when space is short, and characters of a heading that stay together
+_LABEL = 24  # columns that a label keeps when space is short
+_WORD = 16  # and when it is very short, and characters of a heading that stay together
 _ROUNDING = 1e-9
 
 
@@ -50,10 +51,10 @@ class Table:
         widths = [_natural_width(name, [row[i] for row in rows]) for i, name in enumerate(self.columns)]
         num_keys = self.num_keys or self.num_labels
         labels, keys, others = widths[: self.num_labels], widths[self.num_labels : num_keys], widths[num_keys:]
-        _shrink(labels, width - _total([0, *keys, *others]))
-        if _total([*labels, *keys, *others]) > width:
-            _shrink(labels, width // 2 - _total([0, *keys]))
-        keys = [*labels, *keys]
+        narrow = _shrink(labels, width - _total([0, *keys, *others]), least=_LABEL)
+        if _total([*narrow, *keys, *others]) > width:  # in parts, then, which leave more room for the labels
+            narrow = _shrink(labels, width // 2 - _total([0, *keys]), least=_WORD)
+        keys = [*narrow, *keys]
         parts = _parts(others, width - _total([*keys, 0]))
         return "\n\n".join(self._part(rows, keys, others, part) for part in parts)
 
@@ -116,17 +117,19 @@ def _markdown_row(cells: Sequence[str]) -> str:
 
 def _natural_width(name: str, cells: list[str]) -> int:
     """That of the longest cell, or of the longest word of the heading."""
-    return max([1, *map(len, cells), *(min(_LABEL, len(word)) for word in name.split())])
+    return max([1, *map(len, cells), *(min(_WORD, len(word)) for word in name.split())])
 
 
 def _total(widths: Sequence[int]) -> int:
     return sum(widths) + len(_GAP) * max(0, len(widths) - 1)
 
 
-def _shrink(widths: list[int], most: int) -> None:
-    """Takes from the widest, in place, down to a width where words can still be read."""
-    while _total(widths) > most and max(widths, default=0) > _LABEL:
+def _shrink(widths: list[int], most: int, least: int) -> list[int]:
+    """Takes from the widest, down to a width where words can still be read."""
+    widths = list(widths)
+    while _total(widths) > most and max(widths, default=0) > least:
         widths[widths.index(max(widths))] -= 1
+    return widths
 
 
 def _parts(numbers: list[int], width: int) -> list[list[int]]:
