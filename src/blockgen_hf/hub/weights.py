@@ -199,10 +199,11 @@ def check_values(folder: Path, tensors: Mapping[str, SavedTensor]) -> None:
         with safe_open(folder / file, framework="pt") as opened:
             for name in sorted(name for name, saved in tensors.items() if saved.file == file):
                 value = opened.get_tensor(name)
+                saved_as = tensors[name].dtype_name
                 if value.is_floating_point() and not value.to(_readable(value.dtype)).isfinite().all():
                     raise ValueError(
-                        f"{folder / file} gives {name} values that are NaN or infinite: the model is damaged, or its "
-                        "training diverged. Take another checkpoint."
+                        f"{folder / file} gives {name} values that are NaN or infinite in {saved_as}: the model is damaged, "
+                        "or its training diverged. Take another checkpoint."
                     )
 
 
