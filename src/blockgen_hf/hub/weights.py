@@ -202,8 +202,8 @@ def check_values(folder: Path, tensors: Mapping[str, SavedTensor]) -> None:
                 saved_as = tensors[name].dtype_name
                 if value.is_floating_point() and not value.to(_readable(value.dtype)).isfinite().all():
                     raise ValueError(
-                        f"{folder / file} gives {name} values that are NaN or infinite in {saved_as}: the model is damaged, "
-                        "or its training diverged. Take another checkpoint."
+                        f"{folder / file} gives {name} values that are NaN or infinite in {saved_as}: the model is "
+                        "damaged, or its training diverged. Take another checkpoint."
                     )
 
 
