@@ -351,8 +351,8 @@ def test_compare(run: Command, monkeypatch: pytest.MonkeyPatch) -> None:
         ("block_diffusion", "block size 8, 16 steps", 32),
         ("block_diffusion", "block size 8, 8 steps", 16),
         ("block_diffusion", "block size 8, 4 steps", 8),
-        ("arpc", "block size 8, 12 steps, 4 with ar_surprisal", 32),
-        ("arpc", "block size 8, 6 steps, 2 with ar_surprisal", 16),
+        ("arpc", "block size 8, 8 steps, 7 with ar_surprisal", 32),
+        ("arpc", "block size 8, 4 steps, 3 with ar_surprisal", 16),
     ]
     assert [row[:2] for row in rows] == [row[:2] for row in expected]
     for (*_, count, ratio), (*_, most) in zip(rows, expected, strict=True):
@@ -583,6 +583,7 @@ def environment() -> Iterator[dict[str, str]]:
         (["generate", "--decoding", "diffusion"], 2),
         (["generate", "--sampler", "gibbs"], 2),
         (["evaluate", "./no-such-folder", "--dataset", "a.txt"], 2),
+        (["train", "labtop"], 1),
     ],
 )
 def test_help_and_typos_import_neither_torch_nor_transformers(

@@ -5,6 +5,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from .tokenizer_loading import tokenizer_errors
+
 
 @dataclass(frozen=True)
 class PromptEncoder:
@@ -29,12 +31,14 @@ class PromptEncoder:
     def __call__(self, prompt: str | list[dict[str, Any]]) -> list[int]:
         """
         Raises:
-            ValueError: messages, and a tokenizer without a chat template; or a text that is not valid Unicode.
+            ValueError: messages, and a tokenizer without a chat template; a text that is not valid Unicode; or a
+                regular expression of the tokenizer that takes too long.
         """
         if not isinstance(prompt, str):
-            encoded = self.tokenizer.apply_chat_template(
-                prompt, add_generation_prompt=True, tokenize=True, return_dict=True
-            )
+            with tokenizer_errors(self.tokenizer):
+                encoded = self.tokenizer.apply_chat_template(
+                    prompt, add_generation_prompt=True, tokenize=True, return_dict=True
+                )
             return list(encoded["input_ids"])
         text = prompt + self.separator
         try:
@@ -43,7 +47,8 @@ class PromptEncoder:
             raise ValueError(f"The prompt is not valid UTF-8 text: {prompt[:80]!a}.") from None
         mask = self.tokenizer.mask_token
         as_letters = {"split_special_tokens": True} if mask is not None and mask in text else {}
-        token_ids = self.tokenizer(text, add_special_tokens=False, verbose=False, **as_letters)["input_ids"]
+        with tokenizer_errors(self.tokenizer):
+            token_ids = self.tokenizer(text, add_special_tokens=False, verbose=False, **as_letters)["input_ids"]
         return ([self.tokenizer.bos_token_id] if self.add_bos_token else []) + list(token_ids)
 
 

@@ -1,5 +1,7 @@
 """How a tokenizer is loaded here, whatever for."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -24,4 +26,24 @@ def pretrained_tokenizer(name: str, *, trust_remote_code: bool = False, **option
     return tokenizer
 
 
-__all__ = ["LOCAL_SETTINGS", "pretrained_tokenizer"]
+@contextmanager
+def tokenizer_errors(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """
+    Where texts are tokenised: a regular expression of tokenizer.json that explodes is a `ValueError`.
+
+    The library that matches them stops after ten million retries at one place of the text, about half a second, and
+    panics, with an exception that is no `Exception`.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(
+            f"The tokenizer of {tokenizer.name_or_path or 'this model'} cannot read the text ({error}): a regular "
+            "expression in its tokenizer.json (`normalizer` or `pre_tokenizer`) takes too long. Take the tokenizer "
+            "files that were saved with the model."
+        ) from error
+
+
+__all__ = ["LOCAL_SETTINGS", "pretrained_tokenizer", "tokenizer_errors"]

@@ -225,7 +225,7 @@ class Report:
         }
         self.figures["models"].append(facts)
         print(
-            "# {model}, {diffusion_type}: {layers} x {hidden_size}, V = {vocab_size:,}, {dtype}, x_hat of "
+            "{model}, {diffusion_type}: {layers} x {hidden_size}, V = {vocab_size:,}, {dtype}, x_hat of "
             "{denoiser_entropy:.1f} nats".format(**facts),
             flush=True,
         )
@@ -239,8 +239,8 @@ class Report:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
         results = [measurement.to_dict() for measurement in measurements]
         self.figures["cases"].append({**asdict(case), "machine": machine.to_dict(), "results": results})
-        print(f"\n## Prefix {case.prefix}, batch {case.batch_size}, {case.new_tokens} new tokens a row\n")
-        print("\n".join(table(measurements)))
+        print(f"\nPrefix {case.prefix}, batch {case.batch_size}, {case.new_tokens} new tokens a row\n")
+        print(table(measurements).text())
         speed = "{gflops_per_second:,.0f} GFLOP/s, {gigabytes_per_second:.1f} GB/s"
         where = "{name}, threads: {threads}, torch {torch}: "
         print(f"\n{(where + speed).format(**machine.to_dict())}\n", flush=True)

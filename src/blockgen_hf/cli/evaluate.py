@@ -205,7 +205,7 @@ def _report(
     skipped = f", {result.num_skipped:,} rows skipped" if result.num_skipped else ""
     print(f"Data: {args.dataset}, {result.num_sequences:,} rows, {result.num_tokens:,} tokens scored{skipped}")
     print(f"{result.num_draws} Monte-Carlo draws a row, seed {args.seed}, {seconds:.1f} s\n")
-    print("\n".join(likelihood_table(result.metrics())))
+    print(likelihood_table(result.metrics()).text())
     if result.weights:
         weights = ", ".join(f"{size}: {weight:.3g}" for size, weight in result.weights.items())
         print(f"\nMixture weights: {weights}. Standard errors are over the draws, on these data.")

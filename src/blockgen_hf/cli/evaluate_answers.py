@@ -177,6 +177,8 @@ def _with_adapter(model: Any, folder: Path) -> Any:
 
 
 def _report(args: argparse.Namespace, name: str, result: "AnswerResult", seconds: float) -> None:
+    from ..evaluation.answer_figures import answer_table
+
     figures = next(iter(result.figures.values()))
     print(f"Model: {name}")
     samples = "a sample each" if figures.num_samples == 1 else f"{figures.num_samples} samples each"
@@ -186,5 +188,5 @@ def _report(args: argparse.Namespace, name: str, result: "AnswerResult", seconds
     )
     form = {"marker": "the number behind ####", "last_number": "the last number", "program": "what a program returns"}
     print(f"Answer: {form[result.settings['answer_form']]}. {seconds:.0f} s\n")
-    print(result.table())
+    print(answer_table(result.figures).text())
     print(f"\nEvery generation: {args.output_dir / 'generations.jsonl'}")

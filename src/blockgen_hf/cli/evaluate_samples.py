@@ -234,12 +234,13 @@ def _scorer(args: argparse.Namespace, tokenizer: Any, max_new_tokens: int) -> "S
 def _list_cells(
     cells: "list[SampleCell]", skipped: "list[SkippedCell]", args: argparse.Namespace, max_new_tokens: int
 ) -> None:
-    width = max(len(cell.name) for cell in cells)
-    print(f"{'cell':<{width}}  NFE a block  NFE a text, at most  NFE a token, at most")
-    for cell in cells:
-        nfe = "" if cell.nfe is None else str(cell.nfe)
-        share = cell.max_evaluations / max_new_tokens
-        print(f"{cell.name:<{width}}  {nfe:>11}  {cell.max_evaluations:>19,}  {share:>20.2f}")
+    from ..tables import Table, number
+
+    rows = [
+        (cell.name, number(cell.nfe, "d"), f"{cell.max_evaluations:,}", f"{cell.max_evaluations / max_new_tokens:.2f}")
+        for cell in cells
+    ]
+    print(Table(("cell", "NFE a block", "NFE a text, at most", "NFE a token, at most"), rows).text())
     each = sum(cell.max_evaluations for cell in cells)
     passes = -(-args.num_samples // args.batch_size) * each
     print(
@@ -259,13 +260,12 @@ def _report(results: "SampleResults", output_dir: Path) -> None:
     """Prints the tables, and writes them and the plot beside the figures."""
     from importlib.util import find_spec
 
-    from ..evaluation.samples_tables import markdown, plot
+    from ..evaluation.samples_tables import markdown, plain, plot
 
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr, flush=True)
-    page = markdown(results)
-    write_whole(output_dir / "results.md", page)
-    print(page)
+    write_whole(output_dir / "results.md", markdown(results))
+    print(plain(results))
     written = ["results.json", "results.md"]
     if find_spec("matplotlib") is None:
         print("No plot: it needs matplotlib (pip install 'blockgen-hf[eval]').")

@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Sequence
 
+from ..recipe_files import find_recipe
 from .parsing import CommandError, integer
 
 
@@ -55,6 +56,13 @@ def run_recipe(
 ) -> int:
     """Trains, or says what it would take, and returns the exit status."""
     process = int(os.environ.get("RANK", "0"))
+
+    try:
+        find_recipe(recipe)
+    except FileNotFoundError as error:
+        if process > 0:
+            return 1  # the main process says it
+        raise CommandError(error) from error
 
     from .loading import quiet_transformers
 

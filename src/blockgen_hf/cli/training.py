@@ -202,4 +202,4 @@ def _print_end(
         draws = prepared.args.eval_monte_carlo_samples
         print(f"\nValidation, {draws} Monte-Carlo draws a row:")
         figures = {name.removeprefix("eval_"): value for name, value in metrics.items()}
-        print("\n".join(likelihood_table(figures)))
+        print(likelihood_table(figures).text())

@@ -53,7 +53,7 @@ class AnswerResult:
 
     def table(self) -> str:
         """The figures as a Markdown table."""
-        return "\n".join(answer_table(self.figures))
+        return answer_table(self.figures).markdown()
 
 
 def evaluate_answers(

@@ -26,7 +26,8 @@ class SampleResults:
 
     Args:
         settings (`dict`): what all cells have in common: model, length and number of texts, seed, machine, judge ...
-        cells (`list[dict]`): figures of each: `cell` ([`SampleCell`]), cost, `scores` ([`SampleScorer.score`]).
+        cells (`list[dict]`): figures of all cells in the folder, those of earlier runs too: `cell` ([`SampleCell`]),
+            cost, `scores` ([`SampleScorer.score`]).
         skipped (`list` of [`SkippedCell`]): what of the grid cannot be, and why.
     """
 
@@ -56,7 +57,8 @@ def evaluate_samples(
     progress: Progress | None = None,
 ) -> SampleResults | None:
     """
-    Draws texts in every cell, then scores them. What `output_dir` holds of either is not done again.
+    Draws texts in every cell, then scores them. What `output_dir` holds of either is not done again, and is part of
+    the results, also where `cells` are fewer than before.
 
     Under `accelerate launch` or `torchrun` each process draws a share of the texts, with the whole model; the main
     process scores them, and alone gets the result: it must have the scorer, the others need none.
@@ -96,7 +98,7 @@ def evaluate_samples(
     }
     with processes.locking(output_dir):
         folder = SampleFolder(output_dir, drawing, scorer.settings, overwrite) if processes.is_main else None
-        missing = [cell for cell in cells if folder is not None and not folder.has_texts(cell)]
+        missing = [cell for cell in cells if folder is not None and not folder.has_texts(cell.name)]
         for number, cell in enumerate(processes.broadcast(missing), 1):
             if progress is not None and processes.is_main:
                 progress(f"drawing {number} of {len(missing)}: {cell.name}")
@@ -115,7 +117,7 @@ def evaluate_samples(
             if folder is not None:
                 texts = sorted((text for drawn, _ in shares for text in drawn), key=lambda text: text.index)
                 seconds, cpu_seconds = zip(*(clocks for _, clocks in shares), strict=True)
-                folder.write_drawn(cell, texts, _figures(cell, texts, max(seconds), sum(cpu_seconds)))
+                folder.write_drawn(cell.name, texts, _figures(cell, texts, max(seconds), sum(cpu_seconds)))
         if folder is None:
             return None
         results = SampleResults({**drawing, **scorer.settings}, _score(folder, cells, scorer, progress), list(skipped))
@@ -161,19 +163,25 @@ def _figures(cell: SampleCell, texts: Sequence[DrawnText], seconds: float, cpu_s
 def _score(
     folder: SampleFolder, cells: Sequence[SampleCell], scorer: SampleScorer, progress: Progress | None
 ) -> list[dict[str, Any]]:
-    """Figures of all cells, with scores."""
-    scored = []
-    for number, cell in enumerate(cells, 1):
-        figures = folder.read_figures(cell)
-        if figures is None:
-            raise ValueError(f"`output_dir` has lost the cell {cell.name} while the evaluation ran.")
+    """Figures of all cells that the folder holds, those of an earlier and larger grid too, with scores."""
+    found = folder.all_figures()
+    lost = [cell.name for cell in cells if cell.name not in found]
+    if lost:
+        raise ValueError(f"`output_dir` has lost the cell {lost[0]} while the evaluation ran.")
+    for number, (name, figures) in enumerate(found.items(), 1):
         if not folder.has_scores(figures):
             if progress is not None:
-                progress(f"scoring {number} of {len(cells)}: {cell.name}")
-            figures["scores"] = scorer.score(folder.read_texts(cell))
-            folder.write_figures(cell, figures)
-        scored.append(figures)
-    return scored
+                progress(f"scoring {number} of {len(found)}: {name}")
+            figures["scores"] = scorer.score(folder.read_texts(name))
+            folder.write_figures(name, figures)
+    series = list(dict.fromkeys([cell.series for cell in cells] + [one["cell"]["series"] for one in found.values()]))
+    return sorted(found.values(), key=lambda figures: _place(figures["cell"], series))
+
+
+def _place(cell: dict[str, Any], series: list[str]) -> tuple[float, ...]:
+    """Cells of one series together, in the order of their numbers, the budget last."""
+    numbers = (cell[name] or 0 for name in ("block_size", "ar_seed_tokens", "temperature", "top_p", "nfe"))
+    return (series.index(cell["series"]), *numbers)
 
 
 __all__ = [

@@ -11,7 +11,6 @@ from typing import Any
 from ..folder_lock import LOCK
 from ..whole_files import write_whole
 from .samples_drawing import DrawnText
-from .samples_grid import SampleCell
 
 
 _SETTINGS = "settings.json"
@@ -67,40 +66,50 @@ class SampleFolder:
                 "overwrite it."
             )
 
-    def read_figures(self, cell: SampleCell) -> dict[str, Any] | None:
+    def all_figures(self) -> dict[str, dict[str, Any]]:
+        """By name what is known of the cells that have been drawn, in this evaluation or in an earlier one."""
+        names = sorted(file.stem for file in self._cells.glob("*.json"))
+        figures = {name: self.read_figures(name) for name in names if self.has_texts(name)}
+        return {name: found for name, found in figures.items() if found is not None}
+
+    def read_figures(self, name: str) -> dict[str, Any] | None:
         """What is known of a cell; None if it has not been drawn."""
-        file = self.path / "cells" / f"{cell.name}.json"
+        file = self._cells / f"{name}.json"
         try:
             figures = json.loads(file.read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):  # a file that was damaged says as little as none
             return None
-        return figures if isinstance(figures, dict) and "scores" in figures else None
+        return figures if isinstance(figures, dict) and "scores" in figures and "cell" in figures else None
 
-    def has_texts(self, cell: SampleCell) -> bool:
+    def has_texts(self, name: str) -> bool:
         """Whether a cell has been drawn, and its texts are those that its figures tell of."""
-        figures = self.read_figures(cell)
-        file = self._texts(cell)
+        figures = self.read_figures(name)
+        file = self._texts(name)
         return figures is not None and file.is_file() and figures.get("texts_sha256") == _digest(file.read_bytes())
 
     def has_scores(self, figures: dict[str, Any]) -> bool:
         return figures["scores"] is not None and figures["scores"]["settings"] == self.scoring
 
-    def write_figures(self, cell: SampleCell, figures: dict[str, Any]) -> None:
-        self.write(f"cells/{cell.name}.json", as_json(figures))
+    def write_figures(self, name: str, figures: dict[str, Any]) -> None:
+        self.write(f"cells/{name}.json", as_json(figures))
 
-    def read_texts(self, cell: SampleCell) -> list[DrawnText]:
-        lines = self._texts(cell).read_text(encoding="utf-8").split("\n")
+    def read_texts(self, name: str) -> list[DrawnText]:
+        lines = self._texts(name).read_text(encoding="utf-8").split("\n")
         return [DrawnText(**json.loads(line)) for line in lines if line]
 
-    def write_drawn(self, cell: SampleCell, texts: Sequence[DrawnText], figures: dict[str, Any]) -> None:
+    def write_drawn(self, name: str, texts: Sequence[DrawnText], figures: dict[str, Any]) -> None:
         """Texts, then figures, which know the texts."""
         lines = [json.dumps(asdict(text), ensure_ascii=False) + "\n" for text in texts]
         content = "".join(lines)
-        self.write(f"texts/{cell.name}.jsonl", content)
-        self.write_figures(cell, {**figures, "texts_sha256": _digest(content.encode())})
+        self.write(f"texts/{name}.jsonl", content)
+        self.write_figures(name, {**figures, "texts_sha256": _digest(content.encode())})
 
-    def _texts(self, cell: SampleCell) -> Path:
-        return self.path / "texts" / f"{cell.name}.jsonl"
+    @property
+    def _cells(self) -> Path:
+        return self.path / "cells"
+
+    def _texts(self, name: str) -> Path:
+        return self.path / "texts" / f"{name}.jsonl"
 
     def write(self, name: str, content: str) -> None:
         write_whole(self.path / name, content)

@@ -110,6 +110,10 @@ class ModelFacts:
             return [blocks]
         return [Decoding("arpc", f"block_size={size}, {new_tokens}"), blocks, Decoding("ar", new_tokens)]
 
+    def decoding_rows(self) -> Rows:
+        """The decodings and what they are, as a table."""
+        return [(f'`"{decoding.name}"`', decoding.description) for decoding in self.decodings()]
+
     def rows(self) -> Rows:
         """What it is, as a table."""
         stored = sorted({tensor.dtype_name for tensor in self.tensors.values()})

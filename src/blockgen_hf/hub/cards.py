@@ -15,6 +15,7 @@ from typing import Any
 
 from huggingface_hub import DatasetCard, DatasetCardData, ModelCard, ModelCardData
 
+from ..tables import Table
 from ..whole_files import write_whole
 from .card_evaluation import Evaluation, model_index, read_results, validation_table
 from .card_facts import first_prompt, is_hub_id, read_model
@@ -96,6 +97,7 @@ def model_card(
         data,
         template_str=template("model_card.md"),
         repo_id=repo_id,
+        table=_table,
         title=title,
         facts=facts,
         prompt=first_prompt(facts.config),
@@ -143,6 +145,7 @@ def samples_card(
         data,
         template_str=template("samples_card.md"),
         repo_id=repo_id,
+        table=_table,
         models=[model_id] if model_id else models,
         num_samples=len(rows),
         groups=_groups(rows),
@@ -205,16 +208,18 @@ def _checked_sample(line: str, where: str) -> dict[str, Any]:
     return dict(row)
 
 
-def _groups(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """How many samples of which decoding and settings, and what they took."""
+def _groups(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """A row for each decoding with its settings: how many samples, and what one took."""
     groups: dict[tuple[str, str], list[int]] = defaultdict(list)
     for row in rows:
         settings = ", ".join(f"{name}={value}" for name, value in sorted(row["settings"].items()))
         groups[row["decoding"], settings].append(row["num_function_evaluations"])
-    return [
-        {"decoding": decoding, "settings": settings, "num_samples": len(costs), "evaluations": sum(costs) / len(costs)}
-        for (decoding, settings), costs in groups.items()
-    ]
+    return [(*names, f"{len(costs):,}", f"{sum(costs) / len(costs):.1f}") for names, costs in groups.items()]
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """For the templates: Markdown, all columns to the left."""
+    return Table(columns, rows, num_labels=len(columns)).markdown()
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:

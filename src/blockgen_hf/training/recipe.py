@@ -13,7 +13,6 @@ import dataclasses
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from ..checkpoints import find_checkpoint
 from ..hub.files import CONFIG, read_json
 from ..hub.model_checks import check_model_folder
 from ..modeling.configuration_blockgen import BlockGenConfig
+from ..recipe_files import bundled_recipes, find_recipe
 from .arguments import BlockGenTrainingArguments
 from .data import DataArguments
 from .documents import find_files, looks_like_a_path
@@ -174,31 +174,6 @@ class Recipe:
                 "`training.per_device_train_batch_size`, or the number of processes."
             )
         return self.global_batch_size // at_once
-
-
-def bundled_recipes() -> dict[str, Path]:
-    """The recipes of the package by their names."""
-    folder = Path(str(files("blockgen_hf.training"))) / "recipes"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"), key=lambda path: path.stem)}
-
-
-def find_recipe(name: str) -> Path:
-    """
-    The file of a bundled recipe, or of a path.
-
-    Raises:
-        FileNotFoundError: neither.
-    """
-    path = Path(name).expanduser()
-    bundled = bundled_recipes()
-    if name in bundled and not path.is_file():
-        return bundled[name]
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"There is no recipe {name!r}: it is neither a file nor one of {', '.join(bundled)}, which come with the "
-            "package."
-        )
-    return path
 
 
 def load_recipe(name: str, overrides: Sequence[str] = (), source: str | None = None) -> Recipe:

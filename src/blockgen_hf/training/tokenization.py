@@ -10,6 +10,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..evaluation.columns import IGNORED_LABEL
+from ..tokenizer_loading import tokenizer_errors
 from .documents import RowForm, number_as_text, split_text
 
 
@@ -104,7 +105,8 @@ class DocumentTokenizer:
             `status` (what became of the row) and `source` (its number).
 
         Raises:
-            ValueError: a value of the wrong type, or a conversation that the chat template refuses.
+            ValueError: a value of the wrong type, a conversation that the chat template refuses, or a regular
+                expression of the tokenizer that takes too long.
         """
         columns_of = [[number_as_text(value, self.form) for value in batch[column]] for column in self.form.columns]
         rows = list(zip(*columns_of, strict=True))
@@ -123,7 +125,8 @@ class DocumentTokenizer:
                 status[place] = EMPTY
             else:
                 filled.append(place)
-        encoded = self._encode([rows[place] for place in filled], [indices[place] for place in filled])
+        with tokenizer_errors(self.tokenizer):
+            encoded = self._encode([rows[place] for place in filled], [indices[place] for place in filled])
         for place, (ids, scored) in zip(filled, encoded, strict=True):
             input_ids[place], labels[place], status[place] = self._finish(ids, scored, begins[place], ends[place])
         columns = {"input_ids": input_ids, "begins": begins, "status": status, "source": list(indices)}
