@@ -27,7 +27,7 @@ from blockgen_hf.evaluation.samples import (
 from blockgen_hf.evaluation.samples_drawing import DrawnText, draw_texts, weights_fingerprint
 from blockgen_hf.evaluation.samples_grid import SampleCell
 from blockgen_hf.evaluation.samples_tables import markdown, plot
-from blockgen_hf.folder_lock import FolderInUseError, lock_folder
+from blockgen_hf.run_folders import FolderInUseError, lock_folder
 
 
 LENGTH = 24

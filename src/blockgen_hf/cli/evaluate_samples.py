@@ -16,8 +16,8 @@ from .parsing import (
     loading_options,
     model_name,
     positive,
+    read_texts,
 )
-from .text_files import read_texts
 
 
 if TYPE_CHECKING:

@@ -6,7 +6,17 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .parsing import MODEL_HELP, CommandError, add_loading_arguments, cpu_weights, integer, loading_options, model_name
+from .parsing import (
+    MODEL_HELP,
+    CommandError,
+    add_loading_arguments,
+    cpu_weights,
+    integer,
+    loading_options,
+    model_name,
+    read_texts,
+    unescaped,
+)
 
 
 if TYPE_CHECKING:
@@ -136,7 +146,7 @@ def _add_decoding_arguments(group: argparse._ArgumentGroup) -> None:
 def _stop_string(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("must be a text, but is empty")
-    return text.replace("\\n", "\n")
+    return unescaped(text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -163,8 +173,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _read_prompts(args: argparse.Namespace) -> list[str]:
     if args.prompt_file is not None:
-        from .text_files import read_texts
-
         return read_texts(args.prompt_file, "--prompt-file", "prompt")
     if args.prompts.count("-") > 1:
         raise CommandError("Standard input holds one prompt: give '-' once.")

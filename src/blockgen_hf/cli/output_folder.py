@@ -8,6 +8,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..hub.files import ADAPTER_CONFIG, CONFIG, INDEX, RECIPE, WEIGHTS
 from ..hub.secrets import without_secrets
 from ..training.checkpointing import missing_file
 from ..training.recipe import Recipe, read_recipe
@@ -16,9 +17,8 @@ from ..whole_files import write_whole
 from .parsing import CommandError
 
 
-RECIPE = "recipe.yaml"
 _CHECKPOINTS = "checkpoint-*"
-_MODEL_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json", "adapter_config.json")
+_MODEL_FILES = (CONFIG, WEIGHTS, INDEX, ADAPTER_CONFIG)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..modeling.configuration_blockgen import BlockGenConfig
+from ..places import is_hub_id
 from .files import ADAPTER_CONFIG, CONFIG, CONVERSION, read_json
 from .weights import SavedTensor, count_values, read_tensors
 
@@ -175,15 +176,6 @@ def read_config(folder: Path) -> BlockGenConfig:
     return config
 
 
-def is_hub_id(name: Any) -> bool:
-    """Whether a name can be one on the Hub, and is no file or folder here."""
-    if not isinstance(name, str) or not name or name.count("/") > 1 or Path(name).exists():
-        return False
-    plain = name.replace("/", "").replace("-", "").replace("_", "").replace(".", "")
-    is_file = Path(name).suffix in (".txt", ".json", ".jsonl", ".parquet", ".csv", ".arrow", ".gz", ".zst")
-    return plain.isalnum() and plain.isascii() and not name.startswith((".", "/", "-")) and not is_file
-
-
 def first_prompt(config: BlockGenConfig | None) -> str:
     """Token ids to begin with where there is no tokenizer, as Python."""
     if config is not None and config.next_token_prediction:
@@ -198,7 +190,6 @@ __all__ = [
     "ModelFacts",
     "Rows",
     "first_prompt",
-    "is_hub_id",
     "read_config",
     "read_model",
 ]

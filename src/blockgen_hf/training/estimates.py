@@ -1,4 +1,8 @@
-"""What a training run will take, before it is started: parameters, tokens, memory, time. Estimates, not promises."""
+"""
+What a training run will take, before it is started: parameters, tokens, memory, time. Estimates, not promises.
+
+Not `accelerate estimate-memory`: it counts weights and Adam, and nothing of activations, averages and adapters.
+"""
 
 import time
 from dataclasses import dataclass

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import blockgen_hf
-from blockgen_hf.folder_lock import FolderInUseError, lock_folder
+from blockgen_hf.run_folders import FolderInUseError, lock_folder
 
 
 def test_the_second_is_refused_by_name(tmp_path: Path) -> None:
@@ -32,14 +32,14 @@ def test_the_lock_is_free_after_an_error(tmp_path: Path) -> None:
 def test_a_killed_process_leaves_no_lock(tmp_path: Path) -> None:
     code = (
         "import importlib.util, sys, time\n"
-        "spec = importlib.util.spec_from_file_location('folder_lock', sys.argv[1])\n"
+        "spec = importlib.util.spec_from_file_location('run_folders', sys.argv[1])\n"
         "module = importlib.util.module_from_spec(spec)\n"
         "spec.loader.exec_module(module)\n"
         "with module.lock_folder(sys.argv[2]):\n"
         "    print('locked', flush=True)\n"
         "    time.sleep(600)\n"
     )
-    module = str(Path(blockgen_hf.__file__).parent / "folder_lock.py")
+    module = str(Path(blockgen_hf.__file__).parent / "run_folders.py")
     with subprocess.Popen([sys.executable, "-c", code, module, str(tmp_path)], stdout=subprocess.PIPE) as other:
         assert other.stdout is not None and other.stdout.readline().strip() == b"locked"
         with pytest.raises(FolderInUseError), lock_folder(tmp_path):
