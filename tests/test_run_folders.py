@@ -1,13 +1,25 @@
-"""One process at a time writes to an output folder."""
+"""Output folders: one process at a time writes there, and they are resumed where nothing that matters has changed."""
 
+import hashlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from datasets import Dataset
 
 import blockgen_hf
-from blockgen_hf.run_folders import FolderInUseError, lock_folder
+from blockgen_hf.run_folders import (
+    Difference,
+    FolderInUseError,
+    as_stored,
+    check_settings,
+    digest,
+    lock_folder,
+    weights_digest,
+)
+from blockgen_hf.training.resuming import hash_rows
 
 
 def test_the_second_is_refused_by_name(tmp_path: Path) -> None:
@@ -47,3 +59,26 @@ def test_a_killed_process_leaves_no_lock(tmp_path: Path) -> None:
         other.kill()
     with lock_folder(tmp_path):
         pass
+
+
+def test_settings_that_differ_are_named(tmp_path: Path) -> None:
+    before = as_stored({"seed": 0, "sizes": (1, 4), "judge": None})
+    check_settings(tmp_path, before, {"seed": 0, "sizes": [1, 4]})
+    with pytest.raises(ValueError, match=r"made with other settings \(`sizes` was \[1, 4\], and is \[1\] now\)"):
+        check_settings(tmp_path, before, {"seed": 0, "sizes": [1]})
+    with pytest.raises(ValueError, match=r"\(ar: `seed` was 0, and is None now\): overwrite it"):
+        check_settings(tmp_path, before, {"sizes": [1, 4]}, "ar")
+    assert len(str(Difference("text", "a" * 1000, ""))) < 150
+
+
+def test_digests_are_those_of_earlier_releases() -> None:
+    """They are compared with what the folders of earlier releases hold."""
+    linear = torch.nn.Linear(2, 1)
+    with torch.no_grad():
+        linear.weight.copy_(torch.tensor([[1.0, 2.0]]))
+        linear.bias.zero_()
+    assert weights_digest(linear) == "096212cd910e1b351f701549e7f3d33d"  # type: ignore[arg-type]
+    assert digest(["a"]) == hashlib.sha256(b"a").hexdigest()[:16]
+    assert digest(["a", b"b"], is_long=True) == hashlib.blake2b(b"ab", digest_size=16).hexdigest()
+    rows = Dataset.from_dict({"input_ids": [[1, 2, 3], [4, 5]], "labels": [[1, 2, -100], [4, 5]]})
+    assert hash_rows(rows) == "a90f7c815612ecec243cff9b2382cf17"

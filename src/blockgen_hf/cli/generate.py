@@ -1,11 +1,11 @@
 """Continues a prompt with a BlockGen model, and tells what that cost."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..whole_files import json_text
 from .parsing import (
     MODEL_HELP,
     CommandError,
@@ -167,7 +167,7 @@ def run(args: argparse.Namespace) -> int:
                 print(flush=True)
             found.append(_generate(args, sampler, settings))
     if args.json:
-        print(json.dumps(found if len(prompts) > 1 else found[0], indent=2, ensure_ascii=False))
+        print(json_text(found if len(prompts) > 1 else found[0]), end="")
     return 0
 
 

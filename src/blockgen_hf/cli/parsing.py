@@ -167,7 +167,7 @@ def read_texts(file: Path, option: str, column: str) -> list[str]:
             with open_text(str(file)) as lines:
                 texts = [line.removesuffix("\n") for line in lines if line.strip()]
     except ValueError as error:
-        raise CommandError(f"{option}: {error}") from error
+        raise CommandError(f"{option} {error}") from error
     except OSError as error:
         raise CommandError(f"{where}: cannot be read: {error.strerror}.") from error
     if not texts:

@@ -85,9 +85,11 @@ class GenerationLog:
             return
         ended, _, _ = file.read_bytes().rpartition(b"\n")  # behind it is a line that was being written
         try:
-            rows = [row for _, row in rows_of_lines(ended.decode().split("\n"), file)]
+            rows = [row for _, row in rows_of_lines(ended.decode().split("\n"), file.name)]
         except ValueError as error:
-            raise ValueError(f"The file is damaged. {error} Delete it, or overwrite the evaluation.") from error
+            raise ValueError(
+                f"{file} is damaged ({str(error).rstrip('.')}): delete it, or overwrite the evaluation."
+            ) from error
         if rows:
             self._check(file, rows[0])
         yield from rows[1:]

@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 from huggingface_hub import RepoCard
@@ -30,6 +31,11 @@ MODEL_FILES = (GENERATION_CONFIG, *TOKENIZER_FILES, CODE)
 README = "README.md"
 # What a training run leaves beside its model: the recipe, and the state of the Trainer.
 RECIPE, STATE = "recipe.yaml", "trainer_state.json"
+
+
+def yaml_text(values: dict[str, Any]) -> str:
+    """A recipe as it is written: sections and keys in their order, letters of all languages as they are."""
+    return str(yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120))
 
 
 def read_card(folder: Path) -> RepoCard | None:
@@ -99,4 +105,5 @@ __all__ = [
     "move_model",
     "read_card",
     "read_json",
+    "yaml_text",
 ]

@@ -9,7 +9,16 @@ import yaml  # type: ignore[import-untyped]
 
 from ..tokenizer_loading import LOCAL_SETTINGS
 from ..whole_files import json_text, write_whole
-from .files import ADAPTER_CONFIG, CONFIG, CONVERSION, GENERATION_CONFIG, RECIPE, TOKENIZER_CONFIG, read_json
+from .files import (
+    ADAPTER_CONFIG,
+    CONFIG,
+    CONVERSION,
+    GENERATION_CONFIG,
+    RECIPE,
+    TOKENIZER_CONFIG,
+    read_json,
+    yaml_text,
+)
 
 
 _PATH = re.compile(r"(file:)?(/|~\w*/|\.{1,2}/|[A-Za-z]:[\\/])[^\n]+")
@@ -77,7 +86,7 @@ def portable_text(path: str, text: str, positions: int | None) -> str:
         return text
     if path.endswith(".json"):
         return json_text(portable)
-    return str(yaml.safe_dump(portable, sort_keys=False, allow_unicode=True, width=120))
+    return yaml_text(portable)
 
 
 def has_portable_form(path: str) -> bool:
