@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..whole_files import write_json
 from .parsing import (
+    DECODINGS_HELP,
     MODEL_HELP,
     CommandError,
+    add_decodings,
     add_loading_arguments,
     cpu_weights,
     integer,
@@ -59,14 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the model with compiled layers and a static cache too, as contender blockgen-compiled",
     )
     group = parser.add_argument_group("cases")
-    group.add_argument(
-        "--decodings",
-        type=list_of(str),
-        default=_DECODINGS,
-        metavar="NAME,...",
-        help="ar, block_diffusion:STEPS, arpc:EVALUATIONS a block; settings may follow, as in "
-        f"block_diffusion:16:top_k=50 (default: {_DECODINGS})",
-    )
+    add_decodings(group, _DECODINGS, DECODINGS_HELP, "block_diffusion:16:top_k=50")
     group.add_argument(
         "--block-size", type=integer(1), default=16, metavar="N", help="tokens of a block (default: 16)"
     )

@@ -11,6 +11,7 @@ from ..whole_files import json_text, write_json
 from .parsing import (
     MODEL_HELP,
     CommandError,
+    add_hub_dataset_arguments,
     add_loading_arguments,
     integer,
     list_of,
@@ -77,8 +78,7 @@ def _add_data_arguments(group: argparse._ArgumentGroup) -> None:
         metavar="NAME",
         help="a file, a glob or a folder (.txt, .jsonl, .parquet ...), or a data set on the Hub",
     )
-    group.add_argument("--dataset-config", metavar="NAME", help="configuration of a data set on the Hub")
-    group.add_argument("--dataset-revision", metavar="NAME", help="branch, tag or commit of a data set on the Hub")
+    add_hub_dataset_arguments(group)
     group.add_argument("--split", metavar="NAME", help="default: validation; files have none")
     group.add_argument("--text-column", metavar="NAME", help="column of plain text (default: text)")
     group.add_argument("--prompt-column", metavar="NAME", help="column of prompts, which are not scored")

@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Any
 from ..places import data_place
 from .finetune import known_settings
 from .parsing import (
+    DECODINGS_HELP,
     MODEL_HELP,
     CommandError,
+    add_decodings,
+    add_hub_dataset_arguments,
     add_loading_arguments,
     integer,
     list_of,
@@ -54,8 +57,7 @@ def _add_data_arguments(group: argparse._ArgumentGroup) -> None:
         metavar="NAME",
         help="a .jsonl or .json file, a folder, or a data set on the Hub (openai/gsm8k)",
     )
-    group.add_argument("--dataset-config", metavar="NAME", help="configuration of a data set on the Hub")
-    group.add_argument("--dataset-revision", metavar="NAME", help="branch, tag or commit of a data set on the Hub")
+    add_hub_dataset_arguments(group)
     group.add_argument("--split", default="test", metavar="NAME", help="default: test; files have none")
     group.add_argument("--question-column", metavar="NAME", help="default: question or prompt")
     group.add_argument("--answer-column", metavar="NAME", help="default: answer or completion")
@@ -71,14 +73,7 @@ def _add_data_arguments(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_sample_arguments(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--decodings",
-        type=list_of(str),
-        default=_DECODINGS,
-        metavar="NAME,...",
-        help="ar, block_diffusion:STEPS, arpc:EVALUATIONS a block; settings may follow, as in "
-        f"arpc:8:block_size=8:temperature=0.5 (default: {_DECODINGS})",
-    )
+    add_decodings(group, _DECODINGS, DECODINGS_HELP, "arpc:8:block_size=8:temperature=0.5")
     group.add_argument("--block-size", type=integer(1), metavar="N", help="default: the model's largest")
     group.add_argument(
         "--num-samples", type=integer(1), default=1, metavar="N", help="answers to each question (default: 1)"

@@ -47,6 +47,9 @@ def integer(low: int, high: int | None = None) -> Callable[[str], int]:
 MODEL_HELP = f"a model folder, a model on the Hub, or {SHIPPED}, which comes with the package"
 
 
+DECODINGS_HELP = "ar, block_diffusion:STEPS, arpc:EVALUATIONS a block"
+
+
 def model_name(text: str) -> str:
     """The type of an option: a model folder, with the shipped model found by its name, or a model on the Hub."""
     name = find_checkpoint(text)
@@ -117,6 +120,23 @@ def output_file(text: str) -> Path:
     if not path.absolute().parent.is_dir():
         raise argparse.ArgumentTypeError(f"{text}: its folder does not exist")
     return path
+
+
+def add_decodings(group: argparse._ArgumentGroup, default: str, names: str, example: str) -> None:
+    """The option of the decodings that an evaluation compares."""
+    group.add_argument(
+        "--decodings",
+        type=list_of(str),
+        default=default,
+        metavar="NAME,...",
+        help=f"{names}; settings may follow, as in {example} (default: {default})",
+    )
+
+
+def add_hub_dataset_arguments(group: argparse._ArgumentGroup) -> None:
+    """Which version of a data set on the Hub."""
+    group.add_argument("--dataset-config", metavar="NAME", help="configuration of a data set on the Hub")
+    group.add_argument("--dataset-revision", metavar="NAME", help="branch, tag or commit of a data set on the Hub")
 
 
 def add_run_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..modeling.configuration_blockgen import BlockGenConfig
 from ..places import is_hub_id
-from .files import ADAPTER_CONFIG, CONFIG, CONVERSION, read_json
+from .files import ADAPTER_CONFIG, CONFIG, CONVERSION, TOKENIZER_CONFIG, read_json
 from .weights import SavedTensor, count_values, read_tensors
 
 
@@ -143,7 +143,7 @@ def read_model(folder: Path) -> ModelFacts:
         ValueError: the folder holds no BlockGen model, nor an adapter with the name of its base model.
     """
     tensors = read_tensors(folder)
-    has_tokenizer = (folder / "tokenizer_config.json").is_file()
+    has_tokenizer = (folder / TOKENIZER_CONFIG).is_file()
     conversion = read_json(folder / CONVERSION) if (folder / CONVERSION).is_file() else None
     if (folder / CONFIG).is_file():
         return ModelFacts(read_config(folder), tensors, None, has_tokenizer, conversion)

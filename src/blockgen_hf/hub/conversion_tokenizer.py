@@ -7,8 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import first_line
 from ..places import local_folder
-from ..special_tokens import add_special_tokens
-from ..tokenizer_loading import pretrained_tokenizer
+from ..tokenizer_loading import add_special_tokens, pretrained_tokenizer
 from .sources import download
 
 

@@ -10,13 +10,13 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from ..default_decoding import default_decoding
 from ..errors import first_line
+from ..hub.files import TOKENIZER
 from ..hub.model_checks import check_loaded_model, check_model_folder, fetch_model
 from ..hub.portable import make_tokenizer_portable
 from ..modeling.configuration_blockgen import BlockGenConfig
 from ..modeling.modeling_blockgen import BlockGenForDiffusionLM
 from ..places import local_folder
-from ..special_tokens import add_special_tokens
-from ..tokenizer_loading import pretrained_tokenizer
+from ..tokenizer_loading import add_special_tokens, pretrained_tokenizer
 from .arguments import BlockGenTrainingArguments
 from .data import load_datasets
 from .data_arguments import DataArguments
@@ -83,7 +83,7 @@ def load_tokenizer(
     revision = arguments.revision
     if arguments.train:
         folder = Path(str(args.output_dir)) / TOKENIZER_FOLDER
-        is_there = keep_tokenizer and (folder / "tokenizer.json").is_file()
+        is_there = keep_tokenizer and (folder / TOKENIZER).is_file()
         if args.local_process_index == 0 and not is_there:
             limit = arguments.train.get("max_documents", _TRAINED_DOCUMENTS)
             texts = training_texts(recipe.data, limit)
