@@ -10,7 +10,6 @@ The tokenizer is that of the shipped checkpoint. Run it again to resume. Prints 
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from blockgen_hf.checkpoints import shipped_checkpoint
 from blockgen_hf.evaluation import LikelihoodResult, evaluate_likelihood
 from blockgen_hf.tables import Table, error_bar
 from blockgen_hf.training import BlockGenTrainer, BlockGenTrainingArguments, DataArguments, load_datasets
+from blockgen_hf.whole_files import write_json
 
 
 RUNS = {"mixture": [1, 2, 4, 8, 16], "block size 16": [16]}
@@ -155,7 +155,7 @@ def main() -> None:
     print_table(results)
     written = {name: {**result, "likelihood": result["likelihood"].to_dict()} for name, result in results.items()}
     settings = {name: str(value) for name, value in vars(args).items()}
-    (args.output_dir / "results.json").write_text(json.dumps({"settings": settings, "results": written}, indent=2))
+    write_json(args.output_dir / "results.json", {"settings": settings, "results": written})
 
 
 if __name__ == "__main__":

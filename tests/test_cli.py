@@ -230,13 +230,17 @@ def test_prompts_from_a_file(run: Command, fail: Command, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"caf\xe9\n", "is not valid UTF-8 text"), (b"\n \n", "holds no text"), (None, "there is no such file")],
+    [
+        (b"caf\xe9\n", ", line 1: byte 3 (0xe9) is not UTF-8"),
+        (b"\n \n", ": holds no text"),
+        (None, ": there is no such file"),
+    ],
 )
 def test_prompt_files_that_hold_no_prompts(fail: Command, tmp_path: Path, content: bytes | None, message: str) -> None:
     file = tmp_path / "prompts.txt"
     if content is not None:
         file.write_bytes(content)
-    assert f"--prompt-file {file}: {message}" in fail("--prompt-file", str(file))
+    assert f"--prompt-file {file}{message}" in fail("--prompt-file", str(file))
 
 
 def test_stop(run: Command) -> None:

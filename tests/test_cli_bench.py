@@ -100,7 +100,7 @@ def test_a_checkpoint(bench: Command, checkpoint: str, tmp_path: Path, monkeypat
         (("--model", "x", "--size", "tiny"), "--size is for random weights"),
         (("--model", "x", "--diffusion-types", "masked"), "--diffusion-types is for random weights"),
         (("--revision", "main"), "are for a --model"),
-        (("--json", "no/such/folder.json"), "or in one that does not exist"),
+        (("--json", "no/such/folder.json"), "its folder does not exist"),
     ],
 )
 def test_bad_arguments(fail: Command, arguments: tuple[str, ...], message: str) -> None:

@@ -11,7 +11,7 @@ import pytest
 from recipes import sentences, write_rows, write_text
 from tiny import spaced_tokenizer, tiny_model
 
-from blockgen_hf.cli import main
+from blockgen_hf.cli import main, make_parser
 from blockgen_hf.evaluation import evaluate_likelihood
 
 
@@ -192,3 +192,9 @@ def test_interruption(
     arguments = ["--dataset", str(data / "texts.jsonl"), "--cache-dir", str(data / "cache")]
     assert main(["evaluate", checkpoint, *arguments]) == 130
     assert capsys.readouterr().err == "\n"
+
+
+@pytest.mark.parametrize("command", [("evaluate",), ("evaluate-answers",), ("finetune", "tinystories-masked")])
+def test_a_separator_may_be_a_line_end(command: tuple[str, ...]) -> None:
+    args = make_parser().parse_args([*command, "--dataset", "a", "--prompt-separator", "\\n"])
+    assert args.prompt_separator == "\n"

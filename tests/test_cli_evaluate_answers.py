@@ -14,7 +14,7 @@ from recipes import write_rows
 from tiny import tiny_model
 
 from blockgen_hf.cli import evaluate_answers, main
-from blockgen_hf.folder_lock import lock_folder
+from blockgen_hf.run_folders import lock_folder
 
 
 Command = Callable[..., str]

@@ -172,7 +172,9 @@ def test_other_settings_are_refused(
 ) -> None:
     evaluate(*SMALL, "--decodings", "ar")
     options = ("--output-dir", str(tmp_path / "samples"), "--judge", judge, "--decodings", "ar", *SMALL)
-    assert "another `seed`: 0, now 1" in failing_line("evaluate-samples", checkpoint, *options, "--seed", "1")
+    assert "was made with other settings (`seed` was 0, and is 1 now)" in failing_line(
+        "evaluate-samples", checkpoint, *options, "--seed", "1"
+    )
     evaluate(*SMALL, "--decodings", "ar", "--seed", "1", "--overwrite")
     assert figures(tmp_path / "samples")["settings"]["seed"] == 1
 

@@ -25,10 +25,10 @@ from blockgen_hf.evaluation.samples import (
     evaluate_samples,
     sample_cells,
 )
-from blockgen_hf.evaluation.samples_drawing import DrawnText, draw_texts, encode_prompts, weights_fingerprint
+from blockgen_hf.evaluation.samples_drawing import DrawnText, draw_texts, encode_prompts
 from blockgen_hf.evaluation.samples_grid import SampleCell
 from blockgen_hf.evaluation.samples_tables import log_axis, markdown, plain, plot
-from blockgen_hf.folder_lock import FolderInUseError, lock_folder
+from blockgen_hf.run_folders import FolderInUseError, lock_folder, sampled_digest
 
 
 LENGTH = 24
@@ -223,11 +223,11 @@ def test_prompts_are_checked() -> None:
 
 
 def test_the_fingerprint_tells_weights_and_settings_apart() -> None:
-    found = weights_fingerprint(tiny_model())
-    assert weights_fingerprint(tiny_model()) == found
+    found = sampled_digest(tiny_model())
+    assert sampled_digest(tiny_model()) == found
     others = [tiny_model(seed=1), tiny_model("uniform"), tiny_model()]
     others[-1].generation_config.corrector = "ar_kl"
-    assert len({found, *map(weights_fingerprint, others)}) == 4
+    assert len({found, *map(sampled_digest, others)}) == 4
 
 
 # scores
@@ -399,12 +399,12 @@ def test_the_grid_may_grow(run: Evaluation) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"seed": 1}, "`seed`: 0, now 1"),
-        ({"num_samples": 7}, "`num_samples`: 6, now 7"),
-        ({"batch_size": 2}, "`batch_size`: 32, now 2"),
-        ({"prompts": ["abc"]}, "`num_prompts`: 0, now 1"),
-        ({"model": tiny_model(seed=1)}, "`weights`: "),
-        ({"scorer": None}, "`judge`: 'a tiny judge', now None"),
+        ({"seed": 1}, "`seed` was 0, and is 1 now"),
+        ({"num_samples": 7}, "`num_samples` was 6, and is 7 now"),
+        ({"batch_size": 2}, "`batch_size` was 32, and is 2 now"),
+        ({"prompts": ["abc"]}, "`num_prompts` was 0, and is 1 now"),
+        ({"model": tiny_model(seed=1)}, "`weights` was "),
+        ({"scorer": None}, "`judge` was 'a tiny judge', and is None now"),
     ],
 )
 def test_other_settings_are_refused_or_overwrite(run: Evaluation, options: dict[str, Any], message: str) -> None:

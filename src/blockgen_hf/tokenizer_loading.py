@@ -1,4 +1,4 @@
-"""How a tokenizer is loaded here, whatever for."""
+"""How a tokenizer is loaded here, whatever for, and the special tokens that a diffusion model cannot do without."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,6 +7,8 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 
+MASK = "<|mask|>"
+PAD = "[PAD]"  # as in the published uniform models
 # Facts of this machine, which `save_pretrained` would write into tokenizer_config.json.
 LOCAL_SETTINGS = ("is_local", "local_files_only")
 
@@ -46,4 +48,12 @@ def tokenizer_errors(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
         ) from error
 
 
-__all__ = ["LOCAL_SETTINGS", "pretrained_tokenizer", "tokenizer_errors"]
+def add_special_tokens(tokenizer: PreTrainedTokenizerBase, diffusion_type: str) -> None:
+    """Adds the token without which the model has no vocabulary: the mask, or a pad as in the published models."""
+    if diffusion_type == "masked" and tokenizer.mask_token_id is None:
+        tokenizer.add_special_tokens({"mask_token": MASK})
+    if diffusion_type == "uniform" and tokenizer.pad_token_id is None:
+        tokenizer.add_special_tokens({"pad_token": PAD})
+
+
+__all__ = ["LOCAL_SETTINGS", "MASK", "PAD", "add_special_tokens", "pretrained_tokenizer", "tokenizer_errors"]

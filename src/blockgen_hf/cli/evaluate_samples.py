@@ -9,6 +9,7 @@ from ..whole_files import write_whole
 from .parsing import (
     MODEL_HELP,
     CommandError,
+    add_decodings,
     add_loading_arguments,
     cpu_weights,
     integer,
@@ -16,8 +17,8 @@ from .parsing import (
     loading_options,
     model_name,
     positive,
+    read_texts,
 )
-from .text_files import read_texts
 
 
 if TYPE_CHECKING:
@@ -53,14 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_grid_arguments(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--decodings",
-        type=list_of(str),
-        default=_DECODINGS,
-        metavar="NAME,...",
-        help="ar, block_diffusion, arpc; settings may follow, as in arpc:corrector=ar_kl:corrector_start=1 "
-        f"(default: {_DECODINGS})",
-    )
+    add_decodings(group, _DECODINGS, "ar, block_diffusion, arpc", "arpc:corrector=ar_kl:corrector_start=1")
     group.add_argument(
         "--nfe",
         type=list_of(integer(1)),

@@ -1,6 +1,5 @@
 """Quality against function evaluations and throughput, by samples of many decodings (BlockGen, tables 2, 8 to 19)."""
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +8,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..places import name_without_folder
+from ..run_folders import digest, sampled_digest
+from ..whole_files import json_text, write_json
 from .processes import Processes
-from .samples_drawing import DrawnText, draw_texts, encode_prompts, weights_fingerprint
-from .samples_folder import SampleFolder, as_json
+from .samples_drawing import DrawnText, draw_texts, encode_prompts
+from .samples_folder import SampleFolder
 from .samples_grid import SampleCell, SkippedCell, sample_cells
 from .samples_scores import SampleScorer, cut_texts
 
@@ -91,7 +93,7 @@ def evaluate_samples(
         "num_samples": num_samples,
         "max_new_tokens": max_new_tokens,
         "num_prompts": len(prompts),
-        "prompts": hashlib.sha256(as_json(list(prompts)).encode()).hexdigest()[:16],
+        "prompts": digest([json_text(list(prompts))]),
         "seed": seed,
         "batch_size": batch_size,
         "processes": processes.count,
@@ -121,17 +123,16 @@ def evaluate_samples(
         if folder is None:
             return None
         results = SampleResults({**drawing, **scorer.settings}, _score(folder, cells, scorer, progress), list(skipped))
-        folder.write("results.json", as_json(results.to_dict()))
+        write_json(folder.path / "results.json", results.to_dict())
         return results
 
 
 def _facts(model: PreTrainedModel) -> dict[str, Any]:
     """What the texts and the time that they take depend on."""
     on_gpu = model.device.type == "cuda"
-    name = model.name_or_path
     return {
-        "model": Path(name).name if Path(name).is_dir() else name,  # a label, not a path of this machine
-        "weights": weights_fingerprint(model),
+        "model": name_without_folder(model.name_or_path),
+        "weights": sampled_digest(model),
         "diffusion_type": model.config.diffusion_type,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(model.device) if on_gpu else model.device.type,

@@ -15,8 +15,8 @@ from huggingface_hub import EvalResult
 
 from ..modeling.configuration_blockgen import BlockGenConfig
 from ..modeling.evaluation_draws_blockgen import is_exact
+from ..places import is_hub_id, name_without_folder
 from ..tables import error_bar, number
-from .card_facts import is_hub_id
 from .files import read_json
 
 
@@ -166,7 +166,7 @@ def _likelihood_table(values: Mapping[str, Any], config: BlockGenConfig | None, 
     data = values.get("data") or {}
     dataset = data.get("dataset") or "unnamed data"
     names = dataset if isinstance(dataset, list) else [dataset]
-    title = ", ".join(each if is_hub_id(each) else Path(each).name for each in names)
+    title = ", ".join(map(name_without_folder, names))
     details = []
     if data.get("dataset_split") and all(map(is_hub_id, names)):
         details.append(f"split {data['dataset_split']}")

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..places import local_folder
 from .card_facts import read_config
 from .files import ADAPTER_CONFIG, CONFIG, GENERATION_CONFIG, MODEL_FILES, TOKENIZER_FILES, WEIGHT_FILES, read_json
 from .sources import download
@@ -25,10 +26,10 @@ _SUPPRESSED = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids")
 
 def fetch_model(name: str, revision: str | None = None) -> Path:
     """The folder of a model: `name` if it is one, else its files from the Hub, or from the cache of the Hub."""
-    folder = Path(name).expanduser()
-    return (
-        folder if folder.is_dir() else download(name, (CONFIG, ADAPTER_CONFIG, *WEIGHT_FILES, *MODEL_FILES), revision)
-    )
+    folder = local_folder(name)
+    if folder is not None:
+        return folder
+    return download(name, (CONFIG, ADAPTER_CONFIG, *WEIGHT_FILES, *MODEL_FILES), revision)
 
 
 def check_model_folder(folder: Path, *, own_code: bool = False) -> dict[str, SavedTensor]:

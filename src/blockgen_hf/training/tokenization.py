@@ -10,6 +10,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..evaluation.columns import IGNORED_LABEL
+from ..prompts import encode_pieces, spells_mask
 from ..tokenizer_loading import tokenizer_errors
 from .documents import RowForm, number_as_text, split_text
 
@@ -183,20 +184,11 @@ class DocumentTokenizer:
         can hold, is read as letters.
         """
         pieces: list[list[np.ndarray]] = [[] for _ in texts]
-        mask = self.tokenizer.mask_token
         for letters in (False, True):
-            owners = [place for place, text in enumerate(texts) if (mask is not None and mask in text) is letters]
-            options = {"split_special_tokens": True} if letters else {}
+            owners = [place for place, text in enumerate(texts) if spells_mask(self.tokenizer, text) is letters]
             for group in _groups((place, piece) for place in owners for piece in split_text(texts[place])):
-                encoded = self.tokenizer(
-                    [piece for _, piece in group],
-                    add_special_tokens=False,
-                    return_attention_mask=False,
-                    return_token_type_ids=False,
-                    verbose=False,
-                    **options,
-                )
-                for (place, _), ids in zip(group, encoded["input_ids"], strict=True):
+                encoded = encode_pieces(self.tokenizer, [piece for _, piece in group], letters)
+                for (place, _), ids in zip(group, encoded, strict=True):
                     pieces[place].append(np.asarray(ids, np.int32))
         return [np.concatenate(ids) if ids else _NO_TOKENS for ids in pieces]
 
