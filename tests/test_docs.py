@@ -37,6 +37,15 @@ def test_the_paper_index_names_tests_that_exist() -> None:
         assert (ROOT / "tests" / name).is_file(), name
 
 
+def test_the_pages_name_files_of_the_model_that_exist() -> None:
+    """Every `*_blockgen.py` of README and docs/, in its folder if the page gives one."""
+    package = ROOT / "src" / "blockgen_hf"
+    for page in PAGES:
+        for name in re.findall(r"[\w/]*\w_blockgen\.py", page.read_text(encoding="utf-8")):
+            name = name.rpartition("src/blockgen_hf/")[2]
+            assert list(package.glob(name if "/" in name else f"*/{name}")), (page.name, name)
+
+
 def test_no_example_asks_whether_to_run_code() -> None:
     """`AutoTokenizer` asks on standard input if it is not told, where a folder carries code."""
     for file in [*PAGES, *sorted((ROOT / "examples").glob("*.py"))]:

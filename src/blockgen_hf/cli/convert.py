@@ -4,7 +4,7 @@ import argparse
 
 from ..checkpoints import find_checkpoint
 from .figures import noise_name
-from .parsing import integer
+from .parsing import integer, list_of
 
 
 EXAMPLE = "blockgen-hf convert hf:kuleshov-group/bd3lm-owt-block_size4 --tokenizer gpt2 --output bd3lm"
@@ -20,11 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what the published files do not contain")
     group.add_argument("--diffusion-type", choices=("masked", "uniform"), help="noise that the model was trained with")
     group.add_argument(
-        "--block-sizes", type=_sizes, metavar="N,N,...", help="block sizes of the training, such as 1,16"
+        "--block-sizes", type=list_of(integer(1)), metavar="N,N,...", help="block sizes of the training, such as 1,16"
     )
     group.add_argument(
         "--block-size-weights",
-        type=_weights,
+        type=list_of(float),
         metavar="W,W,...",
         help="their weights in the training, such as 0.05,0.95",
     )
@@ -48,18 +48,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-shard-size", metavar="SIZE", help="split larger weights into several files (default: 50GB)"
     )
-
-
-def _sizes(text: str) -> list[int]:
-    parse = integer(1)
-    return [parse(word) for word in text.split(",")]
-
-
-def _weights(text: str) -> list[float]:
-    try:
-        return [float(word) for word in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be numbers such as 0.05,0.95, but is {text!r}") from None
 
 
 def run(args: argparse.Namespace) -> int:
