@@ -6,10 +6,12 @@ from pathlib import Path
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test needs the network
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: with more, tiny tensors and several workers take longer
 
 import pytest
 import torch
 import transformers
+from hypothesis import settings
 from tiny import VARIANTS, tiny_model, tiny_tokenizer
 
 from blockgen_hf import BlockGenForDiffusionLM
@@ -19,6 +21,9 @@ from blockgen_hf.hub.portable import make_tokenizer_portable
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
+# The same examples on every run, and no limit on the time of one, which a busy machine would break.
+settings.register_profile("tests", deadline=None, derandomize=True, database=None)
+settings.load_profile("tests")
 
 
 @pytest.fixture(autouse=True)

@@ -129,8 +129,9 @@ def test_no_color(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
     assert terminal.colored == ""
 
 
-@pytest.mark.parametrize("variant", ["masked", "uniform"])
-@pytest.mark.parametrize("num_prompt_tokens", [0, 1, 9, 10, 30])
+@pytest.mark.parametrize(
+    ("variant", "num_prompt_tokens"), [("masked", 0), ("masked", 9), ("masked", 30), ("uniform", 1), ("uniform", 10)]
+)
 def test_wrapping_and_scrolling(terminal: Terminal, variant: str, num_prompt_tokens: int) -> None:
     """Drafts that wrap, and that make the terminal scroll, leave the text behind and nothing else."""
     model, tokenizer = tiny_model(variant), spaced_tokenizer()

@@ -71,9 +71,8 @@ def test_bundled_recipes_run(train: Command, tmp_path: Path, name: str) -> None:
     check_run(train(name), tmp_path / "run", name)
 
 
-@pytest.mark.parametrize("name", ["laptop", "owt"])
-def test_uniform_models(train: Command, tmp_path: Path, name: str) -> None:
-    check_run(train(name, "model.diffusion_type=uniform"), tmp_path / "run", name)
+def test_uniform_models(train: Command, tmp_path: Path) -> None:
+    check_run(train("owt", "model.diffusion_type=uniform"), tmp_path / "run", "owt")
 
 
 def check_run(out: str, folder: Path, name: str) -> None:

@@ -33,7 +33,7 @@ OPERATIONS = st.lists(
 
 @torch.no_grad()
 @given(OPERATIONS)
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@settings(max_examples=60)
 def test_a_growing_layer_holds_what_a_dynamic_one_holds(operations: list[tuple[str, int]]) -> None:
     growing, plain, rows = GrowingLayer(), DynamicLayer(), 2
     for seed, (name, count) in enumerate([("update", 3), *operations]):
