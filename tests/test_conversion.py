@@ -33,6 +33,7 @@ SOURCES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "bd3lm": ("bd3lm", {}, {}),
 }
 every_source = pytest.mark.parametrize("name", SOURCES)
+ONE_OF_EACH_FAMILY = ("mixture", "duo", "ar", "bd3lm")
 
 
 def ids(*shape: int, seed: int = 0) -> Tensor:
@@ -221,7 +222,7 @@ def test_the_attention_implementation_is_chosen_when_it_is_loaded(tmp_path: Path
     torch.testing.assert_close(model(clean, clean, block_size=4).logits, expected, **TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ["mixture", "mdlm", "ar", "bd3lm"])
+@pytest.mark.parametrize("name", ONE_OF_EACH_FAMILY)
 def test_weights_without_frequencies_are_the_same_model(tmp_path: Path, name: str) -> None:
     """`rotary_emb.inv_freq` may be absent."""
     with_them = load_file(convert(tmp_path / "with", name) / "model.safetensors")

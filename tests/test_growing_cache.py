@@ -104,6 +104,7 @@ def test_a_cache_from_inference_mode_can_be_continued() -> None:
     assert continued.tolist() == generate(model, text, **settings).tolist()
 
 
+@pytest.mark.slow
 def test_a_growing_cache_breaks_no_graph() -> None:
     """A compiled model has a graph for each kind of pass, not one for each length."""
     model, compiled, counter = tiny_model(), tiny_model(), CompileCounterWithBackend("eager")
