@@ -179,9 +179,10 @@ def test_draft_log(capsys: pytest.CaptureFixture[str]) -> None:
 def test_time_of_drawing_is_known(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streamers, "DRAFT_SECONDS", 0.05)
     streamer = TerminalDrafts(spaced_tokenizer(), terminal)
+    logits = log_probs(1, 2)
     started = time.perf_counter()
     for _ in range(4):
-        streamer.put_draft(logits=log_probs(1, 2))
+        streamer.put_draft(logits=logits)
     assert 0.1 < streamer.seconds <= time.perf_counter() - started
 
 
