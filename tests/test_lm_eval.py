@@ -269,7 +269,6 @@ def test_block_causal_models_have_bounds_and_no_greedy_text() -> None:
 
 # ---- texts
 @pytest.mark.parametrize(
-    "settings",
     ("variant", "settings"),
     [
         ("masked", {"decoding": "ar"}),
