@@ -8,8 +8,7 @@ from tiny import BLOCK_CAUSAL, VARIANTS, left_padded, tiny_model, words
 from transformers import DynamicCache, StaticCache
 
 from blockgen_hf import BlockGenForDiffusionLM
-from blockgen_hf.modeling.masking_blockgen import build_layout, make_attention_mask
-from blockgen_hf.modeling.training_mask_blockgen import AttentionChunk
+from blockgen_hf.modeling.masking_blockgen import AttentionChunk, build_layout, make_attention_mask
 
 
 Kind = str  # "clean" or "noisy"

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from blockgen_hf import BlockGenForDiffusionLM, BlockGenOutput
 from blockgen_hf.modeling import objective_blockgen
-from blockgen_hf.modeling.chunked_loss_blockgen import chunked_loss
 from blockgen_hf.modeling.layers_blockgen import BlockGenLayerNorm
+from blockgen_hf.modeling.objective_blockgen import chunked_loss
 
 
 by_hypothesis = settings(max_examples=40)

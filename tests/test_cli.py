@@ -20,7 +20,7 @@ import blockgen_hf
 from blockgen_hf.checkpoints import shipped_checkpoint
 from blockgen_hf.cli import COMMANDS, main
 from blockgen_hf.cli.generate import CHOICES
-from blockgen_hf.modeling.generation_configuration_blockgen import CORRECTORS, DECODINGS, NOISE_REMOVALS, SAMPLERS
+from blockgen_hf.generation.generation_configuration_blockgen import CORRECTORS, DECODINGS, NOISE_REMOVALS, SAMPLERS
 
 
 COST = re.compile(

@@ -9,8 +9,8 @@ from tiny import MASK, PAD, VOCAB_SIZE, tiny_model, words
 from transformers import DynamicCache
 
 from blockgen_hf import BlockGenForDiffusionLM
-from blockgen_hf.modeling import training_mask_blockgen
-from blockgen_hf.modeling.positions_blockgen import document_positions
+from blockgen_hf.modeling import masking_blockgen
+from blockgen_hf.modeling.inputs_blockgen import document_positions
 
 
 closely = dict(atol=1e-5, rtol=1e-4)
@@ -31,9 +31,9 @@ SPANS = [
 @pytest.fixture(params=["eager", "sdpa_in_chunks"])
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Attention with a dense mask, and with many chunks of it; a single chunk is for test_training_mask.py."""
-    cached = training_mask_blockgen._plain_training_mask
+    cached = masking_blockgen._plain_training_mask
     cached = getattr(cached, "_torchdynamo_orig_callable", cached)
-    monkeypatch.setattr(training_mask_blockgen, "CHUNK_SIZE", 4 if request.param == "sdpa_in_chunks" else 256)
+    monkeypatch.setattr(masking_blockgen, "CHUNK_SIZE", 4 if request.param == "sdpa_in_chunks" else 256)
     cached.cache_clear()
     yield request.param.removesuffix("_in_chunks")
     cached.cache_clear()
@@ -342,14 +342,12 @@ def test_rows_behind_a_cache_may_have_their_block_sizes() -> None:
 def test_drawn_noise_follows_the_block_size_of_the_row(variant: str) -> None:
     """Rows of block size 1 are fully noised, at t = 1; the others at the noise level that they are given."""
     model = tiny_model(variant)
-    trunk_calls: list[Any] = []
-    model.model.register_forward_pre_hook(
-        lambda module, args, kwargs: trunk_calls.append((args, kwargs)), with_kwargs=True
-    )
+    trunk_calls: list[dict[str, Any]] = []
+    model.model.register_forward_pre_hook(lambda module, args, kwargs: trunk_calls.append(kwargs), with_kwargs=True)
     text = words(3, 200)
     model(text, labels=text, block_size=[4, 1, 4], noise_level=torch.tensor([0.1, 0.1, 0.9]))
-    ((_, noisy), kwargs) = trunk_calls[0]
-    changed = (noisy != text).double().mean(-1)
+    kwargs = trunk_calls[0]
+    changed = (kwargs["noisy_input_ids"] != text).double().mean(-1)
     fully = 1.0 if variant == "masked" else 1 - 1 / VOCAB_SIZE
     assert changed[0] < 0.25
     assert changed[1] == pytest.approx(fully, abs=0 if variant == "masked" else 0.05)

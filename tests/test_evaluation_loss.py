@@ -8,7 +8,7 @@ from tiny import PAD, tiny_model, words
 from transformers import Trainer, TrainingArguments
 
 from blockgen_hf.evaluation import evaluate_likelihood
-from blockgen_hf.modeling.evaluation_loss_blockgen import NUM_DRAWS
+from blockgen_hf.modeling.evaluation_draws_blockgen import NUM_DRAWS
 
 
 VARIANTS = ("masked", "uniform", "time_conditional", "uniform_time_conditional", "block_causal")

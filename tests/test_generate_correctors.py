@@ -8,9 +8,9 @@ import torch
 from tiny import MASK, generate, tiny_model, words
 
 from blockgen_hf import BlockGenForDiffusionLM
-from blockgen_hf.modeling.adaptive_sampling_blockgen import _accepted
-from blockgen_hf.modeling.correctors_blockgen import penalties, worst_positions
-from blockgen_hf.modeling.logits_blockgen import Prediction
+from blockgen_hf.generation.correctors_blockgen import penalties, worst_positions
+from blockgen_hf.generation.denoising_blockgen import _accepted
+from blockgen_hf.generation.logits_blockgen import Prediction
 from blockgen_hf.modeling.sampling_blockgen import CounterGenerator
 
 

@@ -11,7 +11,7 @@ from enumeration import Denoiser, Oracle, Process, Tokens, chi_square_p_value, f
 from tiny import generate, tiny_model
 
 from blockgen_hf import BlockGenForDiffusionLM
-from blockgen_hf.modeling.denoising_blockgen import TimeGrid
+from blockgen_hf.generation.denoising_blockgen import TimeGrid
 
 
 VOCAB_SIZE, LENGTH = 4, 4
@@ -223,7 +223,7 @@ def test_a_wrong_uniform_posterior_is_noticed(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_corrector_that_takes_the_best_tokens_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Surprisal with the wrong sign."""
-    from blockgen_hf.modeling import block_decoding_blockgen as loop
+    from blockgen_hf.generation import block_decoding_blockgen as loop
 
     model = law_model("masked")
     law = oracle_of(model).arpc_law(LENGTH, 4, 3)

@@ -9,8 +9,8 @@ import torch
 from tiny import MASK, VARIANTS, generate, left_padded, record_forwards, tiny_model, words
 from transformers import DynamicCache, StoppingCriteriaList
 
-from blockgen_hf.modeling import block_decoding_blockgen
-from blockgen_hf.modeling.denoising_blockgen import Block
+from blockgen_hf.generation import block_decoding_blockgen
+from blockgen_hf.generation.denoising_blockgen import Block
 from blockgen_hf.modeling.sampling_blockgen import sample_categorical
 
 

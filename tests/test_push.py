@@ -15,16 +15,17 @@ from fake_hub import FakeHub, environment
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
 from test_conversion import ONE_OF_EACH_FAMILY, convert
-from tiny import generate, tiny_model, tiny_tokenizer, words
+from tiny import generate, tiny_config, tiny_model, tiny_tokenizer, words
 from training import TokenRows, make_trainer
 from transformers import Trainer
 
 from blockgen_hf import BlockGenForDiffusionLM
-from blockgen_hf.hub.folders import AUTO_MAP, code_files, read_folder
+from blockgen_hf.hub.folders import read_folder
 from blockgen_hf.hub.push import plan_push, push_folder
+from blockgen_hf.modeling.remote_code_blockgen import AUTO_MAP, remote_code
 
 
-CODE = set(code_files())
+CODE = set(remote_code())
 REPO = "me/tiny"
 hub = fake_hub.hub
 
@@ -438,6 +439,14 @@ def prepared(folder: Path) -> Path:
     (folder / "README.md").write_text("---\nlicense: mit\nlanguage: en\n---\n")
     (folder / "notes.txt").write_text("not of the model")
     return folder
+
+
+def test_saving_with_an_upload_takes_the_code_along(tmp_path: Path, hub: FakeHub) -> None:
+    """transformers uploads what changed while it saved, a model or a configuration alone: the code belongs to it."""
+    tiny_model().save_pretrained(tmp_path / "model", push_to_hub=True, repo_id=REPO)
+    assert set(hub.files(REPO)) >= CODE | {"config.json", "model.safetensors"}
+    tiny_config().save_pretrained(tmp_path / "config", push_to_hub=True, repo_id="me/config")
+    assert set(hub.files("me/config")) >= CODE | {"config.json"}
 
 
 def test_a_trainer_makes_a_private_repository_where_transformers_cannot_be_told(

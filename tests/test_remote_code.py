@@ -1,4 +1,4 @@
-"""A saved folder is enough: it loads and generates where blockgen_hf cannot be imported (DESIGN, section 8)."""
+"""A saved folder is enough: it loads and generates where blockgen_hf cannot be imported."""
 
 import ast
 import json
@@ -14,7 +14,8 @@ import blockgen_hf
 from blockgen_hf import BlockGenConfig, BlockGenForDiffusionLM
 
 
-MODELING = Path(blockgen_hf.__file__).parent / "modeling"
+PACKAGE = Path(blockgen_hf.__file__).parent
+CLOSURE = sorted([*PACKAGE.glob("modeling/*_blockgen.py"), *PACKAGE.glob("generation/*_blockgen.py")])
 
 DECODINGS = {
     "ar": {"decoding": "ar"},
@@ -109,15 +110,18 @@ def test_a_saved_folder_holds_code_weights_and_settings_and_nothing_else(
     """The flat closure, safetensors weights, and the three Auto classes in the config."""
     model.save_pretrained(tmp_path)
     files = {path.name for path in tmp_path.iterdir()}
-    closure = {path.name for path in MODELING.glob("*_blockgen.py")}
+    closure = {path.name for path in CLOSURE}
     assert files == closure | {"config.json", "generation_config.json", "model.safetensors"}
     auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
     assert set(auto_map) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
 
 
-@pytest.mark.parametrize("path", sorted(MODELING.glob("*_blockgen.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", CLOSURE, ids=lambda path: path.name)
 def test_the_closure_imports_only_torch_transformers_and_itself(path: Path) -> None:
-    """The files of the closure import torch, transformers, the standard library, and one another as `.name`."""
+    """
+    The files of the closure import torch, transformers, the standard library, and one another: generation from
+    modeling, and back only where the model class inherits from the mixin.
+    """
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -125,6 +129,9 @@ def test_the_closure_imports_only_torch_transformers_and_itself(path: Path) -> N
         elif isinstance(node, ast.ImportFrom):
             assert node.module is not None
             if node.level:
-                assert node.level == 1 and (MODELING / f"{node.module}.py").is_file()
+                imported = path.parents[node.level - 1].joinpath(*node.module.split(".")).with_suffix(".py")
+                assert imported in CLOSURE
+                if path.parent.name == "modeling" and path.stem != "modeling_blockgen":
+                    assert imported.parent.name == "modeling"
             else:
                 assert node.module.split(".")[0] in {"torch", "transformers", *sys.stdlib_module_names}

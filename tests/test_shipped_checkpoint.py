@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from blockgen_hf import BlockGenForDiffusionLM
 from blockgen_hf.checkpoints import shipped_checkpoint
 from blockgen_hf.checkpoints.__main__ import write_code
-from blockgen_hf.hub.folders import AUTO_MAP, code_files
+from blockgen_hf.modeling.remote_code_blockgen import AUTO_MAP, remote_code
 
 
 STORY = (
@@ -44,15 +44,15 @@ def test_the_folder_is_small_and_complete() -> None:
         "model.safetensors",
         "tokenizer.json",
         "tokenizer_config.json",
-        *code_files(),
+        *remote_code(),
     }
     assert sum(files.values()) < 12e6
 
 
 def test_its_code_is_that_of_the_package() -> None:
     """Otherwise `python -m blockgen_hf.checkpoints` was forgotten."""
-    for name, source in code_files().items():
-        assert (shipped_checkpoint() / name).read_bytes() == source.read_bytes(), name
+    for name, text in remote_code().items():
+        assert (shipped_checkpoint() / name).read_text() == text, name
     assert json.loads((shipped_checkpoint() / "config.json").read_text())["auto_map"] == AUTO_MAP
 
 
@@ -62,8 +62,8 @@ def test_the_command_that_writes_the_code_brings_a_folder_up_to_date(tmp_path: P
     (tmp_path / "modeling_blockgen.py").write_text("old")
     (tmp_path / "gone_blockgen.py").write_text("of another version")
     write_code(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", *code_files()}
-    assert (tmp_path / "modeling_blockgen.py").read_bytes() == code_files()["modeling_blockgen.py"].read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", *remote_code()}
+    assert (tmp_path / "modeling_blockgen.py").read_bytes() == remote_code()["modeling_blockgen.py"].encode()
 
 
 @pytest.mark.slow

@@ -187,7 +187,7 @@ def record_trunk(model: BlockGenForDiffusionLM) -> Iterator[list[dict[str, Any]]
     calls: list[dict[str, Any]] = []
 
     def hook(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        calls.append({**kwargs, "input_ids": args[0], "noisy_input_ids": args[1]})
+        calls.append(kwargs)
 
     handle = model.model.register_forward_pre_hook(hook, with_kwargs=True)
     try:

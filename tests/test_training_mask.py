@@ -12,11 +12,16 @@ from tiny import PAD, tiny_model, words
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from blockgen_hf import BlockGenForDiffusionLM
-from blockgen_hf.modeling import layers_blockgen, training_mask_blockgen
+from blockgen_hf.modeling import layers_blockgen, masking_blockgen
+from blockgen_hf.modeling.inputs_blockgen import document_positions
 from blockgen_hf.modeling.layers_blockgen import BlockGenLayerNorm
-from blockgen_hf.modeling.masking_blockgen import BlockSize, build_layout
-from blockgen_hf.modeling.positions_blockgen import document_positions
-from blockgen_hf.modeling.training_mask_blockgen import AttentionChunk, attend_in_chunks, make_training_mask
+from blockgen_hf.modeling.masking_blockgen import (
+    AttentionChunk,
+    BlockSize,
+    attend_in_chunks,
+    build_layout,
+    make_training_mask,
+)
 
 
 exactly = dict(atol=1e-9, rtol=1e-9)
@@ -25,20 +30,20 @@ Chunks = tuple[AttentionChunk, ...]
 
 def forget_masks() -> None:
     """Empties the cache of masks, which knows nothing of a changed chunk size."""
-    cached = training_mask_blockgen._plain_training_mask
+    cached = masking_blockgen._plain_training_mask
     getattr(cached, "_torchdynamo_orig_callable", cached).cache_clear()
 
 
 @contextmanager
 def chunk_size(size: int) -> Iterator[None]:
     """Chunks of `size` queries within the block."""
-    before = training_mask_blockgen.CHUNK_SIZE
-    training_mask_blockgen.CHUNK_SIZE = size
+    before = masking_blockgen.CHUNK_SIZE
+    masking_blockgen.CHUNK_SIZE = size
     forget_masks()
     try:
         yield
     finally:
-        training_mask_blockgen.CHUNK_SIZE = before
+        masking_blockgen.CHUNK_SIZE = before
         forget_masks()
 
 
@@ -376,7 +381,7 @@ def test_block_causal_training_in_chunks_is_that_with_eager(
 
 def test_training_in_chunks_as_they_are_shipped_is_that_with_eager(exact: None) -> None:
     """The real chunk size, over more than one chunk."""
-    assert training_mask_blockgen.CHUNK_SIZE == 256
+    assert masking_blockgen.CHUNK_SIZE == 256
     eager_and_chunks("masked", 261, block_size=[3, 16, 260])
 
 
@@ -390,7 +395,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
         calls.append(args)
         return build_layout(*args, **kwargs)
 
-    monkeypatch.setattr(training_mask_blockgen, "build_layout", record)
+    monkeypatch.setattr(masking_blockgen, "build_layout", record)
     forget_masks()
     yield calls
     forget_masks()

@@ -7,18 +7,16 @@ import json
 from pathlib import Path
 
 from ..hub.files import read_json
-from ..hub.folders import AUTO_MAP, code_files
 from ..hub.portable import make_tokenizer_portable
+from ..modeling.remote_code_blockgen import AUTO_MAP, remote_code, write_remote_code
 from . import shipped_checkpoint
 
 
 def write_code(folder: Path) -> None:
-    code = code_files()
     for path in folder.glob("*.py"):
-        if path.name not in code:
+        if path.name not in remote_code():
             path.unlink()
-    for name, source in code.items():
-        (folder / name).write_bytes(source.read_bytes())
+    write_remote_code(folder)
     config = folder / "config.json"
     values = {**read_json(config), "auto_map": AUTO_MAP}
     make_tokenizer_portable(folder, values["max_position_embeddings"])

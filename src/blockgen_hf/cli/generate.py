@@ -214,7 +214,7 @@ def _make_samplers(args: argparse.Namespace, prompts: list[str], settings: dict[
     """One for each prompt, so that a bad one is refused before anything is generated."""
     from secrets import randbelow
 
-    from ..modeling.generation_configuration_blockgen import BlockGenGenerationConfig
+    from ..generation.generation_configuration_blockgen import BlockGenGenerationConfig
     from .loading import load
     from .sampling import Sampler
 

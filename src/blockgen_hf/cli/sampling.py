@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from ..modeling.generation_configuration_blockgen import BlockGenGenerationConfig
+from ..generation.generation_configuration_blockgen import BlockGenGenerationConfig
 from ..prompts import PromptEncoder
 from .parsing import CommandError
 from .streamers import StreamedText

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..modeling.positions_blockgen import document_positions
+from ..modeling.inputs_blockgen import document_positions
 
 
 Batch = dict[str, torch.Tensor]

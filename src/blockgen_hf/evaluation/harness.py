@@ -22,8 +22,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 from transformers.utils import logging as transformers_logging
 
+from ..generation.generation_configuration_blockgen import BlockGenGenerationConfig
 from ..modeling.configuration_blockgen import BlockGenConfig
-from ..modeling.generation_configuration_blockgen import BlockGenGenerationConfig
 from ..modeling.sampling_blockgen import CounterGenerator
 from .likelihood import check_draws, checked_block_sizes, sequence_nll
 from .rows import pad_rows

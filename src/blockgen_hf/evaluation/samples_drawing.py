@@ -12,8 +12,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
-from ..modeling.block_decoding_blockgen import BlockDecoder
-from ..modeling.generation_blockgen import BlockGenGenerateOutput
+from ..generation.block_decoding_blockgen import BlockDecoder
+from ..generation.generation_blockgen import BlockGenGenerateOutput
 from ..modeling.releases_blockgen import take_cache
 from ..modeling.sampling_blockgen import CounterGenerator
 from ..prompts import PromptEncoder

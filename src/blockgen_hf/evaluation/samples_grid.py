@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 
-from ..modeling.generation_configuration_blockgen import BlockGenGenerationConfig
+from ..generation.generation_configuration_blockgen import BlockGenGenerationConfig
 from .throughput_contenders import Decoding
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
+from ..generation.generation_configuration_blockgen import BlockGenGenerationConfig
 from ..modeling.configuration_blockgen import BlockGenConfig
 from ..modeling.diffusion_blockgen import NoiseSchedule
-from ..modeling.generation_configuration_blockgen import BlockGenGenerationConfig
 from ..modeling.layers_blockgen import BlockGenModulation
 from ..modeling.modeling_blockgen import BlockGenForDiffusionLM
 from .throughput import Case, Contender, Generated

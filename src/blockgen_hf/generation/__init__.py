@@ -1,19 +1,21 @@
 """
-Generation, from the prompt to the text. The files stand in `modeling/`, because remote code must be one flat folder:
+Generation, from the prompt to the text:
 
-prompt -> `generation_blockgen`: settings, checks and transformers' preparation of `generate`
+prompt -> `generation_blockgen`: checks, and transformers' own preparation of `generate`, with the settings of
+          `generation_configuration_blockgen`
        -> `block_decoding_blockgen`: the block loop. Seed autoregressively, then for each block
               canvas -> denoise -> propose -> verify -> re-noise (`correctors_blockgen`) -> commit
-          with the rows, their cache and their ends in `decoding_state_blockgen`, logits processors in
-          `logits_blockgen`, random numbers in `sampling_blockgen`
+          with the steps in `denoising_blockgen`, the rows, their cache and their ends in `decoding_state_blockgen`,
+          and logits processors in `logits_blockgen`
        -> text, and its cost
 
-The settings of all that are `generation_configuration_blockgen`.
+Like the files of `modeling/`, those named `*_blockgen.py` travel with a saved model.
 """
 
-from ..modeling.block_decoding_blockgen import BlockDecoder
-from ..modeling.generation_blockgen import BlockGenGenerateOutput, BlockGenGenerationMixin
-from ..modeling.generation_configuration_blockgen import CORRECTORS, DECODINGS, BlockGenGenerationConfig
+from .. import modeling as _modeling  # noqa: F401  the model first: it imports the mixin from here
+from .block_decoding_blockgen import BlockDecoder
+from .generation_blockgen import BlockGenGenerateOutput, BlockGenGenerationMixin
+from .generation_configuration_blockgen import CORRECTORS, DECODINGS, BlockGenGenerationConfig
 
 
 __all__ = [

@@ -15,20 +15,13 @@ from pathlib import Path
 
 import blockgen_hf
 
+from ..modeling.remote_code_blockgen import AUTO_MAP, remote_code
 from .card_facts import read_model
 from .files import ADAPTER_FILES, CODE, CONFIG, CONVERSION, MODEL_FILES, README, WEIGHT_FILES, matches, read_json
 from .model_checks import check_model_folder
 from .portable import has_portable_form, portable_text
 from .secrets import find_secret
 
-
-# Where files of the remote code and their like lie: DESIGN's closure, which `save_pretrained` copies.
-_CODE = Path(blockgen_hf.__file__).parent / "modeling"
-AUTO_MAP = {
-    "AutoConfig": "configuration_blockgen.BlockGenConfig",
-    "AutoModel": "modeling_blockgen.BlockGenForDiffusionLM",
-    "AutoModelForCausalLM": "modeling_blockgen.BlockGenForDiffusionLM",
-}
 
 _EVERYWHERE = (README, "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", ".gitattributes")
 _KINDS: dict[str, tuple[str, ...]] = {
@@ -249,19 +242,16 @@ def is_model_file(path: str) -> bool:
     return _matches(path, _KINDS["model"])
 
 
-def code_files() -> dict[str, Path]:
-    """The remote code of this package, by name."""
-    return {path.name: path for path in sorted(_CODE.glob(CODE))}
+def _package_code() -> dict[str, bytes]:
+    return {name: text.encode() for name, text in remote_code().items()}
 
 
 def _with_code(folder: Path, contents: FolderContents, update: bool) -> FolderContents:
     """With this package's code and the map to it, so that `trust_remote_code=True` loads it; adapters have none."""
     if CONFIG not in contents.files:
         return contents
-    own, code = {path for path in contents.files if matches(path, [CODE])}, code_files()
-    differing = sorted(
-        name for name in own if name not in code or contents.files[name].read() != code[name].read_bytes()
-    )
+    own, code = {path for path in contents.files if matches(path, [CODE])}, _package_code()
+    differing = sorted(name for name in own if name not in code or contents.files[name].read() != code[name])
     values = read_json(folder / CONFIG)
     auto_map = values.get("auto_map")
     if auto_map not in (None, AUTO_MAP):
@@ -282,4 +272,4 @@ def _with_code(folder: Path, contents: FolderContents, update: bool) -> FolderCo
     return replace(contents, files=dict(sorted(files.items())))
 
 
-__all__ = ["AUTO_MAP", "FolderContents", "PlannedFile", "code_files", "is_model_file", "read_folder"]
+__all__ = ["FolderContents", "PlannedFile", "is_model_file", "read_folder"]

@@ -19,10 +19,14 @@ its noisy tokens. Clean tokens see clean tokens only, causally or by blocks. A n
 clean tokens before the start s(q) of its block, and the noisy tokens of its own block; blocks are counted from the
 first noisy position in steps of the block size. Positions, not places in the tensor, decide: so the rule holds with
 left padding, with a cache and when clean and noisy half stand at the same positions.
+
+Three quarters of the training mask of [x0 ; z_t] are empty. FlexAttention skips them on GPUs; on CPUs, which have no
+such kernel, the queries are cut into chunks, each of which is attended to the few keys that it can see at all.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -173,4 +177,195 @@ def make_attention_mask(layout: AttentionLayout, attn_implementation: str, dtype
     )
 
 
-__all__ = ["AttentionLayout", "BlockSize", "build_layout", "make_attention_mask"]
+# Queries a chunk on CPUs: fewer make short products, more read keys that most of them do not see.
+CHUNK_SIZE = 256
+
+
+@dataclass(frozen=True)
+class AttentionChunk:
+    """
+    Consecutive queries and the keys that they may see.
+
+    Args:
+        queries (`slice`): the queries.
+        keys (`tuple[slice]`): clean keys, from the first on, and a run of noisy keys if they see any.
+        mask (`torch.BoolTensor` of shape `[B or 1, 1, queries, keys]`, *optional*): which of these keys each query
+            sees. None: causal, queries and keys being the same.
+    """
+
+    queries: slice
+    keys: tuple[slice, ...]
+    mask: torch.Tensor | None
+
+
+# What the attention layers take as a mask besides the tensors and `BlockMask`s of transformers.
+AttentionChunks = tuple[AttentionChunk, ...]
+
+
+def make_training_mask(
+    position_ids: torch.Tensor,
+    block_size: BlockSize,
+    clean_block_size: int,
+    attn_implementation: str,
+    dtype: torch.dtype,
+    valid: torch.Tensor | None = None,
+    document_ids: torch.Tensor | None = None,
+) -> Any:
+    """
+    The mask of a clean and a noisy half at the same positions, which follow the order of the tokens.
+
+    Args:
+        position_ids (`torch.LongTensor` of shape `[B or 1, L]`): of both halves.
+        block_size, clean_block_size, document_ids: as in [`build_layout`].
+        attn_implementation (`str`): a name of transformers' attention interface.
+        dtype (`torch.dtype`): of the mask of eager attention.
+        valid (`torch.BoolTensor` of shape `[B, L]`, *optional*): False for padding.
+
+    Returns:
+        what the implementation takes as mask, or [`AttentionChunk`]s on CPUs with `sdpa`. Without padding, documents
+        and block sizes a row it is built once for each length, block size and device.
+    """
+    # A compiled graph builds its mask itself: it cannot call what keeps masks.
+    if valid is None and document_ids is None and isinstance(block_size, int) and not torch.compiler.is_compiling():
+        length, device = position_ids.shape[-1], position_ids.device
+        return _plain_training_mask(length, block_size, clean_block_size, attn_implementation, dtype, device)
+    return _render(position_ids, block_size, clean_block_size, attn_implementation, dtype, valid, document_ids)
+
+
+@lru_cache(maxsize=32)
+def _plain_training_mask(
+    length: int,
+    block_size: int,
+    clean_block_size: int,
+    attn_implementation: str,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Any:
+    with torch.inference_mode(False):  # a mask made while evaluating serves the next training step too
+        positions = torch.arange(length, device=device)[None]
+        return _render(positions, block_size, clean_block_size, attn_implementation, dtype, None, None)
+
+
+def _render(
+    position_ids: torch.Tensor,
+    block_size: BlockSize,
+    clean_block_size: int,
+    attn_implementation: str,
+    dtype: torch.dtype,
+    valid: torch.Tensor | None,
+    document_ids: torch.Tensor | None,
+) -> Any:
+    layout = build_layout(
+        position_ids,
+        position_ids,
+        block_size,
+        clean_block_size,
+        position_ids.new_empty(1, 0),
+        clean_is_committed=False,
+        clean_valid=valid,
+        noisy_valid=valid,
+        document_ids=document_ids,
+    )
+    if attn_implementation != "sdpa" or position_ids.device.type != "cpu":
+        return make_attention_mask(layout, attn_implementation, dtype)
+    length = position_ids.shape[-1]
+    largest = block_size if isinstance(block_size, int) else max(block_size)
+    if valid is None and document_ids is None:  # blocks start at the start of the row
+        overlap = 0 if isinstance(block_size, int) and CHUNK_SIZE % block_size == 0 else largest - 1
+        return _chunks(layout, length, overlap, clean_block_size - 1, clean_block_size == 1)
+    # Where padding stands between tokens, a block may be spread over the row.
+    has_gaps = valid is not None and _has_gaps(valid)
+    overlap, clean_overlap = (length, length) if has_gaps else (largest - 1, clean_block_size - 1)
+    return _chunks(layout, length, overlap, clean_overlap, False)
+
+
+def _has_gaps(valid: torch.Tensor) -> bool:
+    """Whether padding stands between the tokens of a row, `[B, L]`. A compiled graph cannot look: it may."""
+    if torch.compiler.is_compiling():
+        return True
+    return bool((valid[:, 0] + (valid[:, 1:] > valid[:, :-1]).sum(-1)).gt(1).any())
+
+
+def _chunks(
+    layout: AttentionLayout, length: int, noisy_overlap: int, clean_overlap: int, is_causal: bool
+) -> AttentionChunks:
+    """
+    Args:
+        noisy_overlap, clean_overlap: how far a block of noisy or clean tokens may reach over the ends of a chunk.
+        is_causal: whether nothing but causality restricts the clean half, which then is one chunk for fused kernels.
+    """
+    chunks = []
+    bounds = [(start, min(start + CHUNK_SIZE, length)) for start in range(0, length, CHUNK_SIZE)]
+    if is_causal:
+        chunks.append(AttentionChunk(slice(0, length), (slice(0, length),), None))
+    else:
+        for start, end in bounds:
+            chunks.append(_chunk(layout, slice(start, end), (slice(0, min(end + clean_overlap, length)),)))
+    for start, end in bounds:
+        block = slice(length + max(start - noisy_overlap, 0), length + min(end + noisy_overlap, length))
+        chunks.append(_chunk(layout, slice(length + start, length + end), (slice(0, end), block)))
+    return tuple(chunks)
+
+
+def _chunk(layout: AttentionLayout, queries: slice, keys: tuple[slice, ...]) -> AttentionChunk:
+    device = layout.clean_limit.device
+    rows = torch.arange(layout.clean_limit.shape[0], device=device)[:, None, None]
+    query = torch.arange(queries.start, queries.stop, device=device)[:, None]
+    key = torch.cat([torch.arange(run.start, run.stop, device=device) for run in keys])
+    return AttentionChunk(queries, keys, layout.sees(rows, 0, query, key)[:, None])
+
+
+def attend_in_chunks(
+    attend: Callable[..., tuple[torch.Tensor, None]],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    chunks: AttentionChunks,
+) -> tuple[torch.Tensor, None]:
+    """
+    Attention of all queries, a chunk after the other.
+
+    Args:
+        attend: an attention function of transformers' interface, `(query, key, value, mask, is_causal=...)`.
+        query, key, value (`torch.Tensor` of shape `[B, heads, 2 L, head_dim]`): of the clean and the noisy half.
+
+    Returns:
+        `torch.Tensor` of shape `[B, 2 L, heads, head_dim]`, and no weights.
+    """
+    # Splitting costs nothing in the backward pass, where each slice costs a tensor of zeros of the whole length.
+    queries = query.split([chunk.queries.stop - chunk.queries.start for chunk in chunks], dim=2)
+    keys, values = _select_keys(key, chunks), _select_keys(value, chunks)
+    outputs = [
+        attend(queries[number], keys[number], values[number], chunk.mask, is_causal=chunk.mask is None)[0]
+        for number, chunk in enumerate(chunks)
+    ]
+    return torch.cat(outputs, dim=1), None
+
+
+def _select_keys(states: torch.Tensor, chunks: AttentionChunks) -> list[torch.Tensor]:
+    """The keys (or values) of every chunk: the first of the clean half, and a run of the noisy half if it has one."""
+    length = states.shape[2] // 2
+    clean, noisy = states.split(length, dim=2)
+    runs = [chunk.keys[1] for chunk in chunks if len(chunk.keys) > 1]
+    bounds = [length, *(run.stop for run in runs)]
+    if [run.start for run in runs] == bounds[:-1]:  # one behind the other
+        noisy_parts = iter(noisy.split([run.stop - run.start for run in runs], dim=2))
+    else:
+        noisy_parts = iter([noisy[:, :, run.start - length : run.stop - length] for run in runs])
+    selected = []
+    for chunk in chunks:
+        stop = chunk.keys[0].stop
+        clean_part = clean if stop == length else clean[:, :, :stop]
+        selected.append(clean_part if len(chunk.keys) == 1 else torch.cat([clean_part, next(noisy_parts)], dim=2))
+    return selected
+
+
+__all__ = [
+    "AttentionChunks",
+    "AttentionLayout",
+    "BlockSize",
+    "attend_in_chunks",
+    "build_layout",
+    "make_attention_mask",
+    "make_training_mask",
+]

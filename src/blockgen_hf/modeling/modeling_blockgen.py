@@ -14,39 +14,45 @@
 """BlockGen model: one denoiser that is an autoregressive, a block-diffusion and a full-sequence diffusion model."""
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, logging
 
-from .block_size_blockgen import check_leak, checked_block_size
+from ..generation.generation_blockgen import BlockGenGenerationMixin
+from ..generation.generation_configuration_blockgen import BlockGenGenerationConfig
 from .configuration_blockgen import BlockGenConfig
 from .diffusion_blockgen import diffusion_from_config
-from .generation_blockgen import BlockGenGenerationMixin
-from .generation_configuration_blockgen import BlockGenGenerationConfig
+from .evaluation_draws_blockgen import evaluation_draws
+from .inputs_blockgen import (
+    ForwardInputs,
+    TrunkInputs,
+    causal_pass,
+    checked_block_size,
+    denoising_pass,
+    kept_logits,
+    next_token_pass,
+    whole_text_pass,
+)
 from .masking_blockgen import BlockSize
-from .next_token_blockgen import (
-    next_token_positions,
-    next_token_states,
-    refuse_noise,
+from .objective_blockgen import (
+    TrainingDraw,
+    check_training_arguments,
+    chunked_mixture_loss,
+    draw_training_noise,
+    mixture_loss,
+    next_token_draw,
+    refuse_count_without_labels,
+    shift_right,
 )
-from .objective_blockgen import refuse_count_without_labels
-from .outputs_blockgen import BlockGenOutput, with_logits
-from .positions_blockgen import (
-    clean_positions,
-    document_positions,
-    following_position,
-    last_columns,
-    restarting_documents,
-)
-from .releases_blockgen import given_cache
+from .releases_blockgen import CACHE_NAME, BothCacheNames, given_cache, named_cache
 from .sampling_blockgen import CounterGenerator
-from .training_forward_blockgen import BlockGenTrainingMixin
 from .trunk_blockgen import BlockGenModel, BlockGenPreTrainedModel
 
 
@@ -54,7 +60,34 @@ logger = logging.get_logger(__name__)
 
 
 @auto_docstring
-class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenTrainingMixin, BlockGenGenerationMixin):
+@dataclass
+class BlockGenOutput(BothCacheNames, CausalLMOutputWithPast):
+    """
+    Output of [`BlockGenForDiffusionLM`].
+
+    Args:
+        loss (`torch.FloatTensor` of shape `[]`, *optional*, returned when `labels` is given):
+            The mixture bound (Eq. 7), in nats a scored token: one draw of it in training mode, in evaluation mode its
+            mean over fixed draws of all block sizes.
+        logits (`torch.FloatTensor` of shape `[B, N, V]`):
+            Raw scores of the clean token at every noisy position. None where the loss was computed without them. With
+            a loss of several draws, those of the first: the smallest block size of the mixture.
+        cache (`Cache`, *optional*, `past_key_values` too):
+            The cache, with the clean tokens of the call if `use_cache=True`.
+        hidden_states (`tuple(torch.FloatTensor)`, *optional*, returned with `output_hidden_states=True`):
+            Input of the first layer and output of every layer, each `[B, C + N, hidden_size]`, clean tokens first
+            (none with `labels` if one block is the whole text).
+        attentions (`tuple(torch.FloatTensor)`, *optional*, returned with `output_attentions=True`):
+            Attention weights of every layer, each `[B, heads, C + N, keys]`.
+        token_losses (`torch.FloatTensor` of shape `[B, L]`, *optional*, returned when `labels` is given):
+            The loss of every token, in nats; zero where it is not scored. Without gradients.
+    """
+
+    token_losses: torch.Tensor | None = None
+
+
+@auto_docstring
+class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
     """
     The BlockGen language model. What is passed to `forward` decides what it is: with `input_ids` alone a causal
     language model, with `noisy_input_ids` the denoiser, with `labels` the training loss.
@@ -187,99 +220,62 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenTrainingMixin, Blo
         cache = given_cache(cache, past_key_values)
         # CODEPATH: the paper's AR baseline has neither noise nor blocks.
         if self.config.next_token_prediction:
-            refuse_noise(noisy_input_ids=noisy_input_ids, query_input_ids=query_input_ids, objective=objective)
-            refuse_noise(block_size=None if block_size == 1 else block_size, noise_level=noise_level)
+            _refuse_noise(noisy_input_ids=noisy_input_ids, query_input_ids=query_input_ids, objective=objective)
+            _refuse_noise(block_size=None if block_size == 1 else block_size, noise_level=noise_level)
         if labels is not None:
-            return self._training_forward(
-                input_ids, labels, noisy_input_ids, block_size, noise_level, attention_mask, position_ids,
-                cache, use_cache, document_ids, num_items_in_batch, objective, skip_logits, **kwargs,
-            )  # fmt: skip
-        refuse_count_without_labels(num_items_in_batch)
-        if noisy_input_ids is None:
-            if input_ids is None:
+            columns = dict(noisy_input_ids=noisy_input_ids, attention_mask=attention_mask, document_ids=document_ids)
+            check_training_arguments(input_ids, labels, columns, cache=cache, use_cache=use_cache, **kwargs)
+        else:
+            refuse_count_without_labels(num_items_in_batch)
+            if input_ids is None and noisy_input_ids is None:
                 raise ValueError("`forward` needs `input_ids`, `noisy_input_ids`, or both.")
-            if document_ids is not None and not self.config.next_token_prediction:
-                raise ValueError("`document_ids` serve training and the denoiser, not the causal language model.")
-            use_cache = self._causal_use_cache(use_cache)
-            # CODEPATH: the paper's AR baseline predicts the next token from the clean ones themselves.
-            if self.config.next_token_prediction:
-                return self._next_token_forward(
-                    input_ids, attention_mask, position_ids, cache, use_cache, logits_to_keep, document_ids,
-                    **kwargs,
-                )  # fmt: skip
-            return self._causal_forward(
-                input_ids, query_input_ids, attention_mask, position_ids, cache, use_cache, logits_to_keep,
-                **kwargs,
-            )  # fmt: skip
-        if input_ids is None:
-            input_ids = noisy_input_ids[:, :0]
-        block_size = checked_block_size(self.config, block_size, noisy_input_ids.shape[0])
-        outputs = self._denoise(
-            input_ids, noisy_input_ids, block_size, noisy_position_ids, attention_mask, position_ids, cache,
-            bool(use_cache), noise_level, document_ids, **kwargs,
-        )  # fmt: skip
+        clean_input_ids = input_ids if input_ids is not None else cast(torch.Tensor, noisy_input_ids)[:, :0]
+        inputs = ForwardInputs(
+            clean_input_ids,
+            noisy_input_ids,
+            position_ids=position_ids,
+            noisy_position_ids=noisy_position_ids,
+            attention_mask=attention_mask,
+            document_ids=document_ids,
+            cache=cache,
+            use_cache=bool(use_cache),
+            noise_level=noise_level,
+        )
+        if labels is None and noisy_input_ids is None:
+            inputs = replace(inputs, use_cache=self._causal_use_cache(use_cache))
+            return self._causal_forward(inputs, query_input_ids, logits_to_keep, **kwargs)
+        if labels is not None:
+            size = None if block_size is None else checked_block_size(self.config, block_size, len(clean_input_ids))
+            draws = self._training_draws(inputs, labels, size, objective)
+            return self._training_forward(inputs, draws, num_items_in_batch, skip_logits, **kwargs)
+        inputs = replace(inputs, block_size=checked_block_size(self.config, block_size, len(clean_input_ids)))
+        outputs = self.model(**vars(denoising_pass(self.config, inputs)), **kwargs)
         is_mask = isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.dtype == torch.bool
         hidden_states = outputs.last_hidden_state
-        hidden_states = hidden_states[logits_to_keep if is_mask else (slice(None), _kept(logits_to_keep))]
-        return with_logits(outputs, self.lm_head(hidden_states))
+        hidden_states = hidden_states[logits_to_keep if is_mask else (slice(None), kept_logits(logits_to_keep))]
+        return _with_logits(outputs, self.lm_head(hidden_states))
 
     def _causal_forward(
         self,
-        input_ids: torch.Tensor,
+        inputs: ForwardInputs,
         query_input_ids: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        cache: Cache | None,
-        use_cache: bool,
         logits_to_keep: int | torch.Tensor,
         **kwargs: Any,
     ) -> BlockGenOutput:
-        """A fully noised query at the position behind every kept token: block size 1."""
-        check_leak(self.config, 1)
-        documents = restarting_documents(position_ids, attention_mask, input_ids.shape[0], cache is not None)
-        position_ids = clean_positions(input_ids, attention_mask, position_ids, cache)
-        kept = _kept(logits_to_keep) if query_input_ids is None else slice(-query_input_ids.shape[1], None)
-        if query_input_ids is None and input_ids.shape[1] == 0:  # nothing precedes the one logit of an empty text
-            query_positions = following_position(input_ids, attention_mask, position_ids, cache)
-            query_mask = None
-            query_input_ids = self.fixed_queries(query_positions).expand(input_ids.shape[0], -1)
-        elif query_input_ids is None:
-            query_positions = (position_ids + 1)[:, kept]
-            query_mask = None
-            if attention_mask is not None:
-                query_mask = last_columns(attention_mask, input_ids.shape[1])[:, kept].bool()
-                # Left padding predicts the first token.
-                query_positions = torch.where(query_mask, query_positions, 0)
-            query_input_ids = self.fixed_queries(query_positions).expand(input_ids.shape[0], -1)
-        else:
-            num_queries = query_input_ids.shape[1]
-            following = following_position(input_ids, attention_mask, position_ids, cache)
-            query_positions = following + torch.arange(1 - num_queries, 1, device=following.device)
-            query_mask = None
-        if documents is not None:
-            documents = torch.cat([documents, documents[:, kept]], dim=1)
-        is_last = isinstance(logits_to_keep, int) and query_positions.shape[1] == 1
-        outputs = self.model(
-            input_ids,
-            query_input_ids,
-            block_size=1,
-            position_ids=position_ids,
-            noisy_position_ids=query_positions,
-            noisy_mask=query_mask,
-            attention_mask=attention_mask,
-            cache=cache,
-            use_cache=use_cache,
-            noise_level=1.0,
-            document_ids=documents,
-            is_causal=is_last,
-            **kwargs,
-        )
+        # CODEPATH: the paper's AR baseline predicts the next token from the clean ones themselves.
+        if self.config.next_token_prediction:
+            outputs = self.model(**vars(next_token_pass(inputs)), **kwargs)
+            return _with_logits(outputs, self.lm_head(outputs.last_hidden_state[:, kept_logits(logits_to_keep)]))
+        if inputs.document_ids is not None:
+            raise ValueError("`document_ids` serve training and the denoiser, not the causal language model.")
+        queries = causal_pass(self.config, inputs, query_input_ids, logits_to_keep, self.fixed_queries)
+        outputs = self.model(**vars(queries), **kwargs)
         logits = self.lm_head(outputs.last_hidden_state)
         # CODEPATH: masked checkpoints have a mask token, which is no text; uniform ones have none.
         if self.config.diffusion_type == "masked":
             # Samplers and log-likelihoods outside of this package do not know it.
             logits[..., self.config.mask_token_id] = torch.finfo(logits.dtype).min
-        return with_logits(outputs, logits)
+        return _with_logits(outputs, logits)
 
     def _causal_use_cache(self, use_cache: bool | None) -> bool:
         use_cache = self.config.use_cache if use_cache is None else use_cache
@@ -290,96 +286,104 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenTrainingMixin, Blo
             return False
         return use_cache
 
-    def _next_token_forward(
+    # training
+
+    def _training_draws(
+        self, inputs: ForwardInputs, labels: torch.Tensor, block_size: BlockSize | None, objective: str | None
+    ) -> list[TrainingDraw]:
+        """
+        What is denoised and scored: in training mode one draw of block size, noise level and noise, in evaluation mode
+        [`evaluation_draws`]. What is given is not drawn.
+        """
+        scored = labels != -100
+        targets = torch.where(scored, labels, inputs.input_ids)
+        is_given = not (inputs.noise_level is None and inputs.noisy_input_ids is None and objective is None)
+        # CODEPATH: the paper's AR baseline draws nothing, and has no clean half besides.
+        if self.config.next_token_prediction:
+            positions = next_token_pass(replace(inputs, input_ids=targets)).position_ids
+            return [next_token_draw(targets, scored, positions)]
+        if not self.training and not is_given and (block_size is None or isinstance(block_size, int)):
+            inputs = replace(inputs, input_ids=targets)
+            return list(evaluation_draws(self.diffusion, self.config, inputs, scored, block_size))
+        draw = draw_training_noise(
+            self.diffusion,
+            self.config,
+            targets,
+            scored,
+            block_size=block_size,
+            noise_level=inputs.noise_level,
+            noisy_input_ids=inputs.noisy_input_ids,
+            objective=objective,
+        )
+        return [draw]
+
+    def _training_forward(
         self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        cache: Cache | None,
-        use_cache: bool,
-        logits_to_keep: int | torch.Tensor,
-        document_ids: torch.Tensor | None,
+        inputs: ForwardInputs,
+        draws: list[TrainingDraw],
+        num_items_in_batch: torch.Tensor | int | None,
+        skip_logits: bool | None,
         **kwargs: Any,
     ) -> BlockGenOutput:
-        """As every causal language model: the last layer of a token predicts the next one."""
-        position_ids, document_ids = next_token_positions(input_ids, attention_mask, position_ids, cache, document_ids)
-        outputs = next_token_states(
-            self.model, input_ids, position_ids, attention_mask, cache, use_cache, document_ids, **kwargs
-        )
-        hidden_states = outputs.last_hidden_state[:, _kept(logits_to_keep)]
-        return with_logits(outputs, self.lm_head(hidden_states))
-
-    def _denoise(
-        self,
-        input_ids: torch.Tensor,
-        noisy_input_ids: torch.Tensor,
-        block_size: BlockSize,
-        noisy_position_ids: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        cache: Cache | None,
-        use_cache: bool,
-        noise_level: torch.Tensor | float | None,
-        document_ids: torch.Tensor | None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
-        num_clean, num_noisy = input_ids.shape[1], noisy_input_ids.shape[1]
-        aligned = noisy_position_ids is None and num_noisy == num_clean > 0
-        cached = cache is not None or use_cache
-        ordered = aligned and position_ids is None and not cached
-        if document_ids is not None:
-            if not ordered or document_ids.shape != input_ids.shape:
-                raise ValueError(
-                    "`document_ids` must have the shape of `input_ids`, with as many `noisy_input_ids`, and without "
-                    "`position_ids`, `noisy_position_ids` and a cache: positions restart with each document."
-                )
-            position_ids = document_positions(document_ids, attention_mask)
-            document_ids = (position_ids == 0).cumsum(1)  # an id that comes back is another document
-        else:
-            document_ids = restarting_documents(position_ids, attention_mask, input_ids.shape[0], cache is not None)
-            if document_ids is not None and not aligned and num_noisy:
-                raise ValueError(
-                    "`position_ids` start again within a row, as those of documents packed into it do: this needs as "
-                    "many `noisy_input_ids` as `input_ids`, without `noisy_position_ids`."
-                )
-        position_ids = clean_positions(input_ids, attention_mask, position_ids, cache)
-        noisy_mask, follows = None, False
-        if aligned:
-            noisy_position_ids = position_ids
-            noisy_mask = None if attention_mask is None else last_columns(attention_mask, num_clean)
-        elif noisy_position_ids is None:
-            if num_clean > 0 and num_noisy > 0:
-                raise ValueError(
-                    f"`noisy_position_ids` must be given when the number of noisy tokens ({num_noisy}) is neither "
-                    f"that of `input_ids` ({num_clean}) nor is `input_ids` empty."
-                )
-            follows = True
-            start = following_position(input_ids, attention_mask, position_ids, cache)
-            noisy_position_ids = start + torch.arange(num_noisy, device=noisy_input_ids.device)
-        elif noisy_position_ids.shape[-1] != num_noisy:
+        """The mixture bound (Eq. 7): a pass for each draw."""
+        if skip_logits and not self._has_plain_head:
             raise ValueError(
-                f"`noisy_position_ids` must give a position for each of the {num_noisy} `noisy_input_ids`, but have "
-                f"the shape {list(noisy_position_ids.shape)}."
+                "`skip_logits=True` needs the output layer as a plain linear layer whose weights are at hand, but it "
+                f"is a {type(self.lm_head).__name__}, wrapped or sharded."
             )
-        if num_clean > 0 and num_noisy > 0:
-            check_leak(self.config, block_size, None if aligned else noisy_position_ids)
-        return self.model(
-            input_ids,
-            noisy_input_ids,
-            block_size=block_size,
-            position_ids=position_ids,
-            noisy_position_ids=noisy_position_ids,
-            noisy_mask=noisy_mask,
-            attention_mask=attention_mask,
-            cache=cache,
-            use_cache=use_cache,
-            noise_level=noise_level,
-            is_causal=num_noisy == 0 and self.config.clean_attention == "causal",
-            document_ids=document_ids,
-            is_full=follows and num_clean == 0 and isinstance(block_size, int) and num_noisy <= block_size,
-            is_aligned=ordered,
-            **kwargs,
+        if skip_logits is None:
+            skip_logits = self.training and self._has_plain_head
+        first, *others = draws
+        outputs, total, losses = self._score(first, inputs, skip_logits, **kwargs)
+        for draw in others:  # the logits are those of the first
+            _, more, more_losses = self._score(draw, inputs, self._has_plain_head, **kwargs)
+            total, losses = total + more, losses + more_losses
+        count = first.scored.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        outputs.loss, outputs.token_losses = total / count, losses
+        return outputs
+
+    def _score(
+        self, draw: TrainingDraw, inputs: ForwardInputs, skip_logits: bool, **kwargs: Any
+    ) -> tuple[BlockGenOutput, torch.Tensor, torch.Tensor]:
+        """One pass: its output, the sum of the losses of the scored tokens, and the loss of each."""
+        outputs = self.model(**vars(self._training_pass(draw, inputs)), **kwargs)
+        shift = self.config.next_token_prediction
+        states, logits = outputs.last_hidden_state, None
+        if skip_logits:
+            states = shift_right(states) if shift else states
+            total, losses = chunked_mixture_loss(self.diffusion, draw, states, self.lm_head.weight, self.lm_head.bias)
+        else:
+            logits = self.lm_head(states)
+            total, losses = mixture_loss(self.diffusion, draw, shift_right(logits) if shift else logits)
+        return _with_logits(outputs, logits), total, losses
+
+    def _training_pass(self, draw: TrainingDraw, inputs: ForwardInputs) -> TrunkInputs:
+        inputs = replace(
+            inputs,
+            input_ids=draw.input_ids,
+            noisy_input_ids=draw.noisy_input_ids,
+            noisy_position_ids=None,
+            block_size=draw.block_size,
+            noise_level=draw.noise_level,
         )
+        # CODEPATH: the paper's AR baseline has clean tokens only.
+        if self.config.next_token_prediction:
+            return next_token_pass(inputs)
+        is_one_block = isinstance(draw.block_size, int) and draw.block_size >= draw.input_ids.shape[1]
+        if is_one_block and inputs.position_ids is None and inputs.document_ids is None:
+            return whole_text_pass(inputs)
+        return denoising_pass(self.config, inputs)
+
+    @property
+    def _has_plain_head(self) -> bool:
+        """
+        Not with an adapter, quantised, sharded by tensor parallelism, or gathered, or fetched by a hook of accelerate,
+        for its own forward only.
+        """
+        weight = self.lm_head.weight
+        plain = type(self.lm_head) is nn.Linear and type(weight) in (nn.Parameter, torch.Tensor)
+        plain = plain and "forward" not in vars(self.lm_head)
+        return plain and len(weight) == self.config.vocab_size
 
     def fixed_queries(self, position_ids: torch.Tensor) -> torch.Tensor:
         """Fully noised tokens that depend on their position only: mask tokens, or for uniform noise a fixed draw."""
@@ -390,25 +394,24 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenTrainingMixin, Blo
     def gradient_checkpointing_active(self) -> bool:
         return self.training and self.model.gradient_checkpointing
 
-    def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
-        """
-        As [`PreTrainedModel.save_pretrained`]; the folder carries the modeling code too, so that
-        `AutoModel.from_pretrained(folder, trust_remote_code=True)` loads it where this package is not installed.
-        """
-        module = f"{self.__module__.rsplit('.', 1)[-1]}.{type(self).__name__}"
-        self.config.auto_map = {
-            "AutoConfig": f"configuration_blockgen.{type(self.config).__name__}",
-            "AutoModel": module,
-            "AutoModelForCausalLM": module,
-        }
-        super().save_pretrained(save_directory, *args, **kwargs)
+
+def _with_logits(outputs: BaseModelOutputWithPast, logits: torch.Tensor | None) -> BlockGenOutput:
+    return BlockGenOutput(
+        logits=logits,
+        hidden_states=outputs.hidden_states,
+        attentions=outputs.attentions,
+        **named_cache(getattr(outputs, CACHE_NAME)),
+    )
 
 
-def _kept(logits_to_keep: int | torch.Tensor) -> slice | torch.Tensor:
-    return slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+def _refuse_noise(**arguments: Any) -> None:
+    """Raises a `ValueError` for an argument that means noise."""
+    for name, value in arguments.items():
+        if value is not None:
+            raise ValueError(
+                f"`{name}` has no meaning for a model with `next_token_prediction=True`, which knows neither noise "
+                "nor blocks: leave it out."
+            )
 
 
-BlockGenConfig.register_for_auto_class()
-BlockGenForDiffusionLM.register_for_auto_class("AutoModelForCausalLM")
-
-__all__ = ["BlockGenForDiffusionLM"]
+__all__ = ["BlockGenForDiffusionLM", "BlockGenOutput"]

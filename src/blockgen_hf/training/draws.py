@@ -15,9 +15,9 @@ from itertools import accumulate
 import torch
 
 from ..modeling.diffusion_blockgen import DiffusionProcess
+from ..modeling.inputs_blockgen import document_positions
 from ..modeling.masking_blockgen import BlockSize
 from ..modeling.objective_blockgen import SMALLEST_TIME, times_and_alphas
-from ..modeling.positions_blockgen import document_positions
 from ..modeling.sampling_blockgen import CounterGenerator
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from ..modeling.chunked_loss_blockgen import CHUNK_SIZE
 from ..modeling.configuration_blockgen import BlockGenConfig
 from ..modeling.modeling_blockgen import BlockGenForDiffusionLM
+from ..modeling.objective_blockgen import CHUNK_SIZE
 from .recipe_adapter import add_adapter
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from trl import GRPOConfig, GRPOTrainer
 
-from ..modeling.generation_configuration_blockgen import BlockGenGenerationConfig
+from ..generation.generation_configuration_blockgen import BlockGenGenerationConfig
 
 
 class BlockGenGRPOTrainer(GRPOTrainer):

@@ -14,6 +14,8 @@
 """BlockGen configuration."""
 
 from math import inf, isfinite
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from transformers.utils.versions import require_version
@@ -28,6 +30,8 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import auto_docstring
+
+from .remote_code_blockgen import AUTO_MAP, write_remote_code
 
 
 DIFFUSION_TYPES = ("masked", "uniform")
@@ -262,6 +266,18 @@ class BlockGenConfig(PreTrainedConfig):
                 f"`clean_attention='block_causal'` needs a single block size, but `block_sizes` is {sizes!r}: block "
                 "sizes share one cache only if no clean token sees a later one. Use `clean_attention='causal'`."
             )
+
+    def save_pretrained(self, save_directory: str | PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """
+        As [`PreTrainedConfig.save_pretrained`], which saving a model calls too. The folder carries the code of the
+        model, so that `AutoModel.from_pretrained(folder, trust_remote_code=True)` loads it where this package is not
+        installed.
+        """
+        self.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory)
+        write_remote_code(Path(save_directory))
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", None) or Path(save_directory).name, **kwargs)
 
     def _check_next_token_prediction(self) -> None:
         if not self.next_token_prediction:

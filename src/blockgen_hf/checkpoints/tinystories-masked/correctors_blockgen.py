@@ -18,8 +18,8 @@ Scores of the predictor-corrector's informed steps: which tokens of a clean prop
 
 import torch
 
-from .logits_blockgen import Prediction
 from .sampling_blockgen import argsort_at_random
+from .logits_blockgen import Prediction
 
 
 # A log-probability instead of log 0. The diffusion distribution of a masked model is one-hot at tokens that are fixed

@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 from transformers.generation.stopping_criteria import MaxTimeCriteria, StoppingCriteria, StoppingCriteriaList
 
 from .cache_blockgen import keep_rows
-from .positions_blockgen import last_columns
+from .inputs_blockgen import last_columns
 from .sampling_blockgen import CounterGenerator
 
 

@@ -29,10 +29,11 @@ less variance:
 - A token is noised if a uniform number exceeds alpha_t; over the draws it goes on by steps of the golden ratio.
 
 The K draws fall into two halves, independent of each other, with a grid each: by how much the means of the halves
-differ tells the error of the mean of all, which the spread of draws on a grid does not.
-"""
+differ tells the error of the mean of all, which the spread of draws on a grid does not."""
 
+import dataclasses
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -40,12 +41,16 @@ from torch import nn
 
 from .configuration_blockgen import BlockGenConfig
 from .diffusion_blockgen import DiffusionProcess, MaskedDiffusion, NoiseSchedule
-from .positions_blockgen import document_positions
+from .inputs_blockgen import ForwardInputs, document_positions
+from .objective_blockgen import SMALLEST_TIME, TrainingDraw, draw_training_noise
 from .sampling_blockgen import CounterGenerator
 
 
 # Steps of this size, modulo 1, fill the unit interval evenly however many there are, and are unlike those of a grid.
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
+
+# Draws of noise for each block size; block size 1 of a masked model is exact, and needs one.
+NUM_DRAWS = 2
 
 # What random numbers are for.
 _LEVEL, _BLOCK_ORDER, _TOKEN, _PRIOR = range(4)
@@ -252,4 +257,64 @@ def _count_weights(num_scored: int, schedule: NoiseSchedule, smallest_time: floa
     return torch.where(n > 0, weights, 0.0)
 
 
-__all__ = ["EvaluationDraw", "EvaluationRows", "evaluation_rows", "half_of_draw", "is_exact", "make_draw"]
+def evaluation_draws(
+    diffusion: DiffusionProcess,
+    config: BlockGenConfig,
+    inputs: ForwardInputs,
+    scored: torch.Tensor,
+    block_size: int | None,
+) -> Iterator[TrainingDraw]:
+    """
+    The loss in evaluation mode: the mixture bound itself (BlockGen, Eq. 7), by a few fixed draws of every block size.
+
+    One random draw, as training takes it, would make a figure that no two evaluations agree on. Here all block sizes
+    of the mixture are visited, and the noise is keyed by what a row says: the loss depends on the weights and the
+    batch only. The sum of the draws' losses is the bound of `evaluate_likelihood`, with as many draws and seed 0:
+    `jensen`, or that of `block_size` if one is given.
+
+    Args:
+        inputs ([`ForwardInputs`]): the clean tokens x `[B, L]`, and what of them is padding or another document.
+        scored (`torch.BoolTensor` of shape `[B, L]`): the tokens whose loss counts; padding never does.
+
+    Yields:
+        what to denoise, a draw a forward pass.
+    """
+    tokens, position_ids = inputs.input_ids, inputs.position_ids
+    labels = torch.where(scored, tokens, -100)
+    rows = evaluation_rows(tokens, labels, inputs.attention_mask, inputs.document_ids, seed=0)
+    if position_ids is not None and inputs.document_ids is None:  # blocks are counted from the first, as in the mask
+        positions = (position_ids - position_ids.amin(-1, keepdim=True)).expand_as(tokens)
+        rows = dataclasses.replace(rows, positions=positions)
+    if block_size is None:
+        gamma = config.block_size_weights or [1.0] * len(config.block_sizes)
+        mixture = [pair for pair in zip(config.block_sizes, gamma, strict=True) if pair[1] > 0]
+    else:
+        mixture = [(block_size, 1.0)]
+    total = sum(weight for _, weight in mixture)
+    for size, weight in mixture:
+        count = 1 if is_exact(config, size) else NUM_DRAWS
+        for k in range(count):
+            noise = make_draw(diffusion, rows, size, k, NUM_DRAWS, SMALLEST_TIME, config.time_conditioning)
+            draw = draw_training_noise(
+                diffusion,
+                config,
+                rows.tokens,
+                rows.scored,
+                block_size=size,
+                noise_level=noise.noise_level,
+                noisy_input_ids=noise.noisy_input_ids,
+                objective=noise.objective,
+            )
+            yield dataclasses.replace(draw, weights=noise.weights * (weight / total / count))
+
+
+__all__ = [
+    "NUM_DRAWS",
+    "EvaluationDraw",
+    "EvaluationRows",
+    "evaluation_draws",
+    "evaluation_rows",
+    "half_of_draw",
+    "is_exact",
+    "make_draw",
+]

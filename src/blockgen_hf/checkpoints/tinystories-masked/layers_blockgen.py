@@ -28,7 +28,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache_blockgen import commit_and_read
 from .configuration_blockgen import BlockGenConfig
-from .training_mask_blockgen import attend_in_chunks
+from .masking_blockgen import attend_in_chunks
 
 
 class BlockGenLayerNorm(nn.Module):

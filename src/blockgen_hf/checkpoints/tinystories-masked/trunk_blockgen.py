@@ -27,6 +27,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_blockgen import BlockGenConfig
 from .diffusion_blockgen import diffusion_from_config
+from .inputs_blockgen import last_columns
 from .layers_blockgen import (
     BlockGenAttention,
     BlockGenDecoderLayer,
@@ -35,10 +36,16 @@ from .layers_blockgen import (
     BlockGenRotaryEmbedding,
     BlockGenTimeEmbedding,
 )
-from .masking_blockgen import AttentionLayout, BlockSize, build_layout, concat, make_attention_mask, unreachable
-from .positions_blockgen import last_columns
+from .masking_blockgen import (
+    AttentionLayout,
+    BlockSize,
+    build_layout,
+    concat,
+    make_attention_mask,
+    make_training_mask,
+    unreachable,
+)
 from .releases_blockgen import named_cache
-from .training_mask_blockgen import make_training_mask
 
 
 class BlockGenPreTrainedModel(PreTrainedModel):

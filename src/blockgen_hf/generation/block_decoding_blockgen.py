@@ -32,14 +32,13 @@ from transformers.generation.stopping_criteria import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils.generic import is_flash_attention_requested
 
-from .adaptive_sampling_blockgen import denoise_adaptively
+from ..modeling.diffusion_blockgen import MaskedDiffusion
+from ..modeling.sampling_blockgen import CounterGenerator
 from .correctors_blockgen import penalties, worst_positions
 from .decoding_state_blockgen import DecodingState, row_generator
-from .denoising_blockgen import Block, Purpose, TimeGrid, denoise, hit_first
-from .diffusion_blockgen import MaskedDiffusion
+from .denoising_blockgen import Block, Purpose, TimeGrid, denoise, denoise_adaptively, hit_first
 from .generation_configuration_blockgen import AR_CORRECTORS, DISTRIBUTION_CORRECTORS
 from .logits_blockgen import BlockText, Prediction, process_logits, without_padding
-from .sampling_blockgen import CounterGenerator
 
 
 # So many clean tokens are committed by the first denoising pass of the block behind them. More are worth a pass of

@@ -20,7 +20,7 @@ import torch
 from transformers.generation import logits_process
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 
-from .sampling_blockgen import NO_DISTRIBUTION, sample_categorical
+from ..modeling.sampling_blockgen import NO_DISTRIBUTION, sample_categorical
 
 
 # What they do to a row of logits depends on nothing but that row: rows may come in any number and order.

@@ -26,8 +26,9 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from ..modeling.cache_blockgen import make_growing
+from ..modeling.releases_blockgen import CACHE_NAME, BothCacheNames, named_cache, take_cache
 from .block_decoding_blockgen import BlockDecoder
-from .cache_blockgen import make_growing
 from .generation_configuration_blockgen import (
     AR_CORRECTORS,
     DIFFUSION_CORRECTORS,
@@ -35,7 +36,6 @@ from .generation_configuration_blockgen import (
     BlockGenGenerationConfig,
 )
 from .logits_blockgen import STATEFUL_PROCESSORS, looks_at_neighbours
-from .releases_blockgen import CACHE_NAME, BothCacheNames, named_cache, take_cache
 
 
 # Outputs that only GenerationMixin's own loop collects.

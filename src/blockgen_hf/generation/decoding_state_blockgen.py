@@ -17,9 +17,9 @@ import torch
 from transformers.cache_utils import Cache
 from transformers.generation.stopping_criteria import MaxTimeCriteria, StoppingCriteria, StoppingCriteriaList
 
-from .cache_blockgen import keep_rows
-from .positions_blockgen import last_columns
-from .sampling_blockgen import CounterGenerator
+from ..modeling.cache_blockgen import keep_rows
+from ..modeling.inputs_blockgen import last_columns
+from ..modeling.sampling_blockgen import CounterGenerator
 
 
 class DecodingState:
