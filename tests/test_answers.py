@@ -111,6 +111,7 @@ def test_marker(text: str, number: int | None) -> None:
         ("2 million people", 2_000_000),
         ("room B12", None),
         ("none", None),
+        ("5 is not 1/0", None),
         ("9 but #### 5", 5),
         ("9 but #### none", None),
         ("", None),
