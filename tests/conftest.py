@@ -1,15 +1,21 @@
 """Fixtures, and quiet for the terminal."""
 
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test needs the network
+# Code and data of one run are not those of another that goes on beside it, nor what the user has in the cache.
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="blockgen-hf-tests-")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: with more, tiny tensors and several workers take longer
 
 import pytest
 import torch
 import transformers
+from hypothesis import settings
 from tiny import VARIANTS, tiny_model, tiny_tokenizer
 
 from blockgen_hf import BlockGenForDiffusionLM
@@ -19,6 +25,13 @@ from blockgen_hf.hub.portable import make_tokenizer_portable
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
+# The same examples on every run, and no limit on the time of one, which a busy machine would break.
+settings.register_profile("tests", deadline=None, derandomize=True, database=None)
+settings.load_profile("tests")
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

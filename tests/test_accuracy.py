@@ -209,7 +209,7 @@ def test_samples_depend_on_seed_prompt_and_number_alone(variant: str) -> None:
     decodings = [*DECODINGS, "ar:do_sample=True"]
 
     def run(**settings: Any) -> AnswerResult:
-        options = {"max_new_tokens": 9, "num_samples": 2, **settings}
+        options = {"max_new_tokens": 6, "num_samples": 2, **settings}
         questions = options.pop("questions", QUESTIONS)
         return evaluate_answers(model, tiny_tokenizer(), questions, decodings, **options)
 

@@ -111,6 +111,7 @@ def test_marker(text: str, number: int | None) -> None:
         ("2 million people", 2_000_000),
         ("room B12", None),
         ("none", None),
+        ("5 is not 1/0", None),
         ("9 but #### 5", 5),
         ("9 but #### none", None),
         ("", None),
@@ -155,7 +156,12 @@ def test_mixed_numbers(whole: int, part: int, parts: int) -> None:
     assert parse_number(f"-{whole:,} {part}/{parts} cups") == -(whole + Fraction(part, parts))
 
 
-@given(st.text())
+# Any sign, and often one that numbers are written with. Unlike `st.text()`, it makes no table of all of Unicode first.
+likely = [*"0123456789 .,-−+/%$€£½#*^:\n", "#### ", "million", "é", "٣"]
+signs = st.sampled_from(likely) | st.integers(0, 0x10FFFF).map(chr)
+
+
+@given(st.lists(signs).map("".join))
 def test_any_text_gives_a_number_or_none(text: str) -> None:
     for found in (
         parse_number(text),
@@ -169,12 +175,15 @@ def test_any_text_gives_a_number_or_none(text: str) -> None:
 @pytest.mark.parametrize(
     "unit", ["1", "1 ", "1,", "1/", "1.", "#", "#### ", "-", "$", "-$ ", "1a", "a", "½", "1,000 ", "9 9/9 ", "\n"]
 )
-@pytest.mark.parametrize("before", ["", "#### ", "#### 1 "])
-def test_a_million_signs_take_no_time(unit: str, before: str) -> None:
-    text = before + unit * (10**6 // len(unit))
-    started = time.process_time()
-    parse_number(text)
-    find_answer(text)
-    find_answer(text, last_number=True)
-    assert time.process_time() - started < 1
+def test_a_million_signs_take_no_time(unit: str) -> None:
+    for before in ("", "#### ", "#### 1 "):
+        text = before + unit * (10**6 // len(unit))
+        started = time.process_time()
+        parse_number(text)
+        find_answer(text)
+        find_answer(text, last_number=True)
+        assert time.process_time() - started < 1
+
+
+def test_a_million_digits_are_no_number() -> None:
     assert find_answer("1" * 10**6, last_number=True) is None

@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import generate, tiny_model, words
 from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, GPT2LMHeadModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from blockgen_hf import BlockGenForDiffusionLM
-from tests.tiny import generate, tiny_model, words
 
 
 NAMES = ["cache", "past_key_values"]

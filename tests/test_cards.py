@@ -102,8 +102,10 @@ def table(text: str) -> dict[str, str]:
 # Models
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("with_tokenizer", [True, False], ids=["tokenizer", "no tokenizer"])
+@pytest.mark.parametrize(
+    ("kind", "with_tokenizer"),
+    [*((kind, True) for kind in KINDS), ("mixture", False), ("full sequence, uniform", False), ("next token", False)],
+)
 def test_the_snippets_run_with_every_decoding_of_the_model(
     kind: str, with_tokenizer: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -252,8 +254,17 @@ def test_qualities_stand_beside_their_price(folder: Path) -> None:
     assert metric["args"] == {"decoding": "arpc", "num_function_evaluations": 24.5, "entropy": 4.37}
 
 
-@pytest.mark.parametrize("name", ["num_function_evaluations", "entropy", "value", "decoding", "metric"])
-@pytest.mark.parametrize("value", ["missing", None, float("nan"), True])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, "missing") for name in ("num_function_evaluations", "entropy", "value", "decoding", "metric")),
+        ("num_function_evaluations", True),
+        ("entropy", float("nan")),
+        ("value", None),
+        ("decoding", None),
+        ("metric", True),
+    ],
+)
 def test_qualities_without_their_price_are_refused(folder: Path, name: str, value: Any) -> None:
     row = (
         {key: kept for key, kept in QUALITY.items() if key != name} if value == "missing" else {**QUALITY, name: value}

@@ -51,7 +51,7 @@ def is_complete(checkpoint: Path) -> bool:
 # Without a kill
 
 
-@pytest.mark.parametrize("limit, expected", [(None, [1, 2, 3, 4, 5]), (2, [4, 5]), (1, [5])])
+@pytest.mark.parametrize("limit, expected", [(None, [1, 2, 3, 4, 5]), (2, [4, 5])])
 def test_the_latest_checkpoints_are_kept_and_nothing_else(
     limit: int | None, expected: list[int], tmp_path: Path
 ) -> None:
@@ -64,7 +64,10 @@ def test_the_latest_checkpoints_are_kept_and_nothing_else(
     assert get_last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-5")
 
 
-@pytest.mark.parametrize("limit, load, expected", [(2, False, [2, 5]), (1, True, [2]), (3, True, [2, 4, 5])])
+@pytest.mark.parametrize(
+    "limit, load, expected",
+    [(2, False, [2, 5]), (1, True, [2]), pytest.param(3, True, [2, 4, 5], marks=pytest.mark.slow)],
+)
 def test_the_best_checkpoint_is_protected(limit: int, load: bool, expected: list[int], tmp_path: Path) -> None:
     """And its path is where it is, in the state of every checkpoint saved since."""
     scores = iter([0.1, 0.5, 0.4, 0.3, 0.2])

@@ -18,7 +18,7 @@ from blockgen_hf.modeling.layers_blockgen import BlockGenLayerNorm
 from blockgen_hf.modeling.objective_blockgen import chunked_loss
 
 
-by_hypothesis = settings(max_examples=40, deadline=None, derandomize=True, database=None)
+by_hypothesis = settings(max_examples=40)
 exactly = dict(atol=1e-9, rtol=1e-9)
 
 Gradients = dict[str, torch.Tensor]

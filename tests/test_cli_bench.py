@@ -19,6 +19,12 @@ QUICK = ("--new-tokens", "6", "--block-size", "4", "--repeats", "1")
 Command = Callable[..., str]
 
 
+@pytest.fixture(autouse=True)
+def short_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small matrices are enough to see that the machine is measured."""
+    monkeypatch.setattr("blockgen_hf.evaluation.throughput.SECONDS_OF_A_PRODUCT", 0.02)
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("checkpoint")

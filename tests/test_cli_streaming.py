@@ -129,8 +129,9 @@ def test_no_color(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
     assert terminal.colored == ""
 
 
-@pytest.mark.parametrize("variant", ["masked", "uniform"])
-@pytest.mark.parametrize("num_prompt_tokens", [0, 1, 9, 10, 30])
+@pytest.mark.parametrize(
+    ("variant", "num_prompt_tokens"), [("masked", 0), ("masked", 9), ("masked", 30), ("uniform", 1), ("uniform", 10)]
+)
 def test_wrapping_and_scrolling(terminal: Terminal, variant: str, num_prompt_tokens: int) -> None:
     """Drafts that wrap, and that make the terminal scroll, leave the text behind and nothing else."""
     model, tokenizer = tiny_model(variant), spaced_tokenizer()
@@ -178,9 +179,10 @@ def test_draft_log(capsys: pytest.CaptureFixture[str]) -> None:
 def test_time_of_drawing_is_known(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streamers, "DRAFT_SECONDS", 0.05)
     streamer = TerminalDrafts(spaced_tokenizer(), terminal)
+    logits = log_probs(1, 2)
     started = time.perf_counter()
     for _ in range(4):
-        streamer.put_draft(logits=log_probs(1, 2))
+        streamer.put_draft(logits=logits)
     assert 0.1 < streamer.seconds <= time.perf_counter() - started
 
 

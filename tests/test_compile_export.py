@@ -16,6 +16,8 @@ from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
 from blockgen_hf import BlockGenForDiffusionLM
 
 
+pytestmark = pytest.mark.slow  # compiling takes seconds
+
 DECODINGS: dict[str, dict[str, Any]] = {
     "ar": {"decoding": "ar"},
     "block_diffusion": {"decoding": "block_diffusion", "block_size": 4, "denoising_steps": 2},
@@ -28,13 +30,9 @@ def fresh_compiler() -> None:
     torch._dynamo.reset()
 
 
-def slow(*values: Any) -> Any:
-    return pytest.param(*values, marks=pytest.mark.slow)
-
-
 # ---- torch.compile
 @torch.no_grad()
-@pytest.mark.parametrize("variant", ["masked", slow("uniform_time_conditional"), slow("block_causal")])
+@pytest.mark.parametrize("variant", ["masked", "uniform_time_conditional", "block_causal"])
 def test_the_compiled_forward_is_one_graph_with_equal_logits(variant: str) -> None:
     """Every use: causal, training layout, a block behind its prefix."""
     model, text, block = tiny_model(variant), words(2, 8), words(2, 4, seed=1)
@@ -51,7 +49,7 @@ def test_the_compiled_forward_is_one_graph_with_equal_logits(variant: str) -> No
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("variant", ["masked", slow("uniform_time_conditional")])
+@pytest.mark.parametrize("variant", ["masked", "uniform_time_conditional"])
 def test_blocks_of_a_static_cache_share_their_graphs(variant: str) -> None:
     """Denoising and committing are compiled in the first block, and never again: the cache keeps its shape."""
     model = tiny_model(variant)
@@ -74,9 +72,9 @@ def test_blocks_of_a_static_cache_share_their_graphs(variant: str) -> None:
 @pytest.mark.parametrize(
     ("variant", "decoding", "padded"),
     [
-        slow("masked", "arpc", False),
-        slow("masked", "ar", True),
-        slow("uniform_time_conditional", "block_diffusion", True),
+        ("masked", "arpc", False),
+        ("masked", "ar", True),
+        ("uniform_time_conditional", "block_diffusion", True),
     ],
 )
 def test_a_compiled_model_generates_the_same_text(variant: str, decoding: str, padded: bool) -> None:
@@ -97,7 +95,6 @@ def test_a_compiled_model_generates_the_same_text(variant: str, decoding: str, p
     assert counts[0] == counts[1] > 0
 
 
-@pytest.mark.slow
 def test_inductor_generates_the_same_text() -> None:
     """The default backend, by `model.compile()`; test_model.py compiles the denoiser so."""
     model, compiled, text = tiny_model(), tiny_model(), words(2, 8)
@@ -106,7 +103,6 @@ def test_inductor_generates_the_same_text() -> None:
     assert torch.equal(generate(compiled, text, **settings), generate(model, text, **settings))
 
 
-@pytest.mark.slow
 def test_a_compiled_training_step_equals_the_eager_one() -> None:
     model, text = tiny_model().train(), words(2, 8)
     noisy = torch.where(torch.arange(8) % 2 == 0, MASK, text)
@@ -142,7 +138,7 @@ def export(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("variant", ["masked", slow("uniform_time_conditional"), slow("block_causal")])
+@pytest.mark.parametrize("variant", ["masked", "uniform_time_conditional", "block_causal"])
 def test_an_exported_denoising_step_has_equal_logits(tmp_path: Path, variant: str) -> None:
     """Any number of rows, any prefix, any block up to the block size, any noise level; the block size is fixed."""
     model = tiny_model(variant)
@@ -163,7 +159,6 @@ def test_an_exported_denoising_step_has_equal_logits(tmp_path: Path, variant: st
         program(**{**step_inputs(), "block_size": 2})
 
 
-@pytest.mark.slow
 @torch.no_grad()
 def test_an_export_with_fixed_shapes_loads_through_transformers(tmp_path: Path) -> None:
     model = tiny_model()
@@ -183,7 +178,6 @@ def filled_cache(model: BlockGenForDiffusionLM, length: int, rows: int, static: 
 
 
 @torch.no_grad()
-@pytest.mark.slow
 @pytest.mark.parametrize(("variant", "static"), [("masked", False), ("uniform_time_conditional", True)])
 def test_an_exported_denoising_step_reads_a_cache(variant: str, static: bool) -> None:
     """A dynamic cache of any length and number of rows; a static one however full it is."""
@@ -200,7 +194,6 @@ def test_an_exported_denoising_step_reads_a_cache(variant: str, static: bool) ->
         torch.testing.assert_close(program(**inputs(length, rows))["logits"], model(**inputs(length, rows)).logits)
 
 
-@pytest.mark.slow
 @torch.no_grad()
 def test_the_causal_language_model_exports(tmp_path: Path) -> None:
     model = tiny_model()

@@ -33,6 +33,7 @@ SOURCES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "bd3lm": ("bd3lm", {}, {}),
 }
 every_source = pytest.mark.parametrize("name", SOURCES)
+ONE_OF_EACH_FAMILY = ("mixture", "duo", "ar", "bd3lm")
 
 
 def ids(*shape: int, seed: int = 0) -> Tensor:
@@ -169,19 +170,22 @@ def test_the_configuration_is_that_of_the_source(tmp_path: Path, name: str) -> N
         assert config.mask_token_id == (MASK if config.diffusion_type == "masked" else None)
 
 
-@every_source
-def test_a_source_in_half_precision_stays_so(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, torch.bfloat16) for name in ("mixture", "uniform_single", "mdlm", "duo", "ar", "bd3lm")),
+        *((name, torch.float16) for name in ("uniform_mixture", "single", "ar")),
+    ],
+    ids=str,
+)
+def test_a_source_in_half_precision_stays_so(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
     """bfloat16 and float16 weights bit by bit, and the model generates in them."""
-    for dtype in (torch.bfloat16, torch.float16):
-        folder = tmp_path / str(dtype)
-        tensors = {key: value.to(dtype) for key, value in weights(SOURCES[name][0]).items()}
-        path = convert(folder, name, tensors)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
-        assert model.dtype == dtype
-        prefix = "backbone." if name == "bd3lm" else ""
-        embedding = tensors[prefix + "vocab_embed.embedding"]
-        assert torch.equal(model.model.embed_tokens.weight, embedding)
-        assert generate(model, ids(2, 4), max_new_tokens=6, do_sample=True).shape == (2, 10)
+    tensors = {key: value.to(dtype) for key, value in weights(SOURCES[name][0]).items()}
+    model = AutoModelForCausalLM.from_pretrained(convert(tmp_path, name, tensors), dtype="auto").eval()
+    assert model.dtype == dtype
+    prefix = "backbone." if name == "bd3lm" else ""
+    assert torch.equal(model.model.embed_tokens.weight, tensors[prefix + "vocab_embed.embedding"])
+    assert generate(model, ids(2, 4), max_new_tokens=6, do_sample=True).shape == (2, 10)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -218,7 +222,7 @@ def test_the_attention_implementation_is_chosen_when_it_is_loaded(tmp_path: Path
     torch.testing.assert_close(model(clean, clean, block_size=4).logits, expected, **TOLERANCE)
 
 
-@every_source
+@pytest.mark.parametrize("name", ONE_OF_EACH_FAMILY)
 def test_weights_without_frequencies_are_the_same_model(tmp_path: Path, name: str) -> None:
     """`rotary_emb.inv_freq` may be absent."""
     with_them = load_file(convert(tmp_path / "with", name) / "model.safetensors")

@@ -31,8 +31,7 @@ def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> N
 
 
 @every_source
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("inv_freq", [True, False])
+@pytest.mark.parametrize(("dtype", "inv_freq"), [(torch.float32, True), (torch.bfloat16, False)])
 def test_published_to_ours_to_published(tmp_path: Path, name: str, dtype: torch.dtype, inv_freq: bool) -> None:
     """The same tensors, names, bytes, buffers and config.json."""
     family, changes, _ = SOURCES[name]
@@ -48,7 +47,7 @@ def test_published_to_ours_to_published(tmp_path: Path, name: str, dtype: torch.
     assert json.loads((report.output / "config.json").read_text()) == settings(family, **changes)
 
 
-@hypothesis_settings(max_examples=12, deadline=None)
+@hypothesis_settings(max_examples=12)
 @given(
     family=st.sampled_from(["block-dit", "dense-dit", "ar"]),
     rows=st.integers(2, 40),

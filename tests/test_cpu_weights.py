@@ -107,8 +107,7 @@ def test_a_saturating_product_is_recognised(monkeypatch: pytest.MonkeyPatch) -> 
 # in generate
 
 
-@pytest.mark.parametrize("variant", ["masked", "uniform"])
-@pytest.mark.parametrize("weights", FORMATS)
+@pytest.mark.parametrize(("weights", "variant"), [*((weights, "masked") for weights in FORMATS), ("int8", "uniform")])
 def test_every_decoding_and_cache(weights: str, variant: str) -> None:
     """Batches, a block at a time, and static caches, whose masks are others."""
     model = packed(weights, variant)

@@ -613,3 +613,21 @@ def test_a_tokenizer_is_trained_with_the_mask_last() -> None:
         train_tokenizer(["a"], vocab_size=258, sequence_length=32)
     with pytest.raises(ValueError, match="no text"):
         train_tokenizer([], vocab_size=300, sequence_length=32)
+
+
+# Prompts and completions that are numbers
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_numbers_are_their_texts(kind: str, tmp_path: Path) -> None:
+    def rows(name: str, answer: int | str) -> list[list[int]]:
+        file = tmp_path / f"{name}.{kind}"
+        row = {"prompt": "a b", "completion": answer}
+        if kind == "parquet":
+            datasets.Dataset.from_list([row]).to_parquet(file)
+        else:
+            file.write_text(json.dumps(row))
+        arguments = DataArguments(str(file), packing="none", sequence_length=32, cache_dir=str(tmp_path / "cache"))
+        return load_datasets(arguments, tiny_tokenizer())[0]["input_ids"][:]
+
+    assert rows("number", 42) == rows("text", "42")

@@ -24,8 +24,9 @@ def rows_of(args: DataArguments) -> list[list[int]]:
     return rows
 
 
-@pytest.mark.parametrize("kept", [0, 10, 0.5, -9])
-@pytest.mark.parametrize("file", ["a.jsonl", "a.parquet"])
+@pytest.mark.parametrize(
+    ("file", "kept"), [("a.jsonl", 0), ("a.parquet", 10), ("a.jsonl", 0.5), ("a.parquet", 0.5), ("a.jsonl", -9)]
+)
 def test_a_damaged_cache_is_made_anew(
     tmp_path: Path, file: str, kept: float, loud_transformers: None, caplog: pytest.LogCaptureFixture
 ) -> None:

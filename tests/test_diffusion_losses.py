@@ -27,7 +27,7 @@ from blockgen_hf.modeling.diffusion_blockgen import MaskedDiffusion, NoiseSchedu
 
 PROCESSES: tuple[Process, ...] = ("masked", "uniform")
 OBJECTIVES = ("elbo", "cross_entropy")
-by_hypothesis = settings(max_examples=40, deadline=None, derandomize=True, database=None)
+by_hypothesis = settings(max_examples=40)
 
 
 def make_diffusion(process: Process, vocab_size: int, name: str = "linear", eps: float = 1e-3) -> Any:
@@ -227,8 +227,9 @@ def test_uniform_elbo_is_equation_17(t: float, vocab_size: int, seed: int) -> No
         assert loss[0, position].item() == pytest.approx(expected, rel=1e-8, abs=1e-8 / (1 - level))
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize(
+    ("process", "objective"), [("masked", "elbo"), ("uniform", "elbo"), ("uniform", "cross_entropy")]
+)
 @pytest.mark.parametrize("shape", [(2, 1), (2, 3), (1,), ()])
 def test_losses_take_a_noise_level_a_batch_a_row_or_a_token(
     process: Process, objective: str, shape: tuple[int, ...]
@@ -287,7 +288,7 @@ LEVELS = {"t=1e-3": 0.999001, "t=1-1e-6": 1e-3 + 0.999e-6, "last below 1": 1 - 2
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("level", LEVELS.values(), ids=LEVELS.keys())
-@pytest.mark.parametrize("vocab_size", [4, 300, 50_258])
+@pytest.mark.parametrize("vocab_size", [4, 50_258])
 @pytest.mark.parametrize("process", PROCESSES)
 def test_float32_losses_agree_with_float64(process: Process, vocab_size: int, level: float, objective: str) -> None:
     """Eq. 15 and 17 lose nothing in float32 at the ends of time: value and gradient, at changed and unchanged tokens.

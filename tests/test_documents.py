@@ -28,9 +28,9 @@ SPANS = [
 ]
 
 
-@pytest.fixture(params=["eager", "sdpa", "sdpa_in_chunks"])
+@pytest.fixture(params=["eager", "sdpa_in_chunks"])
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Attention with a dense mask, with one chunk of it, and with many."""
+    """Attention with a dense mask, and with many chunks of it; a single chunk is for test_training_mask.py."""
     cached = masking_blockgen._plain_training_mask
     cached = getattr(cached, "_torchdynamo_orig_callable", cached)
     monkeypatch.setattr(masking_blockgen, "CHUNK_SIZE", 4 if request.param == "sdpa_in_chunks" else 256)
@@ -79,8 +79,10 @@ def test_a_packed_document_has_the_hidden_states_and_logits_it_has_alone(variant
     torch.testing.assert_close(unpacked.logits[1], packed.logits[1], **closely)  # one document
 
 
-@pytest.mark.parametrize("block_size", [1, 3, 16])
-@pytest.mark.parametrize("variant", ["masked", "uniform_time_conditional"])
+@pytest.mark.parametrize(
+    ("variant", "block_size"),
+    [("masked", 1), ("masked", 3), ("uniform_time_conditional", 3), ("uniform_time_conditional", 16)],
+)
 def test_a_packed_document_costs_what_it_costs_alone(variant: str, block_size: int, implementation: str) -> None:
     """In training: the losses of its tokens, and the gradients of the documents' sum."""
     model = tiny_model(variant, attn_implementation=implementation).train()
@@ -144,8 +146,15 @@ def test_a_token_changes_nothing_in_another_document(variant: str, half: str, im
         assert not moved[0][ids[0] != ids[0, place]].any()
 
 
-@pytest.mark.parametrize("pads", ["of_the_last_document", "of_their_own", "without_attention_mask"])
-@pytest.mark.parametrize("variant", ["block_causal", "uniform_time_conditional"])
+@pytest.mark.parametrize(
+    ("variant", "pads"),
+    [
+        ("block_causal", "of_the_last_document"),
+        ("uniform_time_conditional", "of_the_last_document"),
+        ("uniform_time_conditional", "of_their_own"),
+        ("block_causal", "without_attention_mask"),
+    ],
+)
 def test_right_padding_changes_no_document(variant: str, pads: str, implementation: str) -> None:
     """Rows of documents with pads behind: as part of the last document, or as a document; then no mask is needed."""
     model = tiny_model(variant, attn_implementation=implementation).train()
@@ -267,8 +276,15 @@ def test_a_row_with_its_block_size_is_denoised_as_alone(variant: str, implementa
                 torch.testing.assert_close(logits[i, real], alone[0, real], **closely)
 
 
-@pytest.mark.parametrize("objective", ["cross_entropy", "elbo"])
-@pytest.mark.parametrize("variant", ["masked", "uniform", "uniform_time_conditional"])
+@pytest.mark.parametrize(
+    ("variant", "objective"),
+    [
+        ("masked", "cross_entropy"),
+        ("masked", "elbo"),
+        ("uniform", "cross_entropy"),
+        ("uniform_time_conditional", "elbo"),
+    ],
+)
 def test_a_row_with_its_block_size_costs_what_it_costs_alone(
     variant: str, objective: str, implementation: str
 ) -> None:

@@ -64,7 +64,7 @@ DISTRIBUTIONS = st.lists(st.one_of(st.just(0.0), st.floats(1e-3, 1e3)), min_size
     num_slots=st.integers(1, 64),
     u=st.one_of(st.floats(0, 1, exclude_max=True), st.just(0.0), st.just(BELOW_ONE)),
 )
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150)
 def test_every_size_is_given_to_floor_or_ceil_of_its_mean_of_slots(
     weights: list[float], num_slots: int, u: float
 ) -> None:
@@ -78,22 +78,20 @@ def test_every_size_is_given_to_floor_or_ceil_of_its_mean_of_slots(
             assert size not in counts
 
 
-@pytest.mark.parametrize("u", [0.0, 0.5, 1 - 1e-12, BELOW_ONE])
 @pytest.mark.parametrize(
     "weights",
     [[0.5, 0.5, 0.0], [0.1] * 10, [1 / 3] * 3, [0.0, 0.5, 0.0, 0.5, 0.0], [1e-300, 1.0, 0.0], [0.7, 0.2, 0.1, 0.0]],
     ids=str,
 )
-def test_rounding_at_the_ends_never_draws_a_size_of_weight_zero(weights: list[float], u: float) -> None:
+def test_rounding_at_the_ends_never_draws_a_size_of_weight_zero(weights: list[float]) -> None:
     """Sums of floats end a little below or above 1; the last interval still ends at 1."""
     sizes = list(range(1, len(weights) + 1))
-    for num_slots in (1, 2, 3, 7, 8, 10, 64):
-        drawn = stratified_block_sizes(sizes, weights, num_slots, u)
-        assert all(weights[size - 1] > 0 for size in drawn)
-    if u == BELOW_ONE:
-        assert stratified_block_sizes(sizes, weights, 1, u) == [max(s for s in sizes if weights[s - 1] > 0)]
-    if u == 0:
-        assert stratified_block_sizes(sizes, weights, 1, u) == [min(s for s in sizes if weights[s - 1] > 0)]
+    possible = [size for size, weight in zip(sizes, weights, strict=True) if weight > 0]
+    for u in (0.0, 0.5, 1 - 1e-12, BELOW_ONE):
+        for num_slots in (1, 2, 3, 7, 8, 10, 64):
+            assert set(stratified_block_sizes(sizes, weights, num_slots, u)) <= set(possible), (u, num_slots)
+    assert stratified_block_sizes(sizes, weights, 1, 0.0) == [possible[0]]
+    assert stratified_block_sizes(sizes, weights, 1, BELOW_ONE) == [possible[-1]]
 
 
 @pytest.mark.parametrize("weights", [UNIFORM, MOSTLY_AR, [0.0, 0.3, 0.0, 0.6, 0.1]], ids=str)

@@ -85,8 +85,7 @@ def test_steps_follow_the_grid_and_end_without_noise() -> None:
 
 # ---- the laws
 @pytest.mark.parametrize("process", PROCESSES)
-@pytest.mark.parametrize("block_size", [1, 2, 3, 4])
-@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize(("block_size", "steps"), [(1, 4), (2, 4), (3, 1), (4, 1)])
 def test_laws_are_probabilities(process: Process, block_size: int, steps: int) -> None:
     """Every decoding's law is non-negative and sums to 1; a masked model leaves no mask token behind."""
     oracle = make_oracle(process)

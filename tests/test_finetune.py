@@ -169,7 +169,9 @@ def texts(model: Any) -> list[list[list[int]]]:
     return sequences
 
 
-@pytest.mark.parametrize("kind", [LORA, DORA, (*LORA, "adapter.target_modules=all-linear")])
+@pytest.mark.parametrize(
+    "kind", [LORA, DORA, pytest.param((*LORA, "adapter.target_modules=all-linear"), marks=pytest.mark.slow)]
+)
 def test_an_adapter_is_the_same_saved_loaded_and_merged(file: Path, tmp_path: Path, kind: tuple[str, ...]) -> None:
     base = tiny_model(eos_token_id=EOS)
     trainer = train(file, *kind)
@@ -199,7 +201,7 @@ def test_what_an_adapter_trains_by_default(file: Path) -> None:
     assert all(any(f".{layer}." in name for name in names) for layer in LINEAR_LAYERS)
 
 
-@pytest.mark.parametrize("kind", [LORA, DORA])
+@pytest.mark.parametrize("kind", [LORA, pytest.param(DORA, marks=pytest.mark.slow)])
 def test_the_average_is_saved_and_a_run_goes_on_with_the_weights(
     file: Path, tmp_path: Path, kind: tuple[str, ...]
 ) -> None:

@@ -100,7 +100,7 @@ def test_any_settings_are_refused_or_give_text_that_keeps_the_rules(variant: str
     model, prompts = tiny_model(variant), words(2, 3)
 
     @given(SETTINGS)
-    @settings(max_examples=150, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=150)
     def check(given_settings: dict[str, Any]) -> None:
         call = dict(given_settings, pad_token_id=6, return_dict_in_generate=True)
         try:

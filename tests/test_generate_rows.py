@@ -47,14 +47,15 @@ def test_rows_of_a_grid_lose_nothing_when_the_one_furthest_behind_ends_first(kee
     assert len(lengths) > 3
 
 
-@every_decoding
-@pytest.mark.parametrize("variant", ["masked", "block_causal"])
+@pytest.mark.parametrize(
+    ("variant", "settings"),
+    [("masked", AR), ("masked", DIFFUSION), ("masked", ARPC), ("block_causal", DIFFUSION)],
+    ids=lambda value: value if isinstance(value, str) else value["decoding"],
+)
 def test_static_cache_that_holds_nothing_follows_rows_that_stay(variant: str, settings: dict[str, Any]) -> None:
     """No prompt, or one shorter than the grid: rows end before the first token is cached."""
-    if variant == "block_causal" and settings is not DIFFUSION:
-        pytest.skip("refused for models with a grid")
     model, length = tiny_model(variant), 2 if variant == "block_causal" else 0
-    for seed in range(8):
+    for seed in range(4):
         kwargs: dict[str, Any] = dict(seed=seed, max_new_tokens=12, eos_token_id=ENDS, pad_token_id=PAD, **settings)
         texts = [
             generate(model, words(4, length), cache_implementation=kind, **kwargs).tolist()
@@ -78,12 +79,10 @@ class Grammar(LogitsProcessor):
         return allowed
 
 
-@every_decoding
-@pytest.mark.parametrize("block_size", [1, 4])
-def test_processor_with_a_state_for_each_row_sees_the_whole_batch_in_order(
-    settings: dict[str, Any], block_size: int
-) -> None:
-    settings = settings if settings is AR else {**settings, "block_size": block_size}
+@pytest.mark.parametrize(
+    "settings", [AR, DIFFUSION, {**DIFFUSION, "block_size": 1}, ARPC, {**ARPC, "block_size": 1}], ids=str
+)
+def test_processor_with_a_state_for_each_row_sees_the_whole_batch_in_order(settings: dict[str, Any]) -> None:
     model, ended = tiny_model(), 0
     for seed in range(4):
         grammar = Grammar()
@@ -96,10 +95,15 @@ def test_processor_with_a_state_for_each_row_sees_the_whole_batch_in_order(
     assert ended
 
 
-@every_decoding
 @pytest.mark.parametrize(
-    "penalty",
-    [dict(encoder_repetition_penalty=3.0), dict(encoder_no_repeat_ngram_size=1), dict(repetition_penalty=3.0)],
+    ("penalty", "settings"),
+    [
+        (dict(encoder_repetition_penalty=3.0), AR),
+        (dict(encoder_repetition_penalty=3.0), DIFFUSION),
+        (dict(encoder_no_repeat_ngram_size=1), ARPC),
+        (dict(repetition_penalty=3.0), DIFFUSION),
+        (dict(repetition_penalty=3.0), ARPC),
+    ],
     ids=str,
 )
 def test_penalties_of_a_prompt_are_those_of_the_row_alone(penalty: dict[str, Any], settings: dict[str, Any]) -> None:

@@ -33,7 +33,7 @@ OPERATIONS = st.lists(
 
 @torch.no_grad()
 @given(OPERATIONS)
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@settings(max_examples=60)
 def test_a_growing_layer_holds_what_a_dynamic_one_holds(operations: list[tuple[str, int]]) -> None:
     growing, plain, rows = GrowingLayer(), DynamicLayer(), 2
     for seed, (name, count) in enumerate([("update", 3), *operations]):
@@ -104,6 +104,7 @@ def test_a_cache_from_inference_mode_can_be_continued() -> None:
     assert continued.tolist() == generate(model, text, **settings).tolist()
 
 
+@pytest.mark.slow
 def test_a_growing_cache_breaks_no_graph() -> None:
     """A compiled model has a graph for each kind of pass, not one for each length."""
     model, compiled, counter = tiny_model(), tiny_model(), CompileCounterWithBackend("eager")

@@ -23,7 +23,7 @@ from blockgen_hf.evaluation.programs import ProgramResult, ProgramRunner, progra
 if not is_supported():
     pytest.skip("programs do not run on this machine", allow_module_level=True)
 
-SECONDS = 1.5
+SECONDS = 10.0  # of the wall clock: plenty for a program that ends, on a busy machine too
 TINYGSM = '''def simple_math_problem() -> int:
     """
     Kyle bought last year's best-selling book for $19.50, with a 25% discount. How much was it?
@@ -177,14 +177,11 @@ FORBIDDEN_LINES = [
 ]
 
 
-@pytest.mark.parametrize("source", [*(f"return {one}" for one in FORBIDDEN), *FORBIDDEN_LINES])
-def test_the_check_refuses(source: str) -> None:
-    with pytest.raises(Refused):
-        check_program(function(source))
-
-
-def test_refused_programs_are_not_run(runner: ProgramRunner) -> None:
+def test_the_check_refuses_and_refused_programs_are_not_run(runner: ProgramRunner) -> None:
     for source in (*(f"return {one}" for one in FORBIDDEN), *FORBIDDEN_LINES):
+        with pytest.raises(Refused):
+            check_program(function(source))
+            pytest.fail(f"not refused: {source}")
         assert str(runner.run(function(source)).error).startswith("refused: "), source
 
 
@@ -197,25 +194,40 @@ def test_the_builtins_hold_what_the_check_lets_through(runner: ProgramRunner) ->
 # Time and memory, with and without the check
 
 
-@pytest.mark.parametrize("checked", [True, False])
 @pytest.mark.parametrize(
-    ("source", "error"),
+    ("line", "checked"),
     [
-        (function("while True: pass"), "not done after"),
-        (function("return 9 ** 9 ** 9"), "not done after"),
-        (function("return sum(x for x in iter(int, 1))"), "not done after"),
-        (function("x = [0] * 10 ** 10", "return 1"), "out of memory"),
-        (function("x = []", "while True: x.append('a' * 10 ** 6)"), "out of memory"),
-        (function("return len(f'{1:1000000000}')"), "out of memory"),
-        (function("return f()"), "RecursionError"),
-        (function("return 1 << 10 ** 12"), "out of memory"),
+        ("while True: pass", True),
+        ("while True: pass", False),
+        ("return 9 ** 9 ** 9", True),
+        ("return sum(x for x in iter(int, 1))", False),
     ],
 )
-def test_time_and_memory_are_limited(runner: ProgramRunner, source: str, error: str, checked: bool) -> None:
+def test_time_is_limited(runner: ProgramRunner, line: str, checked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     started = time.monotonic()
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "seconds", 0.5)
+        result = runner._run(function(line), checked)
+    assert result.value is None and result.error == "not done after 0.5 s"
+    assert time.monotonic() - started < 10
+    assert runner.run(function("return 1")).value == 1  # the next one runs
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "checked"),
+    [
+        (function("x = [0] * 10 ** 10", "return 1"), "out of memory", True),
+        (function("x = [0] * 10 ** 10", "return 1"), "out of memory", False),
+        (function("x = []", "while True: x.append('a' * 10 ** 6)"), "out of memory", False),
+        (function("return len(f'{1:1000000000}')"), "out of memory", True),
+        (function("return f()"), "RecursionError", True),
+        (function("return f()"), "RecursionError", False),
+        (function("return 1 << 10 ** 12"), "out of memory", True),
+    ],
+)
+def test_memory_is_limited(runner: ProgramRunner, source: str, error: str, checked: bool) -> None:
     result = runner._run(source, checked)
     assert result.value is None and error in str(result.error)
-    assert time.monotonic() - started < SECONDS + 10
     assert runner.run(function("return 1")).value == 1  # the next one runs
 
 

@@ -14,7 +14,7 @@ import torch
 from fake_hub import FakeHub, environment
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
-from test_conversion import SOURCES, convert
+from test_conversion import ONE_OF_EACH_FAMILY, convert
 from tiny import generate, tiny_config, tiny_model, tiny_tokenizer, words
 from training import TokenRows, make_trainer
 from transformers import Trainer
@@ -317,7 +317,7 @@ def test_what_was_pushed_loads_with_the_same_tensors_and_texts(
         assert texts[0] == texts[1], decoding
 
 
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("name", ONE_OF_EACH_FAMILY)
 def test_converted_checkpoints_come_back_the_same(name: str, tmp_path: Path, hub: FakeHub) -> None:
     """Convert, load, save, push, load."""
     model = BlockGenForDiffusionLM.from_pretrained(convert(tmp_path, name)).eval()
@@ -330,7 +330,7 @@ def test_converted_checkpoints_come_back_the_same(name: str, tmp_path: Path, hub
     assert texts[0] == texts[1]
 
 
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("name", ONE_OF_EACH_FAMILY)
 def test_converted_folders_are_pushed_with_where_they_come_from(name: str, tmp_path: Path) -> None:
     folder = convert(tmp_path, name)
     files = planned(folder)

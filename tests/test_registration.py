@@ -19,30 +19,32 @@ assert isinstance(AutoModel.from_config(blockgen_hf.BlockGenConfig(**small)), bl
 """
 
 
+LIGHT = """
+import sys, blockgen_hf, blockgen_hf.checkpoints
+assert not {"torch", "transformers"} & set(sys.modules)
+assert "BlockGenConfig" in dir(blockgen_hf)
+assert blockgen_hf.modeling.BlockGenConfig is blockgen_hf.BlockGenConfig
+"""
+ORDERS = [
+    "import blockgen_hf, transformers",
+    "import blockgen_hf.modeling.configuration_blockgen, blockgen_hf",
+    "from blockgen_hf import *; import blockgen_hf",
+    "import blockgen_hf, importlib.util; importlib.util.find_spec('transformers')",
+    "import blockgen_hf; from transformers.generation.utils import GenerationMixin",
+]
+
+
 @pytest.mark.parametrize(
-    "imports",
+    "imports",  # each in an interpreter of its own, which takes seconds
     [
-        "import blockgen_hf",
+        pytest.param(LIGHT, id="the package alone, which is light"),
         "import transformers, blockgen_hf",
-        "import blockgen_hf, transformers",
-        "import blockgen_hf.modeling.configuration_blockgen, blockgen_hf",
-        "from blockgen_hf import *; import blockgen_hf",
-        "import blockgen_hf, importlib.util; importlib.util.find_spec('transformers')",
-        "import blockgen_hf; from transformers.generation.utils import GenerationMixin",
+        *(pytest.param(imports, marks=pytest.mark.slow) for imports in ORDERS),
     ],
 )
 def test_classes_are_registered(saved: Path, imports: str) -> None:
     small = {"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     run(f"{imports}\nfolder, small = {str(saved)!r}, {small}\n{USE}")
-
-
-def test_the_package_alone_is_light() -> None:
-    run(
-        "import sys, blockgen_hf, blockgen_hf.checkpoints\n"
-        "assert not {'torch', 'transformers'} & set(sys.modules)\n"
-        "assert 'BlockGenConfig' in dir(blockgen_hf)\n"
-        "assert blockgen_hf.modeling.BlockGenConfig is blockgen_hf.BlockGenConfig"
-    )
 
 
 def test_unknown_names_are_refused() -> None:

@@ -57,7 +57,7 @@ print("RESULT" + json.dumps(result))
 )
 
 
-@pytest.fixture(scope="module", params=["masked", "uniform"])
+@pytest.fixture(scope="module", params=["masked", pytest.param("uniform", marks=pytest.mark.slow)])
 def model(request: pytest.FixtureRequest) -> BlockGenForDiffusionLM:
     config = BlockGenConfig(
         vocab_size=40,

@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -70,26 +71,23 @@ def test_a_run_that_has_ended_is_not_trained_further(train: Command, tmp_path: P
     assert all(again[name].equal(weight) for name, weight in whole.items())
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ("training.learning_rate=0.5", "another `training.learning_rate`: it was 0.002, and is 0.5 now"),
-        ("training.optim=adafactor", "another `training.optim`"),
-        ("training.seed=7", "another `training.seed`"),
-        ("training.lr_scheduler_type=linear", "another `training.lr_scheduler_type`"),
-        ("training.ema_decay=0.5", "another `training.ema_decay`"),
-        ("training.global_batch_size=8", "another batch: the rows of a step were 4, and are 8 now"),
-        ("training.per_device_train_batch_size=4", "the rows that a process takes at once were 2, and are 4 now"),
-    ],
-)
-def test_what_cannot_change_when_a_run_is_resumed(
-    train: Command, fail: Command, tmp_path: Path, change: str, message: str
-) -> None:
+def test_what_cannot_change_when_a_run_is_resumed(train: Command, fail: Command, tmp_path: Path) -> None:
+    changes = {
+        "training.learning_rate=0.5": "another `training.learning_rate`: it was 0.002, and is 0.5 now",
+        "training.optim=adafactor": "another `training.optim`",
+        "training.seed=7": "another `training.seed`",
+        "training.lr_scheduler_type=linear": "another `training.lr_scheduler_type`",
+        "training.ema_decay=0.5": "another `training.ema_decay`",
+        "training.global_batch_size=8": "another batch: the rows of a step were 4, and are 8 now",
+        "training.per_device_train_batch_size=4": "the rows that a process takes at once were 2, and are 4 now",
+    }
     train("--max-steps", "1", "training.learning_rate=2e-3")
     recipe = (tmp_path / "run" / "recipe.yaml").read_text()
-    fixed = () if "learning_rate" in change else ("training.learning_rate=0.002",)  # as it is written does not matter
-    assert message in fail("--max-steps", "2", "--resume", *fixed, change)
-    assert (tmp_path / "run" / "recipe.yaml").read_text() == recipe
+    for change, message in changes.items():
+        # as it is written does not matter
+        fixed = () if "learning_rate" in change else ("training.learning_rate=0.002",)
+        assert message in fail("--max-steps", "2", "--resume", *fixed, change)
+        assert (tmp_path / "run" / "recipe.yaml").read_text() == recipe
 
 
 def test_what_may_change_is_told(train: Command) -> None:
@@ -116,33 +114,30 @@ def test_data_that_have_changed_are_refused(train: Command, fail: Command, tmp_p
     assert "The training data have changed since" in fail("--max-steps", "3", "--resume")
 
 
-@pytest.mark.parametrize(
-    "name", ["optimizer.pt", "scheduler.pt", "training_weights.safetensors", "trainer_state.json"]
-)
-def test_checkpoints_that_lack_something(train: Command, fail: Command, tmp_path: Path, name: str) -> None:
+def test_checkpoints_that_lack_something_or_are_damaged(train: Command, fail: Command, tmp_path: Path) -> None:
     train("--max-steps", "1")
-    (tmp_path / "run" / "checkpoint-1" / name).unlink()
-    message = fail("--max-steps", "2", "--resume")
-    assert f"checkpoint-1 has no {name}, without which the run would not go on as it was. Delete" in message
-
-
-@pytest.mark.parametrize(
-    "name", ["optimizer.pt", "scheduler.pt", "training_weights.safetensors", "model.safetensors", "trainer_state.json"]
-)
-def test_checkpoints_that_are_damaged(train: Command, fail: Command, tmp_path: Path, name: str) -> None:
-    train("--max-steps", "1")
-    file = tmp_path / "run" / "checkpoint-1" / name
+    for name in ("optimizer.pt", "scheduler.pt", "training_weights.safetensors", "trainer_state.json"):
+        file = tmp_path / "run" / "checkpoint-1" / name
+        whole = file.read_bytes()
+        file.unlink()
+        message = fail("--max-steps", "2", "--resume")
+        assert f"checkpoint-1 has no {name}, without which the run would not go on as it was. Delete" in message
+        file.write_bytes(whole[: len(whole) // 2])
+        message = fail("--max-steps", "2", "--resume")
+        assert "checkpoint-1 cannot be read: " in message, name
+        assert "delete its folder to resume from an earlier one" in message
+        file.write_bytes(whole)
+    file = tmp_path / "run" / "checkpoint-1" / "model.safetensors"
     os.truncate(file, file.stat().st_size // 2)
-    message = fail("--max-steps", "2", "--resume")
-    assert "checkpoint-1 cannot be read: " in message and "delete its folder to resume from an earlier one" in message
+    assert "checkpoint-1 cannot be read: " in fail("--max-steps", "2", "--resume")
 
 
-@pytest.mark.parametrize("text", ["", "[]", "model", "model: {"])
-def test_a_damaged_recipe_of_the_run(train: Command, fail: Command, tmp_path: Path, text: str) -> None:
+def test_a_damaged_recipe_of_the_run(train: Command, fail: Command, tmp_path: Path) -> None:
     train("--max-steps", "1")
-    (tmp_path / "run" / "recipe.yaml").write_text(text)
-    message = fail("--max-steps", "2", "--resume")
-    assert "recipe.yaml is damaged, or was written by another version: " in message
+    for text in ("", "[]", "model", "model: {"):
+        (tmp_path / "run" / "recipe.yaml").write_text(text)
+        message = fail("--max-steps", "2", "--resume")
+        assert "recipe.yaml is damaged, or was written by another version: " in message, text
     (tmp_path / "run" / "recipe.yaml").unlink()
     train("--max-steps", "2", "--resume")
     assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["training"]["max_steps"] == 2
@@ -195,23 +190,18 @@ def test_a_second_interruption_ends_at_once(
     assert f"Interrupted. {tmp_path / 'run'} holds no checkpoint." in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
+def test_a_full_disk(train: Command, fail: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = [
         OSError(errno.ENOSPC, "No space left on device"),
         RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 22400 vs 22288"),
         RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
-    ],
-)
-def test_a_full_disk(train: Command, fail: Command, tmp_path: Path, error: Exception) -> None:
+    ]
     train("--max-steps", "1")
 
-    def no_space(*args: Any, **kwargs: Any) -> None:
-        raise error
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("torch.save", no_space)
-        message = fail("--max-steps", "2", "--resume")
-    assert "The disk is full (" in message and "holds checkpoint-1 and a model. To continue" in message
-    assert not (tmp_path / "run" / "_unfinished").exists()
+    for error in errors:
+        with monkeypatch.context() as patch:
+            patch.setattr("torch.save", Mock(side_effect=error))
+            message = fail("--max-steps", "2", "--resume")
+        assert "The disk is full (" in message and "holds checkpoint-1 and a model. To continue" in message
+        assert not (tmp_path / "run" / "_unfinished").exists()
     train("--max-steps", "2", "--resume")

@@ -149,8 +149,16 @@ def test_mistakes_are_refused(decodings: list[str], axes: dict[str, Any], messag
 # drawing
 
 
-@pytest.mark.parametrize("variant", ["masked", "uniform"])
-@pytest.mark.parametrize("decoding", ["ar", "block_diffusion", "arpc", "arpc:7:ar_seed_tokens=8"])
+@pytest.mark.parametrize(
+    ("decoding", "variant"),
+    [
+        ("ar", "masked"),
+        ("block_diffusion", "masked"),
+        ("block_diffusion", "uniform"),
+        ("arpc", "uniform"),
+        ("arpc:7:ar_seed_tokens=8", "masked"),
+    ],
+)
 def test_no_text_takes_more_evaluations_than_planned(decoding: str, variant: str) -> None:
     """Some take as many: steps that change nothing are left out, by chance."""
     model = tiny_model(variant)
@@ -160,9 +168,17 @@ def test_no_text_takes_more_evaluations_than_planned(decoding: str, variant: str
     assert {len(text.token_ids) for text in texts} == {LENGTH}
 
 
-@pytest.mark.parametrize("variant", ["masked", "uniform"])
-@pytest.mark.parametrize("decoding", ["ar", "block_diffusion", "arpc"])
-@pytest.mark.parametrize("prompts", [[], ["abc", "d", "efghij"]], ids=["no prompt", "prompts"])
+@pytest.mark.parametrize(
+    ("variant", "decoding", "prompts"),
+    [  # every two of the three together
+        ("masked", "ar", []),
+        ("uniform", "ar", ["abc", "d", "efghij"]),
+        ("masked", "block_diffusion", ["abc", "d", "efghij"]),
+        ("uniform", "block_diffusion", []),
+        ("masked", "arpc", ["abc", "d", "efghij"]),
+        ("uniform", "arpc", []),
+    ],
+)
 def test_a_text_does_not_depend_on_the_others(variant: str, decoding: str, prompts: list[str]) -> None:
     model = tiny_model(variant)
     cell = cell_of(decoding, model)
@@ -368,11 +384,11 @@ def test_an_interrupted_run_goes_on_to_the_same_figures(run: Evaluation, monkeyp
     ids=["missing", "cut", "changed", "a line less", "figures cut", "figures of another shape"],
 )
 def test_damaged_texts_are_drawn_anew(run: Evaluation, tmp_path: Path, damage: Callable[[Path], Any]) -> None:
-    expected = without_time(run())
+    expected = without_time(run(decodings=["ar"]))
     texts = tmp_path / "samples" / "texts" / "ar.jsonl"
     whole = texts.read_text()
     damage(texts)
-    assert without_time(run()) == expected
+    assert without_time(run(decodings=["ar"])) == expected
     assert texts.read_text() == whole
 
 

@@ -305,10 +305,17 @@ def test_words_of_python_are_read() -> None:
     assert settings == {"decoding": "ar", "do_sample": False, "top_k": None, "num_beams": 1}
 
 
+@pytest.mark.parametrize(
+    "compiler",
+    [
+        pytest.param(lambda function, **options: function, id="stand-in"),
+        pytest.param(partial(torch.compile, backend="eager"), id="dynamo", marks=pytest.mark.slow),
+    ],
+)
 def test_compiled_contenders_write_the_same_and_warm_up_with_the_whole_length(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch
+    compiler: Any, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(torch, "compile", compiler)
     model, texts = tiny_model(), [decoding("block_diffusion:4"), decoding("arpc:3")]
     contenders = [*blockgen_contenders(model, texts), *compiled_contenders(model, texts)]
     assert [contender.name for contender in contenders] == 2 * ["blockgen"] + 2 * ["blockgen-compiled"]
