@@ -10,7 +10,6 @@ The tokenizer is that of the shipped checkpoint. Run it again to resume. Prints 
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,9 @@ from transformers.trainer_utils import get_last_checkpoint
 from blockgen_hf import BlockGenConfig, BlockGenForDiffusionLM
 from blockgen_hf.checkpoints import shipped_checkpoint
 from blockgen_hf.evaluation import LikelihoodResult, evaluate_likelihood
+from blockgen_hf.tables import Table, error_bar
 from blockgen_hf.training import BlockGenTrainer, BlockGenTrainingArguments, DataArguments, load_datasets
+from blockgen_hf.whole_files import write_json
 
 
 RUNS = {"mixture": [1, 2, 4, 8, 16], "block size 16": [16]}
@@ -131,15 +132,19 @@ def train(args: argparse.Namespace, tokenizer: Any, datasets: tuple[Any, Any], n
 
 
 def print_table(results: dict[str, dict[str, Any]]) -> None:
-    print("\n| trained on | tokens | " + " | ".join(f"L' = {size}" for size in RUNS["mixture"]) + " | mixture bound |")
-    print("|---|---:|" + "---:|" * (len(RUNS["mixture"]) + 1))
+    """Leads with what training minimises, Jensen's bound."""
+    rows = []
     for name, result in results.items():
         likelihood: LikelihoodResult = result["likelihood"]
-        figures = [*likelihood.block_sizes.values(), likelihood.log_sum_exp_corrected]
+        figures = [likelihood.jensen, *likelihood.block_sizes.values(), likelihood.log_sum_exp_corrected]
         cells = [
-            f"{figure.perplexity:.2f} ± {figure.perplexity_standard_error or 0:.2f}" for figure in figures if figure
+            f"{figure.perplexity:.2f} {error_bar(figure.perplexity_standard_error, figure.perplexity, '.2f')}"
+            for figure in figures
+            if figure
         ]
-        print(f"| {name} | {result['tokens']:,} | " + " | ".join(cells) + " |")
+        rows.append([name, f"{result['tokens']:,}", *cells])
+    sizes = [f"L' = {size}" for size in RUNS["mixture"]]
+    print(Table(["trained on", "tokens", "mixture, Jensen", *sizes, "mixture, log-sum-exp"], rows).markdown())
 
 
 def main() -> None:
@@ -150,7 +155,7 @@ def main() -> None:
     print_table(results)
     written = {name: {**result, "likelihood": result["likelihood"].to_dict()} for name, result in results.items()}
     settings = {name: str(value) for name, value in vars(args).items()}
-    (args.output_dir / "results.json").write_text(json.dumps({"settings": settings, "results": written}, indent=2))
+    write_json(args.output_dir / "results.json", {"settings": settings, "results": written})
 
 
 if __name__ == "__main__":

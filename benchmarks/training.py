@@ -28,6 +28,7 @@ import torch
 
 from blockgen_hf import BlockGenConfig, BlockGenForDiffusionLM
 from blockgen_hf.modeling.objective_blockgen import draw_training_noise
+from blockgen_hf.whole_files import write_json
 
 
 VARIANTS = ("plain", "ours", "ours, checkpointed")
@@ -200,7 +201,7 @@ def main() -> None:
         report(objective, measurements)
         results[objective] = measurements
     if args.json:
-        args.json.write_text(json.dumps({"settings": vars(args) | {"json": None}, "results": results}, indent=2))
+        write_json(args.json, {"settings": vars(args) | {"json": None}, "results": results})
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from blockgen_hf.evaluation.answer_figures import answer_figures, bootstrap_esti
 from blockgen_hf.evaluation.answer_questions import read_questions
 from blockgen_hf.evaluation.generation_log import GenerationLog
 from blockgen_hf.evaluation.processes import Processes
-from blockgen_hf.prompts import PromptEncoder
+from blockgen_hf.prompts import PromptEncoder, encode_texts
 
 
 QUESTIONS = [
@@ -160,6 +160,8 @@ def test_prompts_have_the_tokens_of_training() -> None:
         batch = trained({"question": [prompt], "answer": [" e f"]}, [0])
         ids, labels = batch["input_ids"][0], batch["labels"][0]
         assert PromptEncoder(tokenizer, " q")(prompt) == ids[labels == -100].tolist()
+    texts = ["a b c", "a <mask> b", "d"]
+    assert encode_texts(tokenizer, texts) == [PromptEncoder(tokenizer)(text) for text in texts]
     with pytest.raises(ValueError, match="no BOS token"):
         PromptEncoder(tokenizer, add_bos_token=True)
 
@@ -335,10 +337,10 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
     file = tmp_path / "generations.jsonl"
     lines = file.read_text().splitlines()
     file.write_text("\n".join([*lines[:2], lines[2][:20], *lines[3:]]) + "\n")
-    with pytest.raises(ValueError, match="line 3 is damaged"):
+    with pytest.raises(ValueError, match="generations.jsonl is damaged .*line 3: not JSON"):
         evaluate(tmp_path, decodings=["ar"])
     file.write_text("[]\n")
-    with pytest.raises(ValueError, match="line 1 is damaged: no JSON object"):
+    with pytest.raises(ValueError, match="line 1: a list instead of an object"):
         evaluate(tmp_path, decodings=["ar"])
 
 

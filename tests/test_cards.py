@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from huggingface_hub import DatasetCard, ModelCard, RepoCard
-from tiny import tiny_model, tiny_tokenizer
+from tiny import framed_tokenizer, tiny_model, tiny_tokenizer
 
 from blockgen_hf.checkpoints import shipped_checkpoint
 from blockgen_hf.hub.cards import model_card, samples_card, template, write_samples
@@ -408,6 +408,25 @@ def test_the_spaces_app_generates_with_every_decoding(tmp_path: Path, monkeypatc
     assert function("", "ar", 8, 4, 8, 0.0, 1)[0] == function("", "ar", 8, 4, 8, 0.0, 2)[0]
     with pytest.raises(gradio.Error, match="the model takes 256"):
         function("word " * 300, "ar", 8, 4, 8, 0.8, 1)
+
+
+def test_the_app_leaves_special_tokens_of_the_tokenizer_out_of_a_prompt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = save(tmp_path / "tiny")
+    framed_tokenizer().save_pretrained(model)
+    write_space(tmp_path / "space", str(model), license="mit")
+    app, _ = run_app(tmp_path / "space", monkeypatch)
+    prompts: list[list[int]] = []
+    real = app["model"].generate
+
+    def generate(input_ids: Any, **options: Any) -> Any:
+        prompts.append(input_ids[0].tolist())
+        return real(input_ids, **options)
+
+    monkeypatch.setattr(app["model"], "generate", generate)
+    app["generate"]("abcd", "ar", 1, 2, 4, 1.0, 0)
+    assert prompts == [tiny_tokenizer()("abcd")["input_ids"]]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -48,11 +48,12 @@ def fail(failing_line: Command) -> Command:
     return run_command
 
 
-def test_random_models(bench: Command, tmp_path: Path) -> None:
+def test_random_models(bench: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "figures.json"
     options = ("--size", "tiny", "--decodings", "ar,block_diffusion:2,arpc:4", "--prefixes", "0,5")
+    monkeypatch.setenv("COLUMNS", "100")
     out = bench(*options, "--batch-sizes", "1,2", "--json", str(file))
-    assert re.findall("^# random weights, (masked|uniform)", out, flags=re.MULTILINE) == ["masked", "uniform"]
+    assert re.findall("^random weights, (masked|uniform)", out, flags=re.MULTILINE) == ["masked", "uniform"]
     figures = json.loads(file.read_text())
     cases = [(case["diffusion_type"], case["prefix"], case["batch_size"]) for case in figures["cases"]]
     assert cases == [(kind, prefix, size) for kind in ("masked", "uniform") for prefix in (0, 5) for size in (1, 2)]
@@ -68,7 +69,9 @@ def test_random_models(bench: Command, tmp_path: Path) -> None:
         assert all(row["runs"][0]["generated"]["num_new_tokens"] == 6 * case["batch_size"] for row in rows.values())
         expected = rows["blockgen", "block_diffusion:2"]["expected_passes"]
         assert (expected is not None) is (case["diffusion_type"] == "masked")
-    assert len(re.findall(r"^\| (?:ar|arpc|block_diffusion)", out, flags=re.MULTILINE)) == 8 * 4
+    parts = 2  # of 14 columns, the labels in each
+    assert len(re.findall(r"^(?:ar|arpc:4|block_diffusion:2) +(?:blockgen|gpt2) ", out, re.M)) == 8 * 4 * parts
+    assert "|" not in out and max(map(len, out.splitlines())) <= 100
     assert [file.name for file in tmp_path.iterdir()] == ["figures.json"]
 
 
@@ -77,7 +80,7 @@ def test_a_checkpoint(bench: Command, checkpoint: str, tmp_path: Path, monkeypat
     file = tmp_path / "figures.json"
     options = ("--model", checkpoint, "--batch-sizes", "2", "--prefixes", "3", "--decodings", "arpc:4:temperature=0.5")
     out = bench(*options, "--dtype", "bfloat16", "--contenders", "blockgen", "--threads", "1", "--json", str(file))
-    assert out.startswith(f"# {checkpoint}, uniform: 2 x 16, V = 23, bfloat16")
+    assert out.startswith(f"{checkpoint}, uniform: 2 x 16, V = 23, bfloat16")
     figures = json.loads(file.read_text())
     [case] = figures["cases"]
     assert case["machine"]["dtype"] == "bfloat16"
@@ -97,7 +100,7 @@ def test_a_checkpoint(bench: Command, checkpoint: str, tmp_path: Path, monkeypat
         (("--model", "x", "--size", "tiny"), "--size is for random weights"),
         (("--model", "x", "--diffusion-types", "masked"), "--diffusion-types is for random weights"),
         (("--revision", "main"), "are for a --model"),
-        (("--json", "no/such/folder.json"), "or in one that does not exist"),
+        (("--json", "no/such/folder.json"), "its folder does not exist"),
     ],
 )
 def test_bad_arguments(fail: Command, arguments: tuple[str, ...], message: str) -> None:
@@ -114,11 +117,14 @@ def test_the_script_adds_the_plain_baseline(
 ) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
     script = import_module("generation")
+    monkeypatch.setenv("COLUMNS", "100")
     options = ("--size", "tiny", "--diffusion-types", "masked", "--batch-sizes", "1", "--prefixes", "0", "--decodings")
     monkeypatch.setattr(sys, "argv", ["generation.py", *QUICK, *options, "ar,block_diffusion:8"])
     assert script.main() == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [[cell.strip() for cell in line.split("|")[1:3]] for line in lines if line.startswith("|")][2:] == [
+    rows = [line.split()[:2] for line in lines if re.match("ar|block_diffusion", line)]
+    assert rows[: len(rows) // 2] == rows[len(rows) // 2 :]  # the second part of the columns
+    assert rows[: len(rows) // 2] == [
         ["ar", "blockgen"],
         ["block_diffusion:8", "blockgen"],
         ["ar", "plain"],

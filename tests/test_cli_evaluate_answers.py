@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from recipes import write_rows
 from tiny import tiny_model
 
 from blockgen_hf.cli import evaluate_answers, main
-from blockgen_hf.folder_lock import lock_folder
+from blockgen_hf.run_folders import lock_folder
 
 
 Command = Callable[..., str]
@@ -56,14 +57,19 @@ def results(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "out" / "results.json").read_text())
 
 
-def test_table_and_files(evaluate: Command, saved: Path, questions: str, tmp_path: Path) -> None:
+def test_table_and_files(
+    evaluate: Command, saved: Path, questions: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
     out = evaluate("--decodings", "ar:do_sample=False,arpc:4:block_size=4", "--num-samples", "2", "--k", "1,2")
     lines = out.splitlines()
     assert lines[0] == f"Model: {saved}"
     assert lines[1] == f"Questions: {questions}, 4, 2 samples each, 6 new tokens at most, seed 0"
     assert lines[2].startswith("Answer: the number behind ####. ")
-    assert lines[4:8] == (tmp_path / "out" / "table.md").read_text().splitlines()
-    assert lines[6].startswith("| `ar:do_sample=False` | 0.0 [0.0, 60.2] |")
+    assert max(map(len, lines[4:])) <= 100 and "|" not in out
+    assert any(re.match(r"ar:do_sample=False +0\.0 \[0\.0, 60\.2\] ", line) for line in lines)
+    page = (tmp_path / "out" / "table.md").read_text().splitlines()
+    assert len(page) == 4 and page[2].startswith("| `ar:do_sample=False` | 0.0 [0.0, 60.2] |")
     found = results(tmp_path)
     assert found["figures"]["arpc:4:block_size=4"]["function_evaluations_per_block"] == 4
     assert found["settings"]["decodings"]["ar:do_sample=False"]["do_sample"] is False
@@ -176,7 +182,7 @@ def test_two_processes_give_what_one_gives(saved: Path, questions: str, tmp_path
     command += ["--max-new-tokens", "6", "--num-samples", "2", "--batch-size", "1", "--decodings", "ar,arpc:4"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, check=True, timeout=240, env=environment, capture_output=True, text=True)
-    assert done.stdout.count("| decoding |") == 1
+    assert done.stdout.count("Every generation:") == 1
     together = (tmp_path / "two" / "generations.jsonl").read_text().splitlines()
     for one, other in zip(alone[1:], together[1:], strict=True):
         assert {**json.loads(one), "seconds": 0} == {**json.loads(other), "seconds": 0}

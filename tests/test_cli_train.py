@@ -232,8 +232,8 @@ def test_dry_run_tells_of_a_folder_in_use(train: Command, tmp_path: Path, monkey
         (("data.dataset=missing.txt",), "there is no file 'missing.txt'"),
         (("data.document_separator=null",), "holds out 4 documents, and"),
         (("data.text_column=story",), "has no column `story`; its columns are `text`"),
-        (("tokenizer.name_or_path=./missing", "tokenizer.train=null"), "there is no folder './missing'"),
-        (("model.name_or_path=./missing",), "there is no folder './missing'"),
+        (("tokenizer.name_or_path=./missing", "tokenizer.train=null"), "There is no folder ./missing"),
+        (("model.name_or_path=./missing",), "There is no folder ./missing"),
         (("data.sequence_length=4096",), "do not fill one row of `sequence_length` 4096"),
     ],
 )

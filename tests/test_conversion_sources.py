@@ -372,8 +372,8 @@ def test_a_tokenizer_of_the_hub_is_downloaded(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("./nowhere", "there is no folder ./nowhere"),
-        ("a/b/c", "there is no folder a/b/c"),
+        ("./nowhere", "There is no folder ./nowhere"),
+        ("a/b/c", "There is no folder a/b/c"),
         ("someone/nothing", "'someone/nothing' cannot be loaded: The Hub does not answer"),
     ],
 )

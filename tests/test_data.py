@@ -21,8 +21,9 @@ from tiny import EOS, LETTERS, MASK, tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import HfArgumentParser, PreTrainedTokenizerFast
 
+from blockgen_hf.text_files import invalid_utf8
 from blockgen_hf.training.data import DataArguments, load_datasets
-from blockgen_hf.training.documents import PIECE_CHARACTERS, invalid_utf8
+from blockgen_hf.training.documents import PIECE_CHARACTERS
 from blockgen_hf.training.tokenization import DocumentTokenizer
 from blockgen_hf.training.tokenizers import train_tokenizer
 

@@ -9,9 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import MASK, VOCAB_SIZE, tiny_config
+from transformers import AutoTokenizer
 
 from blockgen_hf.cli import main
 from blockgen_hf.hub.model_checks import check_model_folder
+from blockgen_hf.hub.push import plan_push
+from blockgen_hf.prompts import PromptEncoder
+from blockgen_hf.training.documents import RowForm
+from blockgen_hf.training.tokenization import DocumentTokenizer
 
 
 Change = Callable[[Path], None]
@@ -91,6 +96,7 @@ CASES: dict[str, tuple[Change, str]] = {
         for file in ("tokenizer.json", "tokenizer_config.json")
         for text in ("[1]", DEEP, "null")
     },
+    "adapter": (write("adapter_config.json", "{}"), "holds a model and an adapter, adapter_config.json"),
     "end beyond": (settings("generation_config.json", eos_token_id=[1, VOCAB_SIZE]), f"0 to {VOCAB_SIZE - 1}"),
     "pad beyond": (settings("config.json", pad_token_id=10**9), "config.json: `pad_token_id` must be of token ids"),
     "end is a word": (settings("generation_config.json", eos_token_id="<end>"), "but has '<end>'"),
@@ -106,6 +112,7 @@ CASES: dict[str, tuple[Change, str]] = {
     ),
 }
 FEW = (
+    "adapter",
     "fewer layers",
     "config deep",
     "NaN",
@@ -146,7 +153,7 @@ def test_every_command_ends_in_a_sentence(
         "finetune": [str(saved), "--dataset", str(texts), "--output-dir", str(tmp_path / "run"), "--max-steps", "1"],
         "push": [str(saved), "me/it", "--license", "mit", "--dry-run"],
     }
-    if command != "push" or not any(word in case for word in ("NaN", "infinite", "huge", "base")):
+    if command != "push" or case not in ("huge", "a base that is none"):
         check(case, saved, failing_line(command, *words[command]))
 
 
@@ -173,6 +180,38 @@ def test_a_tokenizer_of_another_model(saved: Path, failing_line: Callable[..., s
     (saved / "tokenizer.json").write_text(json.dumps(tokenizer))
     line = failing_line("generate", "u", "--model", str(saved))
     assert f"has {VOCAB_SIZE + 1} tokens, but the model has {VOCAB_SIZE}" in line
+
+
+EXPLODING = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+REPLACING = {"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": "b"}
+
+
+@pytest.mark.parametrize(("part", "pattern"), [("pre_tokenizer", EXPLODING), ("normalizer", REPLACING)])
+def test_a_regular_expression_that_explodes(
+    part: str, pattern: dict[str, Any], saved: Path, failing_line: Callable[..., str]
+) -> None:
+    settings("tokenizer.json", **{part: pattern})(saved)
+    with pytest.raises(ValueError, match="tokenizer.json .*takes too long"):
+        PromptEncoder(AutoTokenizer.from_pretrained(saved))("a" * 40 + "!")
+    form = RowForm("text", ("text",))
+    with pytest.raises(ValueError, match="tokenizer.json .*takes too long"):
+        DocumentTokenizer(AutoTokenizer.from_pretrained(saved), form, "rows")({"text": ["a" * 40 + "!"]}, [0])
+
+
+def test_generate_names_the_folder_of_a_tokenizer_that_explodes(
+    saved: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    settings("tokenizer.json", pre_tokenizer=EXPLODING)(saved)
+    assert main(["generate", "a" * 40 + "!", "--model", str(saved)]) == 1
+    line = capfd.readouterr().err.splitlines()[-1]  # above it is what the library writes of itself
+    assert line.startswith("blockgen-hf: error: ") and str(saved) in line and "tokenizer.json" in line
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_not_published(number: float, saved: Path) -> None:
+    value(number)(saved)
+    with pytest.raises(ValueError, match=r"model.safetensors gives model.layers.1.mlp.up_proj.weight values that are"):
+        plan_push(saved, "me/it", license="mit")
 
 
 def test_a_whole_folder_passes(saved: Path) -> None:

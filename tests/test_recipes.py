@@ -171,7 +171,7 @@ def test_refused_conversions(value: Any, hint: Any, message: str) -> None:
         (["tokenizer.train.vocab_size=300"], "`name_or_path` and `train` contradict one another"),
         (["tokenizer.name_or_path=null", "tokenizer.train.size=300"], "there is no key `size`"),
         (["tokenizer.name_or_path=null", "tokenizer.train.vocab_size=0"], "`train.vocab_size` must be positive"),
-        (["tokenizer.name_or_path=a/b/c"], "there is no folder 'a/b/c'"),
+        (["tokenizer.name_or_path=a/b/c"], "There is no folder a/b/c"),
         (["training.output_dir=null"], "`training.output_dir` is missing"),
         (["training.eval_strategy=steps"], "`training.eval_strategy` needs validation data"),
         (["training.eval_strategy=often"], "`training.eval_strategy` must be one of no, steps, epoch, but is 'often'"),

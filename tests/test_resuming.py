@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from blockgen_hf.cli import main, training
-from blockgen_hf.folder_lock import lock_folder
+from blockgen_hf.run_folders import lock_folder
 
 
 Command = Callable[..., str]

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_model, tiny_tokenizer
+from tiny import framed_tokenizer, tiny_model, tiny_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from blockgen_hf.evaluation import samples as samples_module
@@ -24,10 +25,10 @@ from blockgen_hf.evaluation.samples import (
     evaluate_samples,
     sample_cells,
 )
-from blockgen_hf.evaluation.samples_drawing import DrawnText, draw_texts, weights_fingerprint
+from blockgen_hf.evaluation.samples_drawing import DrawnText, draw_texts, encode_prompts
 from blockgen_hf.evaluation.samples_grid import SampleCell
-from blockgen_hf.evaluation.samples_tables import markdown, plot
-from blockgen_hf.folder_lock import FolderInUseError, lock_folder
+from blockgen_hf.evaluation.samples_tables import log_axis, markdown, plain, plot
+from blockgen_hf.run_folders import FolderInUseError, lock_folder, sampled_digest
 
 
 LENGTH = 24
@@ -54,6 +55,16 @@ def scorer() -> SampleScorer:
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=23, n_positions=64, n_embd=16, n_layer=1, n_head=2, initializer_range=0.5)
     return SampleScorer(TOKENIZER, Judge(GPT2LMHeadModel(config).eval(), TOKENIZER, "a tiny judge", "<end>"))
+
+
+# prompts
+
+
+def test_special_tokens_that_a_tokenizer_appends_are_not_in_a_prompt() -> None:
+    tokenizer = framed_tokenizer()
+    assert tokenizer("abc")["input_ids"] != TOKENIZER("abc")["input_ids"]
+    (prompt,) = encode_prompts(tiny_model(), tokenizer, ["abc"], LENGTH)
+    assert prompt.tolist() == TOKENIZER("abc", add_special_tokens=False)["input_ids"]
 
 
 # the grid
@@ -212,11 +223,11 @@ def test_prompts_are_checked() -> None:
 
 
 def test_the_fingerprint_tells_weights_and_settings_apart() -> None:
-    found = weights_fingerprint(tiny_model())
-    assert weights_fingerprint(tiny_model()) == found
+    found = sampled_digest(tiny_model())
+    assert sampled_digest(tiny_model()) == found
     others = [tiny_model(seed=1), tiny_model("uniform"), tiny_model()]
     others[-1].generation_config.corrector = "ar_kl"
-    assert len({found, *map(weights_fingerprint, others)}) == 4
+    assert len({found, *map(sampled_digest, others)}) == 4
 
 
 # scores
@@ -292,9 +303,9 @@ def run(tmp_path: Path, scorer: SampleScorer) -> Evaluation:
     """An evaluation of four cells, as a function of what differs."""
 
     def evaluate(folder: str = "samples", decodings: Any = ("ar", "block_diffusion", "arpc"), **options: Any) -> Any:
-        cells, skipped = sample_cells(
-            tiny_model(), decodings, max_new_tokens=LENGTH, nfe=[2, 4], ar_seed_tokens=options.pop("k", [0])
-        )
+        axes = {"nfe": options.pop("nfe", [2, 4]), "block_sizes": options.pop("block_sizes", None)}
+        axes["ar_seed_tokens"] = options.pop("k", [0])
+        cells, skipped = sample_cells(tiny_model(), decodings, max_new_tokens=LENGTH, **axes)
         model = options.pop("model", tiny_model())
         settings = {"num_samples": 6, "max_new_tokens": LENGTH, "scorer": scorer, "skipped": skipped, **options}
         return evaluate_samples(model, TOKENIZER, cells, tmp_path / folder, **settings)
@@ -388,12 +399,12 @@ def test_the_grid_may_grow(run: Evaluation) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"seed": 1}, "`seed`: 0, now 1"),
-        ({"num_samples": 7}, "`num_samples`: 6, now 7"),
-        ({"batch_size": 2}, "`batch_size`: 32, now 2"),
-        ({"prompts": ["abc"]}, "`num_prompts`: 0, now 1"),
-        ({"model": tiny_model(seed=1)}, "`weights`: "),
-        ({"scorer": None}, "`judge`: 'a tiny judge', now None"),
+        ({"seed": 1}, "`seed` was 0, and is 1 now"),
+        ({"num_samples": 7}, "`num_samples` was 6, and is 7 now"),
+        ({"batch_size": 2}, "`batch_size` was 32, and is 2 now"),
+        ({"prompts": ["abc"]}, "`num_prompts` was 0, and is 1 now"),
+        ({"model": tiny_model(seed=1)}, "`weights` was "),
+        ({"scorer": None}, "`judge` was 'a tiny judge', and is None now"),
     ],
 )
 def test_other_settings_are_refused_or_overwrite(run: Evaluation, options: dict[str, Any], message: str) -> None:
@@ -479,6 +490,67 @@ def test_the_plot_is_an_image_of_every_series(run: Evaluation) -> None:
     for label in (b"a tiny judge", b"block_diffusion L'=8 k=0", b"tokens/CPU s", b"unigram entropy"):
         assert label in image
     assert b"generative perplexity" not in plot(run("without", scorer=None))
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "doubling", "expected"),
+    [
+        (0.3, 9, True, ["0.5", "1", "2", "4", "8"]),
+        (0.9, 1.1, True, ["0.5", "1", "2"]),
+        (30, 900, False, ["50", "100", "200", "500"]),
+        (57, 63, False, ["50", "100"]),
+        (2, 2e6, True, ["10", "100", "1000", "10000", "100000", "1e+06"]),
+        (1e-3, 1e14, False, ["0.01", "1", "100", "10000", "1e+06", "1e+08", "1e+10", "1e+12", "1e+14"]),
+    ],
+)
+def test_log_axes_have_plain_numbers(low: float, high: float, doubling: bool, expected: list[str]) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    panel = Figure().subplots()
+    panel.set_xlim(low, high)
+    log_axis(panel.xaxis, doubling=doubling)
+    left, right = panel.get_xlim()
+    shown = [tick for tick in panel.xaxis.get_ticklocs() if left <= tick <= right]
+    assert [panel.xaxis.get_major_formatter()(tick) for tick in shown] == expected
+    assert not len(panel.xaxis.get_minorticklocs()) and panel.get_xscale() == "log"
+
+
+def test_the_plot_says_log_and_has_error_bars(run: Evaluation, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.axes import Axes
+
+    bars: list[Any] = []
+    real = Axes.errorbar
+
+    def errorbar(panel: Axes, *args: Any, **options: Any) -> Any:
+        bars.append(options["yerr"])
+        return real(panel, *args, **options)
+
+    monkeypatch.setattr(Axes, "errorbar", errorbar)
+    results = run(decodings=["ar"])
+    image = plot(results)
+    for label in (b"a token (log scale)", b"s (log scale)", b"generative perplexity (log scale)", b"a standard error"):
+        assert label in image
+    scores = results.cells[0]["scores"]
+    errors = [scores["perplexity_standard_error"]] * 2 + [scores["entropy_standard_error"]] * 2
+    assert bars == [[error] for error in errors] and min(errors) > 0
+
+
+def test_cells_of_a_larger_grid_stay_in_the_results(run: Evaluation) -> None:
+    large = run(decodings=["ar", "arpc"], nfe=[8, 4], block_sizes=[8, 4])
+    small = run(decodings=["arpc"], nfe=[4], block_sizes=[8])
+    names = ["arpc-4-L4-k0", "arpc-8-L4-k0", "arpc-4-L8-k0", "arpc-8-L8-k0"]
+    assert [figures["cell"]["name"] for figures in large.cells] == ["ar", *names]
+    assert [figures["cell"]["name"] for figures in small.cells] == [*names, "ar"]
+    assert sorted(map(str, small.cells)) == sorted(map(str, large.cells))
+    assert markdown(small).count("`arpc`") == 4
+
+
+def test_a_page_for_a_terminal_fits(run: Evaluation) -> None:
+    text = plain(run(k=[0, 8]), 100)
+    assert max(map(len, text.splitlines())) <= 100 and not set("|`#") & set(text)
+    assert re.search(r"^arpc +8 +8 +4 ", text, re.M) and "By AR seed tokens k" in text
 
 
 def test_skipped_cells_stand_in_the_result(run: Evaluation) -> None:

@@ -217,8 +217,7 @@ def test_table_compares_with_plain_and_gpt2(machine: Machine) -> None:
         measurement(machine, "plain", "arpc:8", run_of(8, **use)),
         measurement(machine, "gpt2", "ar", run_of(1, **use)),
     ]
-    header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table(found)]
-    cells = [dict(zip(header, row, strict=True)) for row in rows]
+    cells = [dict(zip(table(found).columns, row, strict=True)) for row in table(found).rows]
     assert [row["of plain"] for row in cells] == ["4.00 x", "", "1.00 x", ""]
     assert [row["of GPT-2"] for row in cells] == ["0.50 x", "1.00 x", "0.12 x", "1.00 x"]
     assert [row["expected"] for row in cells] == ["", "3.2", "", ""]

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from blockgen_hf import BlockGenConfig, BlockGenForDiffusionLM
@@ -101,6 +101,15 @@ def spaced_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = tiny_tokenizer()
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.backend_tokenizer.decoder = None
+    return tokenizer
+
+
+def framed_tokenizer() -> PreTrainedTokenizerFast:
+    """As [`tiny_tokenizer`], but a text stands between special tokens, as in BERT's `[CLS] ... [SEP]`."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<pad> $A <end>", special_tokens=[("<pad>", PAD), ("<end>", EOS)]
+    )
     return tokenizer
 
 

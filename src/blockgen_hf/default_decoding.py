@@ -1,6 +1,10 @@
-"""The decoding that a model's own generation config names."""
+"""The decoding that a model's own generation config names, and what of it is not said anywhere."""
 
 from .modeling.configuration_blockgen import BlockGenConfig
+
+
+# Of ARPC where neither the user nor a budget says how often the model verifies: in every step but the last.
+CORRECTOR_PERIOD = 1
 
 
 def default_decoding(config: BlockGenConfig) -> str:
@@ -9,4 +13,4 @@ def default_decoding(config: BlockGenConfig) -> str:
     return "ar" if max(sizes) == 1 else "arpc" if 1 in sizes else "block_diffusion"
 
 
-__all__ = ["default_decoding"]
+__all__ = ["CORRECTOR_PERIOD", "default_decoding"]

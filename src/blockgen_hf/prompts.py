@@ -1,16 +1,19 @@
 """From prompts to token ids, in one way for all commands and evaluations."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from .tokenizer_loading import tokenizer_errors
+
 
 @dataclass(frozen=True)
 class PromptEncoder:
     """
-    Makes token ids of prompts, as training does (`training/tokenization.py`): no special tokens at the ends, and a
-    spelled mask token is read as letters.
+    Makes token ids of prompts, with the same functions as training (`training/tokenization.py`): no special tokens at
+    the ends, and a spelled mask token is read as letters.
 
     Args:
         tokenizer: that of the model.
@@ -29,22 +32,61 @@ class PromptEncoder:
     def __call__(self, prompt: str | list[dict[str, Any]]) -> list[int]:
         """
         Raises:
-            ValueError: messages, and a tokenizer without a chat template; or a text that is not valid Unicode.
+            ValueError: messages, and a tokenizer without a chat template; a text that is not valid Unicode; or a
+                regular expression of the tokenizer that takes too long.
         """
         if not isinstance(prompt, str):
-            encoded = self.tokenizer.apply_chat_template(
-                prompt, add_generation_prompt=True, tokenize=True, return_dict=True
-            )
+            with tokenizer_errors(self.tokenizer):
+                encoded = self.tokenizer.apply_chat_template(
+                    prompt, add_generation_prompt=True, tokenize=True, return_dict=True
+                )
             return list(encoded["input_ids"])
         text = prompt + self.separator
         try:
             text.encode()
         except UnicodeEncodeError:
             raise ValueError(f"The prompt is not valid UTF-8 text: {prompt[:80]!a}.") from None
-        mask = self.tokenizer.mask_token
-        as_letters = {"split_special_tokens": True} if mask is not None and mask in text else {}
-        token_ids = self.tokenizer(text, add_special_tokens=False, verbose=False, **as_letters)["input_ids"]
-        return ([self.tokenizer.bos_token_id] if self.add_bos_token else []) + list(token_ids)
+        (token_ids,) = encode_texts(self.tokenizer, [text])
+        return ([self.tokenizer.bos_token_id] if self.add_bos_token else []) + token_ids
 
 
-__all__ = ["PromptEncoder"]
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of whole texts, without special tokens at the ends. A text that spells the mask token is read as letters."""
+    ids: list[list[int]] = [[] for _ in texts]
+    for as_letters in (False, True):
+        places = [place for place, text in enumerate(texts) if spells_mask(tokenizer, text) is as_letters]
+        if places:
+            found = encode_pieces(tokenizer, [texts[place] for place in places], as_letters)
+            for place, row in zip(places, found, strict=True):
+                ids[place] = row
+    return ids
+
+
+def spells_mask(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    """Whether a text spells the mask token, which no clean text can hold."""
+    mask = tokenizer.mask_token
+    return mask is not None and mask in text
+
+
+def encode_pieces(tokenizer: PreTrainedTokenizerBase, pieces: list[str], as_letters: bool) -> list[list[int]]:
+    """
+    Ids of texts, or of pieces of long ones, at once.
+
+    Args:
+        as_letters: whether special tokens that they spell are read as letters.
+    """
+    options = {"split_special_tokens": True} if as_letters else {}
+    with tokenizer_errors(tokenizer):
+        encoded = tokenizer(
+            pieces,
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+            **options,
+        )
+    ids: list[list[int]] = encoded["input_ids"]
+    return ids
+
+
+__all__ = ["PromptEncoder", "encode_pieces", "encode_texts", "spells_mask"]

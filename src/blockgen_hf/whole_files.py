@@ -1,29 +1,41 @@
-"""Files that are complete or not there, and disks that are full."""
+"""Files are written whole or not at all."""
 
-import errno
+import json
 import os
 from pathlib import Path
-
-
-# How libraries say it that do not hand on the error of the operating system: safetensors, pyarrow; torch.
-_FULL = ("no space left on device", "os error 28", "pytorchstreamwriter failed", "inline_container.cc")
+from typing import Any
 
 
 def write_whole(target: Path, content: str | bytes) -> None:
-    """Writes a file, text in UTF-8, under another name first: the old one is there until the new one is complete."""
+    """
+    Writes a file, text in UTF-8, under another name first, so that the old one is there until the new one is complete
+    and on the disk. A link stays a link; a device or a pipe, such as /dev/stdout, is written to as it is.
+    """
+    data = content if isinstance(content, bytes) else content.encode()
+    if target.exists() and not target.is_file():
+        target.write_bytes(data)
+        return
+    target = target.resolve()
     unfinished = target.with_name(f".{target.name}.unfinished")
-    unfinished.write_bytes(content if isinstance(content, bytes) else content.encode())
-    os.replace(unfinished, target)
+    try:
+        with unfinished.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(unfinished, target)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
 
 
-def full_disk_error(error: BaseException | None) -> BaseException | None:
-    """Of an error and those that it came from, the one of a disk that is full."""
-    while error is not None:
-        is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if is_full or any(words in str(error).lower() for words in _FULL):
-            return error
-        error = error.__cause__ or error.__context__
-    return None
+def json_text(value: Any) -> str:
+    """JSON as files for people hold it: indented, letters of all languages as they are, a line end at its end."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
-__all__ = ["full_disk_error", "write_whole"]
+def write_json(target: Path, value: Any) -> None:
+    """[`write_whole`] of [`json_text`]."""
+    write_whole(target, json_text(value))
+
+
+__all__ = ["json_text", "write_json", "write_whole"]

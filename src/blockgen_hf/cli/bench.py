@@ -1,23 +1,25 @@
 """Measures how fast a model generates, beside GPT-2 of the same size."""
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..whole_files import write_whole
+from ..whole_files import write_json
 from .parsing import (
+    DECODINGS_HELP,
     MODEL_HELP,
     CommandError,
+    add_decodings,
     add_loading_arguments,
     cpu_weights,
     integer,
     list_of,
     loading_options,
     model_name,
+    output_file,
 )
 
 
@@ -59,14 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the model with compiled layers and a static cache too, as contender blockgen-compiled",
     )
     group = parser.add_argument_group("cases")
-    group.add_argument(
-        "--decodings",
-        type=list_of(str),
-        default=_DECODINGS,
-        metavar="NAME,...",
-        help="ar, block_diffusion:STEPS, arpc:EVALUATIONS a block; settings may follow, as in "
-        f"block_diffusion:16:top_k=50 (default: {_DECODINGS})",
-    )
+    add_decodings(group, _DECODINGS, DECODINGS_HELP, "block_diffusion:16:top_k=50")
     group.add_argument(
         "--block-size", type=integer(1), default=16, metavar="N", help="tokens of a block (default: 16)"
     )
@@ -85,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--contenders", type=list_of(str), metavar="NAME,...", help="these only (default: all)")
     group.add_argument("--repeats", type=integer(1), default=3, metavar="N", help="rounds (default: 3)")
     group.add_argument("--threads", type=integer(1), metavar="N", help="of the CPU (default: torch's)")
-    group.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
+    group.add_argument("--json", type=output_file, metavar="FILE", help="write every figure there")
 
 
 def _diffusion_type(text: str) -> str:
@@ -110,15 +105,13 @@ def run(args: argparse.Namespace, more_contenders: MoreContenders | None = None)
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Refuses options that would be ignored, and a file that could not be written."""
+    """Refuses options that would be ignored."""
     if args.model is not None:
         for name in ("size", "diffusion_types"):
             if getattr(args, name) is not None:
                 raise CommandError(f"--{name.replace('_', '-')} is for random weights: leave it out with --model.")
     elif args.revision is not None or args.trust_remote_code:
         raise CommandError("--revision and --trust-remote-code are for a --model.")
-    if args.json is not None and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
-        raise CommandError(f"--json {args.json}: is a folder, or in one that does not exist.")
 
 
 def _models(args: argparse.Namespace) -> Iterator[Any]:
@@ -225,7 +218,7 @@ class Report:
         }
         self.figures["models"].append(facts)
         print(
-            "# {model}, {diffusion_type}: {layers} x {hidden_size}, V = {vocab_size:,}, {dtype}, x_hat of "
+            "{model}, {diffusion_type}: {layers} x {hidden_size}, V = {vocab_size:,}, {dtype}, x_hat of "
             "{denoiser_entropy:.1f} nats".format(**facts),
             flush=True,
         )
@@ -239,8 +232,8 @@ class Report:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
         results = [measurement.to_dict() for measurement in measurements]
         self.figures["cases"].append({**asdict(case), "machine": machine.to_dict(), "results": results})
-        print(f"\n## Prefix {case.prefix}, batch {case.batch_size}, {case.new_tokens} new tokens a row\n")
-        print("\n".join(table(measurements)))
+        print(f"\nPrefix {case.prefix}, batch {case.batch_size}, {case.new_tokens} new tokens a row\n")
+        print(table(measurements).text())
         speed = "{gflops_per_second:,.0f} GFLOP/s, {gigabytes_per_second:.1f} GB/s"
         where = "{name}, threads: {threads}, torch {torch}: "
         print(f"\n{(where + speed).format(**machine.to_dict())}\n", flush=True)
@@ -252,4 +245,4 @@ class Report:
     def _write(self) -> None:
         if self.file is None:
             return
-        write_whole(self.file, json.dumps(self.figures, indent=2) + "\n")
+        write_json(self.file, self.figures)

@@ -1,25 +1,26 @@
 """`blockgen-hf generate --compare`: one prompt, every decoding."""
 
-import shutil
 import textwrap
 from typing import Any
 
+from ..default_decoding import CORRECTOR_PERIOD
+from ..tables import aligned, terminal_width
 from .sampling import Generation, Sampler, describe
 
 
-# The decodings at equal budgets of function evaluations a block; start 0 and period 3 are what tables 10 to 12 of the
-# paper find best for ARPC at a budget of 8.
+# The decodings at equal budgets of function evaluations a block. ARPC verifies as often as it does without
+# `--compare`.
 _COMPARED: tuple[dict[str, Any], ...] = (
     {"decoding": "ar"},
     {"decoding": "block_diffusion", "nfe_per_block": 16},
     {"decoding": "block_diffusion", "nfe_per_block": 8},
     {"decoding": "block_diffusion", "nfe_per_block": 4},
-    {"decoding": "arpc", "nfe_per_block": 16, "corrector_start": 0, "corrector_period": 3},
-    {"decoding": "arpc", "nfe_per_block": 8, "corrector_start": 0, "corrector_period": 3},
+    {"decoding": "arpc", "nfe_per_block": 16, "corrector_period": CORRECTOR_PERIOD},
+    {"decoding": "arpc", "nfe_per_block": 8, "corrector_period": CORRECTOR_PERIOD},
 )
 _WIDTH = 100
-_ROW = "{:<15}  {:<{}}  {:>11}  {:>9}  {:>9}"
-_OTHER_COLUMNS = 15 + 11 + 9 + 9 + 4 * 2
+_COLUMNS = ("decoding", "settings", "function evaluations", "tokens / forward", "tokens / second")
+_DECODING, _FIGURES = 15, (11, 9, 9)  # widths
 
 
 def compare(sampler: Sampler, settings: dict[str, Any], quiet: bool) -> list[Generation]:
@@ -39,34 +40,31 @@ def compare(sampler: Sampler, settings: dict[str, Any], quiet: bool) -> list[Gen
     return generations
 
 
+def _widths() -> tuple[int, ...]:
+    """Those of the columns: the settings have what the others leave."""
+    return (_DECODING, max(20, _width() - _DECODING - sum(_FIGURES) - 2 * len(_FIGURES) - 2), *_FIGURES)
+
+
 def _width() -> int:
-    return min(_WIDTH, shutil.get_terminal_size((_WIDTH, 24)).columns)
-
-
-def _settings_width() -> int:
-    return max(20, _width() - _OTHER_COLUMNS)
-
-
-def _print_columns(decoding: str, settings: str, *figures: object) -> None:
-    print(_ROW.format(decoding, settings, _settings_width(), *figures).rstrip())
+    return min(_WIDTH, terminal_width())
 
 
 def _print_head(prompt: str, seed: int) -> None:
     shown = textwrap.shorten(prompt, 2 * _WIDTH // 3, placeholder=" ...")
     print(f"Prompt: {shown}\nSeed: {seed}\n" if prompt else f"No prompt\nSeed: {seed}\n")
-    _print_columns("", "", "function", "tokens /", "tokens /")
-    _print_columns("decoding", "settings", "evaluations", "forward", "second")
+    print("\n".join(aligned(_COLUMNS, _widths(), 2, bottom=True)))
 
 
 def _print_row(generation: Generation) -> None:
-    first, *others = textwrap.wrap(describe(generation.settings), _settings_width()) or [""]
-    per_forward, per_second = f"{generation.tokens_per_forward:.2f}", f"{generation.tokens_per_second:.1f}"
-    evaluations = generation.num_function_evaluations
-    width = _width()
-    print("-" * width)
-    _print_columns(generation.settings["decoding"], first, evaluations, per_forward, per_second)
-    for line in others:
-        _print_columns("", line, "", "", "")
+    cells = (
+        generation.settings["decoding"],
+        describe(generation.settings),
+        str(generation.num_function_evaluations),
+        f"{generation.tokens_per_forward:.2f}",
+        f"{generation.tokens_per_second:.1f}",
+    )
+    print("-" * _width())
+    print("\n".join(aligned(cells, _widths(), 2)))
     for sample in generation.samples:
-        text = textwrap.wrap(" ".join(sample.completion.split()), width - 2)
+        text = textwrap.wrap(" ".join(sample.completion.split()), _width() - 2)
         print(textwrap.indent("\n".join(text), "  "), flush=True)

@@ -4,7 +4,7 @@ import argparse
 
 from ..checkpoints import find_checkpoint
 from .figures import noise_name
-from .parsing import integer
+from .parsing import integer, list_of
 
 
 _FAMILIES = ("block-dit", "dense-dit", "ar", "bd3lm")
@@ -17,9 +17,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", help="branch, tag or commit of a source on the Hub")
     group = parser.add_argument_group("what the published files do not say")
     group.add_argument("--diffusion-type", choices=("masked", "uniform"), help="the noise")
-    group.add_argument("--block-sizes", type=_sizes, metavar="N,N,...", help="of the training, such as 1,16")
     group.add_argument(
-        "--block-size-weights", type=_weights, metavar="W,W,...", help="of the training, such as 0.05,0.95"
+        "--block-sizes", type=list_of(integer(1)), metavar="N,N,...", help="of the training, such as 1,16"
+    )
+    group.add_argument(
+        "--block-size-weights", type=list_of(float), metavar="W,W,...", help="of the training, such as 0.05,0.95"
     )
     group.add_argument("--tokenizer", metavar="NAME", help="a folder or a tokenizer on the Hub, to be written too")
     group.add_argument("--family", choices=_FAMILIES, help="default: told by the files")
@@ -39,18 +41,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: as in the source)"
     )
     group.add_argument("--max-shard-size", metavar="SIZE", help="larger weights go into several files (default: 50GB)")
-
-
-def _sizes(text: str) -> list[int]:
-    parse = integer(1)
-    return [parse(word) for word in text.split(",")]
-
-
-def _weights(text: str) -> list[float]:
-    try:
-        return [float(word) for word in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be numbers such as 0.05,0.95, but is {text!r}") from None
 
 
 def run(args: argparse.Namespace) -> int:

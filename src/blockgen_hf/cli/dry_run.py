@@ -3,12 +3,13 @@
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from ..folder_lock import LOCK, FolderInUseError, lock_folder
 from ..modeling.configuration_blockgen import BlockGenConfig
+from ..places import data_place, local_folder
+from ..run_folders import LOCK, FolderInUseError, lock_folder
 from ..tokenizer_loading import pretrained_tokenizer
 from ..training.estimates import (
     ParameterCount,
@@ -21,18 +22,23 @@ from ..training.estimates import (
 from ..training.recipe import Recipe, checkpoint_config
 from ..training.recipe_building import vocabulary
 from .figures import noise_name
-from .loading import set_num_threads
+from .loading import one_line_errors, set_num_threads
 from .parsing import CommandError
-
-
-if TYPE_CHECKING:
-    from .training import Prepared
+from .training import Prepared
 
 
 _WIDTH = 15  # of the first column
 
 
-def describe(prepared: "Prepared") -> Iterator[str]:
+def dry_run(prepared: Prepared) -> None:
+    """Prints what a run would be, in the main process."""
+    if prepared.is_main:
+        with one_line_errors():
+            for line in _describe(prepared):
+                print(line)
+
+
+def _describe(prepared: Prepared) -> Iterator[str]:
     """Lines of text."""
     recipe = prepared.recipe
     config, vocabulary_source = _config(recipe)
@@ -73,9 +79,8 @@ def _config(recipe: Recipe) -> tuple[BlockGenConfig, str]:
 
 def _cached_tokenizer(name: str, revision: str | None) -> Any:
     """From a folder or from the cache of the Hub; None if it would have to be downloaded."""
-    folder = Path(name).expanduser()
-    name = str(folder) if folder.is_dir() else name
     try:
+        name = str(local_folder(name) or name)
         return pretrained_tokenizer(name, revision=revision or "main", local_files_only=True)
     except Exception:  # transformers raises all kinds of errors for what is not there
         return None
@@ -104,7 +109,7 @@ def _tokenizer(recipe: Recipe) -> str:
 
 
 def _place(name: str) -> str:
-    return f"{name} (a folder)" if Path(name).expanduser().is_dir() else f"{name} (of the Hub)"
+    return f"{name} (of the Hub)" if local_folder(name) is None else f"{name} (a folder)"
 
 
 def _data(recipe: Recipe) -> Iterator[str]:
@@ -121,13 +126,11 @@ def _data(recipe: Recipe) -> Iterator[str]:
 
 
 def _source(names: str | list[str], split: str) -> str:
-    names = [names] if isinstance(names, str) else names
-    if len(names) == 1 and not Path(names[0]).expanduser().exists() and "*" not in names[0]:
-        return f"{names[0]} (of the Hub, split {split})"
-    return ", ".join(names)
+    words = names if isinstance(names, str) else ", ".join(names)
+    return f"{words} (of the Hub, split {split})" if data_place(names) == "hub" else words
 
 
-def _block_sizes(config: BlockGenConfig, prepared: "Prepared") -> str:
+def _block_sizes(config: BlockGenConfig, prepared: Prepared) -> str:
     count = len(config.block_sizes)
     weights = config.block_size_weights or [1 / count] * count
     sizes = ", ".join(f"{size} ({weight:.3g})" for size, weight in zip(config.block_sizes, weights, strict=True))
@@ -138,7 +141,7 @@ def _block_sizes(config: BlockGenConfig, prepared: "Prepared") -> str:
     return f"{sizes}; {args.block_size_sampling}, {slots} a step"
 
 
-def _costs(prepared: "Prepared", config: BlockGenConfig, parameters: ParameterCount) -> Iterator[str]:
+def _costs(prepared: Prepared, config: BlockGenConfig, parameters: ParameterCount) -> Iterator[str]:
     args, length = prepared.args, prepared.recipe.data.sequence_length
     rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     processes = "process" if args.world_size == 1 else "processes"
@@ -196,7 +199,7 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.2g} s"
 
 
-def _output(prepared: "Prepared") -> str:
+def _output(prepared: Prepared) -> str:
     folder = prepared.folder
     try:
         if (folder.path / LOCK).exists():  # which is not made here

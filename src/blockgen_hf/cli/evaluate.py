@@ -1,19 +1,30 @@
 """Tells how likely a model finds a data set: perplexity of each block size, and of their mixture."""
 
 import argparse
-import json
 import sys
 import time
 from contextlib import nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .parsing import MODEL_HELP, CommandError, add_loading_arguments, integer, loading_options, model_name
+from ..places import data_place
+from ..whole_files import json_text, write_json
+from .parsing import (
+    MODEL_HELP,
+    CommandError,
+    add_hub_dataset_arguments,
+    add_loading_arguments,
+    integer,
+    list_of,
+    loading_options,
+    model_name,
+    output_file,
+    unescaped,
+)
 
 
 if TYPE_CHECKING:
     from ..evaluation.figures import LikelihoodResult
-    from ..training.data import DataArguments
+    from ..training.data_arguments import DataArguments
 
 
 # Options that are fields of `DataArguments`.
@@ -43,7 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_data_arguments(parser.add_argument_group("data"))
     group = parser.add_argument_group("evaluation")
     group.add_argument(
-        "--block-sizes", type=_sizes, metavar="N,N,...", help="such as 1,4,16 (default: those of training)"
+        "--block-sizes",
+        type=list_of(integer(1)),
+        metavar="N,N,...",
+        help="such as 1,4,16 (default: those of training)",
     )
     group.add_argument(
         "--monte-carlo-samples", type=integer(1), default=8, metavar="K", help="draws of noise a row (default: 8)"
@@ -52,7 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--seed", type=integer(0, 2**32 - 1), default=0, metavar="N", help="of the noise (default: 0, always the same)"
     )
-    group.add_argument("--json", metavar="FILE", help="write everything to a file as JSON; '-' prints it instead")
+    group.add_argument(
+        "--json", type=output_file, metavar="FILE", help="write everything to a file as JSON; '-' prints it instead"
+    )
 
 
 def _add_data_arguments(group: argparse._ArgumentGroup) -> None:
@@ -62,14 +78,15 @@ def _add_data_arguments(group: argparse._ArgumentGroup) -> None:
         metavar="NAME",
         help="a file, a glob or a folder (.txt, .jsonl, .parquet ...), or a data set on the Hub",
     )
-    group.add_argument("--dataset-config", metavar="NAME", help="configuration of a data set on the Hub")
-    group.add_argument("--dataset-revision", metavar="NAME", help="branch, tag or commit of a data set on the Hub")
+    add_hub_dataset_arguments(group)
     group.add_argument("--split", metavar="NAME", help="default: validation; files have none")
     group.add_argument("--text-column", metavar="NAME", help="column of plain text (default: text)")
     group.add_argument("--prompt-column", metavar="NAME", help="column of prompts, which are not scored")
     group.add_argument("--completion-column", metavar="NAME", help="column of what follows prompts, which is scored")
     group.add_argument("--messages-column", metavar="NAME", help="column of conversations (default: messages)")
-    group.add_argument("--prompt-separator", metavar="TEXT", help="stands between prompt and completion")
+    group.add_argument(
+        "--prompt-separator", type=unescaped, metavar="TEXT", help="stands between prompt and completion"
+    )
     group.add_argument("--score-prompts", action="store_true", help="score prompts too")
     group.add_argument(
         "--document-separator", metavar="TEXT", help=r"between the documents of a .txt file: '<|endoftext|>', '\n' ..."
@@ -91,14 +108,7 @@ def _add_data_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--cache-dir", metavar="DIR", help="where prepared data are kept (default: that of datasets)")
 
 
-def _sizes(text: str) -> list[int]:
-    parse = integer(1)
-    return [parse(word) for word in text.split(",")]
-
-
 def run(args: argparse.Namespace) -> int:
-    _check_json(args.json)
-
     from .loading import load, one_line_errors, quiet_transformers, resolve_device, show_bars_of_datasets
 
     with one_line_errors():
@@ -136,23 +146,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check_json(file: str | None) -> None:
-    """Refused before a model is loaded and evaluated in vain."""
-    if file in (None, "-"):
-        return
-    path = Path(str(file))
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise CommandError(f"--json {file}: {'is a folder' if path.is_dir() else 'its folder does not exist'}.")
-
-
 def _data_arguments(args: argparse.Namespace) -> "DataArguments":
-    from ..training.data import DataArguments
-    from ..training.documents import looks_like_a_path
+    from ..training.data_arguments import DataArguments
 
     given = {name: getattr(args, name) for name in _DATA_FIELDS if getattr(args, name) is not None}
-    is_file = Path(args.dataset).expanduser().is_file() or looks_like_a_path(args.dataset)
-    is_folder = Path(args.dataset).expanduser().is_dir()
-    split = args.split or ("train" if is_file and not is_folder else "validation")
+    split = args.split or ("train" if data_place(args.dataset) == "files" else "validation")
     return DataArguments(**given, dataset_split=split, train_on_prompt=args.score_prompts)
 
 
@@ -194,18 +192,17 @@ def _report(
         "seconds": round(seconds, 3),
         **result.to_dict(),
     }
-    text = json.dumps(everything, indent=2, ensure_ascii=False)
-    if args.json == "-":
-        print(text)
+    if str(args.json) == "-":
+        print(json_text(everything), end="")
         return
     if args.json is not None:
-        Path(args.json).write_text(text + "\n", encoding="utf-8")
+        write_json(args.json, everything)
     kind = f"{noise_name(model.config)}, {model.num_parameters() / 1e6:.1f}M parameters"
     print(f"Model: {model.name_or_path} ({kind})")
     skipped = f", {result.num_skipped:,} rows skipped" if result.num_skipped else ""
     print(f"Data: {args.dataset}, {result.num_sequences:,} rows, {result.num_tokens:,} tokens scored{skipped}")
     print(f"{result.num_draws} Monte-Carlo draws a row, seed {args.seed}, {seconds:.1f} s\n")
-    print("\n".join(likelihood_table(result.metrics())))
+    print(likelihood_table(result.metrics()).text())
     if result.weights:
         weights = ", ".join(f"{size}: {weight:.3g}" for size, weight in result.weights.items())
         print(f"\nMixture weights: {weights}. Standard errors are over the draws, on these data.")

@@ -8,8 +8,21 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .finetune import KNOWN_DATASETS
-from .parsing import MODEL_HELP, CommandError, add_loading_arguments, integer, list_of, loading_options, model_name
+from ..places import data_place
+from .finetune import known_settings
+from .parsing import (
+    DECODINGS_HELP,
+    MODEL_HELP,
+    CommandError,
+    add_decodings,
+    add_hub_dataset_arguments,
+    add_loading_arguments,
+    integer,
+    list_of,
+    loading_options,
+    model_name,
+    unescaped,
+)
 
 
 if TYPE_CHECKING:
@@ -44,8 +57,7 @@ def _add_data_arguments(group: argparse._ArgumentGroup) -> None:
         metavar="NAME",
         help="a .jsonl or .json file, a folder, or a data set on the Hub (openai/gsm8k)",
     )
-    group.add_argument("--dataset-config", metavar="NAME", help="configuration of a data set on the Hub")
-    group.add_argument("--dataset-revision", metavar="NAME", help="branch, tag or commit of a data set on the Hub")
+    add_hub_dataset_arguments(group)
     group.add_argument("--split", default="test", metavar="NAME", help="default: test; files have none")
     group.add_argument("--question-column", metavar="NAME", help="default: question or prompt")
     group.add_argument("--answer-column", metavar="NAME", help="default: answer or completion")
@@ -53,7 +65,7 @@ def _add_data_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--cache-dir", metavar="DIR", help="where data of the Hub are kept (default: that of datasets)")
     group.add_argument(
         "--prompt-separator",
-        type=lambda text: text.replace("\\n", "\n"),
+        type=unescaped,
         metavar="TEXT",
         help="stands behind a question, \\n for a line end: that of training (default: nothing; openai/gsm8k: \\n)",
     )
@@ -61,14 +73,7 @@ def _add_data_arguments(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_sample_arguments(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--decodings",
-        type=list_of(str),
-        default=_DECODINGS,
-        metavar="NAME,...",
-        help="ar, block_diffusion:STEPS, arpc:EVALUATIONS a block; settings may follow, as in "
-        f"arpc:8:block_size=8:temperature=0.5 (default: {_DECODINGS})",
-    )
+    add_decodings(group, _DECODINGS, DECODINGS_HELP, "arpc:8:block_size=8:temperature=0.5")
     group.add_argument("--block-size", type=integer(1), metavar="N", help="default: the model's largest")
     group.add_argument(
         "--num-samples", type=integer(1), default=1, metavar="N", help="answers to each question (default: 1)"
@@ -145,24 +150,23 @@ def run(args: argparse.Namespace) -> int:
 def _prompt_separator(args: argparse.Namespace) -> str:
     if args.prompt_separator is not None:
         return str(args.prompt_separator)
-    return KNOWN_DATASETS.get(args.dataset, {}).get("prompt_separator", "")
+    return known_settings(args.dataset).get("prompt_separator", "")
 
 
 def _read_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    from ..training.documents import json_rows, looks_like_a_path
+    from ..text_files import json_rows
 
-    path = Path(args.dataset).expanduser()
+    path, place = Path(args.dataset).expanduser(), data_place(args.dataset)
     if path.is_file():
         return (row for _, row in json_rows(str(path)))
-    if looks_like_a_path(args.dataset) and not path.is_dir():
+    if place == "files":
         raise CommandError(f"--dataset {args.dataset}: there is no such file or folder.")
 
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
 
-    known = KNOWN_DATASETS.get(args.dataset, {})
-    source = str(path) if path.is_dir() else args.dataset
-    config = args.dataset_config or known.get("dataset_config")
+    source = str(path) if place == "folder" else args.dataset
+    config = args.dataset_config or known_settings(args.dataset).get("dataset_config")
     options = {"split": args.split, "revision": args.dataset_revision, "cache_dir": args.cache_dir}
     try:
         return iter(load_dataset(source, config, **options))
@@ -177,6 +181,8 @@ def _with_adapter(model: Any, folder: Path) -> Any:
 
 
 def _report(args: argparse.Namespace, name: str, result: "AnswerResult", seconds: float) -> None:
+    from ..evaluation.answer_figures import answer_table
+
     figures = next(iter(result.figures.values()))
     print(f"Model: {name}")
     samples = "a sample each" if figures.num_samples == 1 else f"{figures.num_samples} samples each"
@@ -186,5 +192,5 @@ def _report(args: argparse.Namespace, name: str, result: "AnswerResult", seconds
     )
     form = {"marker": "the number behind ####", "last_number": "the last number", "program": "what a program returns"}
     print(f"Answer: {form[result.settings['answer_form']]}. {seconds:.0f} s\n")
-    print(result.table())
+    print(answer_table(result.figures).text())
     print(f"\nEvery generation: {args.output_dir / 'generations.jsonl'}")

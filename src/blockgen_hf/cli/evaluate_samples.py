@@ -9,6 +9,7 @@ from ..whole_files import write_whole
 from .parsing import (
     MODEL_HELP,
     CommandError,
+    add_decodings,
     add_loading_arguments,
     cpu_weights,
     integer,
@@ -16,8 +17,8 @@ from .parsing import (
     loading_options,
     model_name,
     positive,
+    read_texts,
 )
-from .text_files import read_texts
 
 
 if TYPE_CHECKING:
@@ -53,14 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_grid_arguments(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--decodings",
-        type=list_of(str),
-        default=_DECODINGS,
-        metavar="NAME,...",
-        help="ar, block_diffusion, arpc; settings may follow, as in arpc:corrector=ar_kl:corrector_start=1 "
-        f"(default: {_DECODINGS})",
-    )
+    add_decodings(group, _DECODINGS, "ar, block_diffusion, arpc", "arpc:corrector=ar_kl:corrector_start=1")
     group.add_argument(
         "--nfe",
         type=list_of(integer(1)),
@@ -234,12 +228,13 @@ def _scorer(args: argparse.Namespace, tokenizer: Any, max_new_tokens: int) -> "S
 def _list_cells(
     cells: "list[SampleCell]", skipped: "list[SkippedCell]", args: argparse.Namespace, max_new_tokens: int
 ) -> None:
-    width = max(len(cell.name) for cell in cells)
-    print(f"{'cell':<{width}}  NFE a block  NFE a text, at most  NFE a token, at most")
-    for cell in cells:
-        nfe = "" if cell.nfe is None else str(cell.nfe)
-        share = cell.max_evaluations / max_new_tokens
-        print(f"{cell.name:<{width}}  {nfe:>11}  {cell.max_evaluations:>19,}  {share:>20.2f}")
+    from ..tables import Table, number
+
+    rows = [
+        (cell.name, number(cell.nfe, "d"), f"{cell.max_evaluations:,}", f"{cell.max_evaluations / max_new_tokens:.2f}")
+        for cell in cells
+    ]
+    print(Table(("cell", "NFE a block", "NFE a text, at most", "NFE a token, at most"), rows).text())
     each = sum(cell.max_evaluations for cell in cells)
     passes = -(-args.num_samples // args.batch_size) * each
     print(
@@ -259,13 +254,12 @@ def _report(results: "SampleResults", output_dir: Path) -> None:
     """Prints the tables, and writes them and the plot beside the figures."""
     from importlib.util import find_spec
 
-    from ..evaluation.samples_tables import markdown, plot
+    from ..evaluation.samples_tables import markdown, plain, plot
 
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr, flush=True)
-    page = markdown(results)
-    write_whole(output_dir / "results.md", page)
-    print(page)
+    write_whole(output_dir / "results.md", markdown(results))
+    print(plain(results))
     written = ["results.json", "results.md"]
     if find_spec("matplotlib") is None:
         print("No plot: it needs matplotlib (pip install 'blockgen-hf[eval]').")

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from ..tables import Table, error_bar
+
 
 if TYPE_CHECKING:
     from ..modeling.configuration_blockgen import BlockGenConfig
@@ -16,7 +18,6 @@ _MIXTURE = {
     "log_sum_exp_upper": "mixture, the same, from above",
 }
 _BLOCK = "block_size_"
-_ROUNDING = 1e-9
 
 
 def noise_name(config: "BlockGenConfig") -> str:
@@ -24,31 +25,23 @@ def noise_name(config: "BlockGenConfig") -> str:
     return "autoregressive" if config.next_token_prediction else config.diffusion_type
 
 
-def likelihood_table(metrics: Mapping[str, Any]) -> list[str]:
+def likelihood_table(metrics: Mapping[str, Any]) -> Table:
     """
-    Lines of a table.
-
     Args:
         metrics: of `LikelihoodResult.metrics()`: `nll_block_size_16`, `perplexity_jensen` ...
     """
     names = [name.removeprefix("nll_") for name in metrics if name.startswith("nll_") and "standard_error" not in name]
     names.sort(key=_place)  # a trainer's metrics come sorted by letters: 1, 16, 2
-    rows = [("", "nll", "perplexity", "")]
+    rows = []
     for name in names:
         if name.startswith(_BLOCK):
             label = f"block size {name.removeprefix(_BLOCK)}"
         else:
             label = _MIXTURE.get(name, name.replace("_", " "))
+        nll, perplexity = metrics[f"nll_{name}"], metrics[f"perplexity_{name}"]
         error = metrics.get(f"perplexity_standard_error_{name}")
-        # Equal draws have a spread of rounding errors, which is none.
-        has_spread = error is not None and error > _ROUNDING * metrics[f"perplexity_{name}"]
-        bar = f"± {error:.2g}" if has_spread else ""
-        rows.append((label, f"{metrics[f'nll_{name}']:.4f}", f"{metrics[f'perplexity_{name}']:.2f}", bar))
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    return [
-        f"{label:<{widths[0]}}  {nll:>{widths[1]}}  {perplexity:>{widths[2]}}  {bar}".rstrip()
-        for label, nll, perplexity, bar in rows
-    ]
+        rows.append((label, f"{nll:.4f}", f"{perplexity:.2f}", error_bar(error, perplexity)))
+    return Table(("", "nll", "perplexity", ""), rows)
 
 
 def _place(name: str) -> tuple[int, int]:

@@ -6,7 +6,17 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .parsing import MODEL_HELP, CommandError, integer, model_name, positive
+from ..places import data_place, local_folder
+from .parsing import (
+    MODEL_HELP,
+    CommandError,
+    add_run_arguments,
+    integer,
+    list_of,
+    model_name,
+    positive,
+    unescaped,
+)
 from .train import run_recipe
 
 
@@ -17,7 +27,7 @@ _GSM8K = {
     "completion_column": "answer",
     "prompt_separator": "\n",
 }
-KNOWN_DATASETS: dict[str, dict[str, str]] = {"openai/gsm8k": _GSM8K, "gsm8k": _GSM8K}
+_KNOWN_DATASETS: dict[str, dict[str, str]] = {"openai/gsm8k": _GSM8K, "gsm8k": _GSM8K}
 _RECIPE = Path(__file__).parents[1] / "training" / "finetune.yaml"
 _LONGEST_ROW = 512  # unless the user wants longer ones
 _LARGEST_MICRO_BATCH = 16
@@ -46,6 +56,11 @@ _SETTINGS = {
     "seed": "training.seed",
     "output_dir": "training.output_dir",
 }
+
+
+def known_settings(dataset: str) -> dict[str, str]:
+    """Fields of `DataArguments` that go with a data set on the Hub."""
+    return _KNOWN_DATASETS.get(dataset, {}) if data_place(dataset) == "hub" else {}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,7 +94,7 @@ def _add_data_arguments(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--prompt-separator",
-        type=lambda text: text.replace("\\n", "\n"),
+        type=unescaped,
         metavar="TEXT",
         help="stands between prompt and answer, \\n for a line end (default: nothing)",
     )
@@ -118,11 +133,11 @@ def _add_training_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--batch-size", type=integer(1), metavar="N", help="rows of an optimizer step (default: 32)")
     group.add_argument("--seed", type=integer(0), metavar="N", help="of data, noise and adapters (default: 0)")
     group.add_argument(
-        "--block-sizes", type=_numbers(int), metavar="N,N...", help="block sizes of the mixture (default: the model's)"
+        "--block-sizes", type=list_of(int), metavar="N,N...", help="block sizes of the mixture (default: the model's)"
     )
     group.add_argument(
         "--block-size-weights",
-        type=_numbers(float),
+        type=list_of(float),
         metavar="X,X...",
         help="their weights, which add up to 1 (default: the model's; equal for other block sizes)",
     )
@@ -146,33 +161,12 @@ def _add_adapter_arguments(group: argparse._ArgumentGroup) -> None:
 
 def _add_output_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--output-dir", metavar="DIR", help="where the model goes (default: runs/finetune)")
-    folder = group.add_mutually_exclusive_group()
-    folder.add_argument(
-        "--resume", action="store_true", help="go on from the last checkpoint in the output folder, if there is one"
-    )
-    folder.add_argument(
-        "--overwrite", action="store_true", help="replace the model and the checkpoints in the output folder"
-    )
-    group.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="check everything, and print size, memory and time to expect; downloads and writes nothing",
-    )
+    add_run_arguments(group)
 
 
 def _padding(text: str) -> int | str:
     """A number, 0 for `no`, or `yes`, whose number is known later."""
     return text if text == "yes" else 0 if text == "no" else integer(0)(text)
-
-
-def _numbers(kind: type) -> Any:
-    def parse(text: str) -> list[Any]:
-        try:
-            return [kind(part) for part in text.split(",")]
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"must be numbers between commas, but is {text!r}") from None
-
-    return parse
 
 
 def run(args: argparse.Namespace) -> int:
@@ -200,8 +194,7 @@ def _with_options(message: str, args: argparse.Namespace) -> str:
 
 def _data_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Those that follow from other options."""
-    known = {} if Path(args.dataset).exists() else KNOWN_DATASETS.get(args.dataset, {})
-    settings: dict[str, Any] = {f"data.{key}": value for key, value in known.items()}
+    settings: dict[str, Any] = {f"data.{key}": value for key, value in known_settings(args.dataset).items()}
     length = args.sequence_length or min(_LONGEST_ROW, _positions(args.model, args.revision, args.dry_run))
     settings["data.sequence_length"] = length
     settings["data.train_on_padding"] = length if args.train_on_padding == "yes" else args.train_on_padding
@@ -217,10 +210,10 @@ def _positions(model: str, revision: str | None, is_dry: bool) -> int:
     """The longest row that the model takes; for one of the Hub that is not here yet, a dry run cannot know."""
     from transformers import PreTrainedConfig
 
-    folder = Path(model).expanduser()
-    options: dict[str, Any] = {"local_files_only": is_dry or folder.is_dir(), "revision": revision or "main"}
+    folder = local_folder(model)
+    options: dict[str, Any] = {"local_files_only": is_dry or folder is not None, "revision": revision or "main"}
     try:
-        found, _ = PreTrainedConfig.get_config_dict(str(folder) if folder.is_dir() else model, **options)
+        found, _ = PreTrainedConfig.get_config_dict(str(folder or model), **options)
     except Exception:  # what is wrong with the model is said when it is loaded
         return _LONGEST_ROW
     positions = found.get("max_position_embeddings") if isinstance(found, dict) else None

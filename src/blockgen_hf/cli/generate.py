@@ -1,12 +1,22 @@
 """Continues a prompt with a BlockGen model, and tells what that cost."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .parsing import MODEL_HELP, CommandError, add_loading_arguments, cpu_weights, integer, loading_options, model_name
+from ..whole_files import json_text
+from .parsing import (
+    MODEL_HELP,
+    CommandError,
+    add_loading_arguments,
+    cpu_weights,
+    integer,
+    loading_options,
+    model_name,
+    read_texts,
+    unescaped,
+)
 
 
 if TYPE_CHECKING:
@@ -136,7 +146,7 @@ def _add_decoding_arguments(group: argparse._ArgumentGroup) -> None:
 def _stop_string(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("must be a text, but is empty")
-    return text.replace("\\n", "\n")
+    return unescaped(text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -157,14 +167,12 @@ def run(args: argparse.Namespace) -> int:
                 print(flush=True)
             found.append(_generate(args, sampler, settings))
     if args.json:
-        print(json.dumps(found if len(prompts) > 1 else found[0], indent=2, ensure_ascii=False))
+        print(json_text(found if len(prompts) > 1 else found[0]), end="")
     return 0
 
 
 def _read_prompts(args: argparse.Namespace) -> list[str]:
     if args.prompt_file is not None:
-        from .text_files import read_texts
-
         return read_texts(args.prompt_file, "--prompt-file", "prompt")
     if args.prompts.count("-") > 1:
         raise CommandError("Standard input holds one prompt: give '-' once.")

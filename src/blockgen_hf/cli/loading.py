@@ -21,9 +21,11 @@ from transformers import (
 from transformers.utils import is_datasets_available, logging
 
 from ..checkpoints import shipped_checkpoint
+from ..errors import first_line
 from ..hub.files import CONFIG, read_json
 from ..hub.model_checks import check_loaded_model, check_model_folder, fetch_model
 from ..modeling.configuration_blockgen import BlockGenConfig
+from ..places import local_folder
 from ..quantization import quantize_for_cpu
 from ..tokenizer_loading import pretrained_tokenizer
 from .parsing import CommandError
@@ -111,7 +113,7 @@ def load(
     device = resolve_device(device)
     source = _shipped_checkpoint() if name is None else name
     options: dict[str, Any] = {"local_files_only": True}
-    if not Path(source).is_dir():
+    if local_folder(source) is None:
         options = {"local_files_only": not _is_on_hub(source, revision), "revision": revision or "main"}
     _check_model_type(source, options)
     try:
@@ -127,7 +129,7 @@ def load(
         )
         check_loaded_model(model, folder, tensors)
     except Exception as error:  # transformers, safetensors and torch raise all kinds for damaged files
-        raise CommandError(f"The model {source} cannot be loaded: {_first_line(error)}") from error
+        raise CommandError(f"The model {source} cannot be loaded: {first_line(error)}") from error
     for kind in ("missing", "unexpected"):  # which only code of the folder's own comes to
         if names := loading_info[f"{kind}_keys"]:
             raise CommandError(
@@ -137,7 +139,7 @@ def load(
     try:
         tokenizer = pretrained_tokenizer(source, trust_remote_code=trust_remote_code, **options)
     except Exception as error:  # tokenizers too
-        raise CommandError(f"The tokenizer of {source} cannot be loaded: {_first_line(error)}") from error
+        raise CommandError(f"The tokenizer of {source} cannot be loaded: {first_line(error)}") from error
     if len(tokenizer) > model.config.vocab_size:
         raise CommandError(
             f"The tokenizer of {source} has {len(tokenizer):,} tokens, but the model has {model.config.vocab_size:,}: "
@@ -189,7 +191,7 @@ def _is_on_hub(name: str, revision: str | None) -> bool:
 def _check_model_type(source: str, options: dict[str, Any]) -> None:
     """Looks into config.json before anything large is read, and before any code of the checkpoint could run."""
     is_folder = "revision" not in options
-    if is_folder and not (Path(source) / "config.json").is_file():
+    if is_folder and not (Path(source) / CONFIG).is_file():
         raise CommandError(f"The folder {source} holds no model: it has no config.json.")
     try:
         config = (
@@ -199,15 +201,10 @@ def _check_model_type(source: str, options: dict[str, Any]) -> None:
         if not is_folder and options["local_files_only"]:
             message = f"{source!r} is no folder here, the Hub does not answer, and its cache does not hold the model."
             raise CommandError(message) from error
-        raise CommandError(f"The configuration of {source} cannot be read: {_first_line(error)}") from error
+        raise CommandError(f"The configuration of {source} cannot be read: {first_line(error)}") from error
     model_type = config.get("model_type")
     if model_type != BlockGenConfig.model_type:
         raise CommandError(
             f"{source} is a model of type {model_type!r}, but this command runs those of type "
             f"{BlockGenConfig.model_type!r} only."
         )
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..hub.files import ADAPTER_CONFIG, CONFIG, INDEX, RECIPE, WEIGHTS, yaml_text
 from ..hub.secrets import without_secrets
 from ..training.checkpointing import missing_file
 from ..training.recipe import Recipe, read_recipe
@@ -16,9 +16,8 @@ from ..whole_files import write_whole
 from .parsing import CommandError
 
 
-RECIPE = "recipe.yaml"
 _CHECKPOINTS = "checkpoint-*"
-_MODEL_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json", "adapter_config.json")
+_MODEL_FILES = (CONFIG, WEIGHTS, INDEX, ADAPTER_CONFIG)
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ class OutputFolder:
         """
         values = without_secrets(values)
         self.path.mkdir(parents=True, exist_ok=True)
-        write_whole(self.path / RECIPE, yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120))
+        write_whole(self.path / RECIPE, yaml_text(values))
 
     def clear(self) -> None:
         """Deletes the checkpoints of a former run. Its model is overwritten, all else stays."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from ..checkpoints import SHIPPED, find_checkpoint
+from ..places import local_folder
 
 
 PROGRAM = "blockgen-hf"
@@ -46,17 +47,21 @@ def integer(low: int, high: int | None = None) -> Callable[[str], int]:
 MODEL_HELP = f"a model folder, a model on the Hub, or {SHIPPED}, which comes with the package"
 
 
+DECODINGS_HELP = "ar, block_diffusion:STEPS, arpc:EVALUATIONS a block"
+
+
 def model_name(text: str) -> str:
     """The type of an option: a model folder, with the shipped model found by its name, or a model on the Hub."""
     name = find_checkpoint(text)
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise argparse.ArgumentTypeError(f"The folder {text} is not a model folder: it has no config.json.")
-        return str(folder)
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or folder.exists():
-        raise argparse.ArgumentTypeError(f"There is no folder {text}.")
-    return name
+    try:
+        folder = local_folder(name)
+    except FileNotFoundError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if folder is None:
+        return name
+    if not (folder / "config.json").is_file():
+        raise argparse.ArgumentTypeError(f"The folder {text} is not a model folder: it has no config.json.")
+    return str(folder)
 
 
 def add_loading_arguments(group: argparse._ArgumentGroup) -> None:
@@ -94,9 +99,60 @@ def list_of(parse: Callable[[str], Value]) -> Callable[[str], list[Value]]:
     """The type of an option: values of a type, between commas."""
 
     def parse_list(text: str) -> list[Value]:
-        return [parse(word) for word in text.split(",")]
+        try:
+            return [parse(word) for word in text.split(",")]
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be numbers between commas, but is {text!r}") from None
 
     return parse_list
+
+
+def unescaped(text: str) -> str:
+    """The type of an option: a text in which `\\n` stands for a line end, which is hard to type in a shell."""
+    return text.replace("\\n", "\n")
+
+
+def output_file(text: str) -> Path:
+    """The type of an option: a file that can be written, so that no work is done in vain."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder")
+    if not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: its folder does not exist")
+    return path
+
+
+def add_decodings(group: argparse._ArgumentGroup, default: str, names: str, example: str) -> None:
+    """The option of the decodings that an evaluation compares."""
+    group.add_argument(
+        "--decodings",
+        type=list_of(str),
+        default=default,
+        metavar="NAME,...",
+        help=f"{names}; settings may follow, as in {example} (default: {default})",
+    )
+
+
+def add_hub_dataset_arguments(group: argparse._ArgumentGroup) -> None:
+    """Which version of a data set on the Hub."""
+    group.add_argument("--dataset-config", metavar="NAME", help="configuration of a data set on the Hub")
+    group.add_argument("--dataset-revision", metavar="NAME", help="branch, tag or commit of a data set on the Hub")
+
+
+def add_run_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """What a training run does with what is in its output folder, and whether it is a trial only."""
+    folder = parser.add_mutually_exclusive_group()
+    folder.add_argument(
+        "--resume", action="store_true", help="go on from the last checkpoint in the output folder, if there is one"
+    )
+    folder.add_argument(
+        "--overwrite", action="store_true", help="replace the model and the checkpoints in the output folder"
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check everything, and print size, memory and time to expect; downloads and writes nothing",
+    )
 
 
 def cpu_weights(text: str) -> str:
@@ -110,3 +166,39 @@ def loading_options(args: argparse.Namespace) -> dict[str, Any]:
     """Those of [`add_loading_arguments`], for `loading.load`."""
     names = ("revision", "device", "dtype", "attn_implementation", "trust_remote_code")
     return {name: getattr(args, name) for name in names}
+
+
+def read_texts(file: Path, option: str, column: str) -> list[str]:
+    """
+    The lines of a text file that an option names, without empty ones, or a column of a `.jsonl` file.
+
+    Raises:
+        CommandError: it cannot be read, is not UTF-8, or holds no text.
+    """
+    from ..text_files import json_rows, open_text
+
+    where = f"{option} {file}"
+    if not file.is_file():
+        raise CommandError(f"{where}: there is no such file.")
+    try:
+        if file.suffix == ".jsonl":
+            texts = [_text_of(row, f"{option} {place}", column) for place, row in json_rows(str(file))]
+        else:
+            with open_text(str(file)) as lines:
+                texts = [line.removesuffix("\n") for line in lines if line.strip()]
+    except ValueError as error:
+        raise CommandError(f"{option} {error}") from error
+    except OSError as error:
+        raise CommandError(f"{where}: cannot be read: {error.strerror}.") from error
+    if not texts:
+        raise CommandError(f"{where}: holds no text.")
+    return texts
+
+
+def _text_of(row: dict[str, Any], where: str, column: str) -> str:
+    if column not in row:
+        raise CommandError(f"{where}: no column `{column}`.")
+    text = row[column]
+    if not isinstance(text, str) or not text:
+        raise CommandError(f"{where}: `{column}` is not a text.")
+    return text

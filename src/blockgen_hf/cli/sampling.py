@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from ..default_decoding import CORRECTOR_PERIOD
 from ..generation.generation_configuration_blockgen import BlockGenGenerationConfig
 from ..prompts import PromptEncoder
 from .parsing import CommandError
@@ -137,7 +138,8 @@ class Sampler:
         if config.decoding != "arpc" or has_budget or first_informed > config.block_size:
             return settings
         smallest = config.function_evaluations(first_informed)
-        return {"corrector_period": 1, "nfe_per_block": max(smallest, config.block_size // 2), **settings}
+        budget = max(smallest, config.block_size // 2)
+        return {"corrector_period": CORRECTOR_PERIOD, "nfe_per_block": budget, **settings}
 
     def generate(self, settings: dict[str, Any], streamer: StreamedText | None = None) -> Generation:
         """One call of `generate`; ValueErrors, which tell what is wrong with a setting, become a CommandError."""

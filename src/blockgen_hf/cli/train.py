@@ -5,7 +5,8 @@ import json
 import os
 from collections.abc import Sequence
 
-from .parsing import CommandError, integer
+from ..recipe_files import find_recipe
+from .parsing import CommandError, add_run_arguments, integer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,18 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-steps", type=integer(1), metavar="N", help="optimizer steps; short for training.max_steps=N"
     )
-    group = parser.add_mutually_exclusive_group()
-    group.add_argument(
-        "--resume", action="store_true", help="go on from the last checkpoint in the output folder, if there is one"
-    )
-    group.add_argument(
-        "--overwrite", action="store_true", help="replace the model and the checkpoints in the output folder"
-    )
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="check everything, and print size, memory and time to expect; downloads and writes nothing",
-    )
+    add_run_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -56,10 +46,18 @@ def run_recipe(
     """Trains, or says what it would take, and returns the exit status."""
     process = int(os.environ.get("RANK", "0"))
 
+    try:
+        find_recipe(recipe)
+    except FileNotFoundError as error:
+        if process > 0:
+            return 1  # the main process says it
+        raise CommandError(error) from error
+
     from .loading import quiet_transformers
 
     try:
-        from .training import dry_run, prepare, train
+        from .dry_run import dry_run
+        from .training import prepare, train
     except ImportError as error:
         raise CommandError(f"Training needs more packages: pip install 'blockgen-hf[train]' ({error}).") from error
 

@@ -11,14 +11,13 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
-from ..folder_lock import lock_folder
+from ..errors import first_line, full_disk_error
+from ..run_folders import lock_folder
 from ..training.arguments import BlockGenTrainingArguments
-from ..training.checkpointing import first_line
 from ..training.recipe import Recipe, load_recipe
 from ..training.recipe_building import build_trainer
 from ..training.resuming import RunFacts
 from ..training.trainer import BlockGenTrainer
-from ..whole_files import full_disk_error
 from .figures import likelihood_table
 from .interruption import StopOnInterrupt
 from .loading import one_line_errors, set_num_threads, show_bars_of_datasets
@@ -141,15 +140,6 @@ def _what_is_saved(folder: OutputFolder) -> str:
     )
 
 
-def dry_run(prepared: Prepared) -> None:
-    from .dry_run import describe
-
-    if prepared.is_main:
-        with one_line_errors():
-            for line in describe(prepared):
-                print(line)
-
-
 def _replace_callbacks(trainer: BlockGenTrainer, *callbacks: TrainerCallback) -> None:
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
@@ -202,4 +192,4 @@ def _print_end(
         draws = prepared.args.eval_monte_carlo_samples
         print(f"\nValidation, {draws} Monte-Carlo draws a row:")
         figures = {name.removeprefix("eval_"): value for name, value in metrics.items()}
-        print("\n".join(likelihood_table(figures)))
+        print(likelihood_table(figures).text())

@@ -1,6 +1,5 @@
 """How many questions a model answers rightly, by decoding: exact match, pass@k, majority vote, and what they cost."""
 
-import hashlib
 import json
 import os
 import tempfile
@@ -10,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_utils import unwrap_model
 
 from ..prompts import PromptEncoder
-from ..whole_files import write_whole
+from ..run_folders import digest, weights_digest
+from ..whole_files import write_json, write_whole
 from .answer_figures import AnswerFigures, answer_figures, answer_table
 from .answer_generation import AnswerSampler, generate_missing, make_tasks
 from .answer_questions import Question, read_questions
@@ -53,7 +52,7 @@ class AnswerResult:
 
     def table(self) -> str:
         """The figures as a Markdown table."""
-        return "\n".join(answer_table(self.figures))
+        return answer_table(self.figures).markdown()
 
 
 def evaluate_answers(
@@ -166,8 +165,7 @@ def evaluate_answers(
             rows,
         )
         if processes.is_main and output_dir is not None:
-            figures = json.dumps(result.to_dict(), indent=2, ensure_ascii=False)
-            write_whole(Path(folder) / "results.json", figures + "\n")
+            write_json(Path(folder) / "results.json", result.to_dict())
             write_whole(Path(folder) / "table.md", result.table() + "\n")
         processes.wait()
     return result
@@ -206,16 +204,11 @@ def _settings_in_effect(model: PreTrainedModel, decoding: Decoding) -> dict[str,
 
 def _fingerprints(model: PreTrainedModel, prompts: list[list[int]], questions: list[Question]) -> dict[str, str]:
     """What tells the model and the questions from others: a folder's model may have been trained on."""
-    weights = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(model.state_dict().items()):
-        weights.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        weights.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     config = model.config.to_dict()
     config = {name: value for name, value in config.items() if name not in ("_name_or_path", "transformers_version")}
     answers = [question.answer for question in questions]
     texts = {"config": json.dumps(config, sort_keys=True, default=str), "questions": json.dumps([prompts, answers])}
-    hashes = {name: hashlib.blake2b(text.encode(), digest_size=16).hexdigest() for name, text in texts.items()}
-    return {"weights": weights.hexdigest(), **hashes}
+    return {"weights": weights_digest(model), **{name: digest([text], is_long=True) for name, text in texts.items()}}
 
 
 def _scored(rows: Sequence[Row], questions: Sequence[Question], form: str) -> list[Row]:

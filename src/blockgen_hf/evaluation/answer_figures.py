@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from ..tables import Table
+
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
@@ -214,8 +216,8 @@ def _cost(rows: Sequence[Mapping[str, Any]], num_questions: int) -> dict[str, An
     }
 
 
-def answer_table(figures: Mapping[str, AnswerFigures]) -> list[str]:
-    """Lines of a Markdown table, a decoding a row, in percent."""
+def answer_table(figures: Mapping[str, AnswerFigures]) -> Table:
+    """A decoding a row, in percent."""
     first = next(iter(figures.values()))
     header = ["decoding", "accuracy, % [95%]"]
     if first.num_samples > 1:
@@ -223,7 +225,7 @@ def answer_table(figures: Mapping[str, AnswerFigures]) -> list[str]:
     if len(figures) > 1:
         header.append("minus the first")
     header += ["evaluations a block", "evaluations a token", "tokens/s", "truncated", "no answer"]
-    lines = [header, ["---"] * len(header)]
+    rows = []
     for name, figure in figures.items():
         cells = [f"`{name}`", _cell(figure.accuracy)]
         if figure.num_samples > 1:
@@ -240,8 +242,8 @@ def answer_table(figures: Mapping[str, AnswerFigures]) -> list[str]:
             f"{figure.num_truncated} of {total}",
             f"{figure.num_without_answer} of {total}",
         ]
-        lines.append(cells)
-    return ["| " + " | ".join(cells) + " |" for cells in lines]
+        rows.append(cells)
+    return Table(header, rows)
 
 
 def _cell(estimate: Estimate, sign: str = "") -> str:

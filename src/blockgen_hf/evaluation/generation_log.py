@@ -5,11 +5,13 @@ The first line holds the settings that every row was made with. Rows are appende
 in writing is dropped.
 """
 
-import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from ..run_folders import append_rows, as_stored, check_settings, json_lines
+from ..text_files import rows_of_lines
+from ..whole_files import write_whole
 
 
 Row = dict[str, Any]
@@ -29,8 +31,8 @@ class GenerationLog:
     def __init__(self, folder: Path, settings: Mapping[str, Any], decodings: Mapping[str, Any]) -> None:
         self.folder = folder
         self.file = folder / "generations.jsonl"
-        self.settings = _as_json(settings)
-        self.decodings: dict[str, Any] = _as_json(decodings)
+        self.settings = as_stored(settings)
+        self.decodings: dict[str, Any] = as_stored(decodings)
 
     def parts(self) -> list[Path]:
         return sorted(self.folder.glob("generations.*.part.jsonl"))
@@ -69,10 +71,7 @@ class GenerationLog:
 
     def replace(self, rows: Iterable[Row]) -> None:
         """Writes the merged file anew, all of it or nothing."""
-        unfinished = self.file.with_name(self.file.name + ".unfinished")
-        with unfinished.open("wb") as stream:
-            _append(stream, [self._header(), *rows])
-        os.replace(unfinished, self.file)
+        write_whole(self.file, json_lines([self._header(), *rows]))
 
     def open_part(self, number: int) -> "Part":
         """A file of its own for the process of this number."""
@@ -84,26 +83,23 @@ class GenerationLog:
     def _read(self, file: Path) -> Iterator[Row]:
         if not file.exists():
             return
-        # A line that was not ended was being written. Lines are split at \n alone: texts may hold other separators.
-        lines = file.read_bytes().split(b"\n")[:-1]
-        for number, line in enumerate(lines, start=1):
-            try:
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError("no JSON object")
-            except ValueError as error:
-                raise ValueError(f"{file}, line {number} is damaged: {error}. Delete it, or begin anew.") from error
-            if number == 1:
-                self._check(file, row)
-            else:
-                yield row
+        ended, _, _ = file.read_bytes().rpartition(b"\n")  # behind it is a line that was being written
+        try:
+            rows = [row for _, row in rows_of_lines(ended.decode().split("\n"), file.name)]
+        except ValueError as error:
+            raise ValueError(
+                f"{file} is damaged ({str(error).rstrip('.')}): delete it, or overwrite the evaluation."
+            ) from error
+        if rows:
+            self._check(file, rows[0])
+        yield from rows[1:]
 
     def _check(self, file: Path, header: Row) -> None:
         if header.get("format") != _FORMAT:
             raise ValueError(f"{file} is no file of generations of this version: name another folder.")
-        _compare(file, "", header["settings"], self.settings)
+        check_settings(file, header["settings"], self.settings)
         for name, settings in header["decodings"].items():
-            _compare(file, f"{name}: ", settings, self.decodings.setdefault(name, settings))
+            check_settings(file, settings, self.decodings.setdefault(name, settings), name)
 
 
 class Part:
@@ -114,35 +110,10 @@ class Part:
         self.append([header])
 
     def append(self, rows: Iterable[Row]) -> None:
-        _append(self._stream, rows)
+        append_rows(self._stream, rows)
 
     def close(self) -> None:
         self._stream.close()
-
-
-def _append(stream: BinaryIO, rows: Iterable[Row]) -> None:
-    for row in rows:
-        stream.write(json.dumps(row, ensure_ascii=False).encode("utf-8", errors="backslashreplace") + b"\n")
-    stream.flush()
-    os.fsync(stream.fileno())
-
-
-def _as_json(value: Any) -> Any:
-    return json.loads(json.dumps(value))
-
-
-def _compare(file: Path, where: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    for name in sorted({*before, *now}):
-        if before.get(name) != now.get(name):
-            raise ValueError(
-                f"{file} was made with other settings ({where}`{name}` was {_short(before.get(name))}, and is "
-                f"{_short(now.get(name))} now): overwrite it, or name another folder."
-            )
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 __all__ = ["GenerationLog", "Part", "Row"]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ..folder_lock import lock_folder
+from ..run_folders import lock_folder
 
 
 # Processes wait for the slowest one, whose texts may take hours.

@@ -1,6 +1,5 @@
 """Quality against function evaluations and throughput, by samples of many decodings (BlockGen, tables 2, 8 to 19)."""
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +8,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..places import name_without_folder
+from ..run_folders import digest, sampled_digest
+from ..whole_files import json_text, write_json
 from .processes import Processes
-from .samples_drawing import DrawnText, draw_texts, encode_prompts, weights_fingerprint
-from .samples_folder import SampleFolder, as_json
+from .samples_drawing import DrawnText, draw_texts, encode_prompts
+from .samples_folder import SampleFolder
 from .samples_grid import SampleCell, SkippedCell, sample_cells
 from .samples_scores import SampleScorer, cut_texts
 
@@ -26,7 +28,8 @@ class SampleResults:
 
     Args:
         settings (`dict`): what all cells have in common: model, length and number of texts, seed, machine, judge ...
-        cells (`list[dict]`): figures of each: `cell` ([`SampleCell`]), cost, `scores` ([`SampleScorer.score`]).
+        cells (`list[dict]`): figures of all cells in the folder, those of earlier runs too: `cell` ([`SampleCell`]),
+            cost, `scores` ([`SampleScorer.score`]).
         skipped (`list` of [`SkippedCell`]): what of the grid cannot be, and why.
     """
 
@@ -56,7 +59,8 @@ def evaluate_samples(
     progress: Progress | None = None,
 ) -> SampleResults | None:
     """
-    Draws texts in every cell, then scores them. What `output_dir` holds of either is not done again.
+    Draws texts in every cell, then scores them. What `output_dir` holds of either is not done again, and is part of
+    the results, also where `cells` are fewer than before.
 
     Under `accelerate launch` or `torchrun` each process draws a share of the texts, with the whole model; the main
     process scores them, and alone gets the result: it must have the scorer, the others need none.
@@ -89,14 +93,14 @@ def evaluate_samples(
         "num_samples": num_samples,
         "max_new_tokens": max_new_tokens,
         "num_prompts": len(prompts),
-        "prompts": hashlib.sha256(as_json(list(prompts)).encode()).hexdigest()[:16],
+        "prompts": digest([json_text(list(prompts))]),
         "seed": seed,
         "batch_size": batch_size,
         "processes": processes.count,
     }
     with processes.locking(output_dir):
         folder = SampleFolder(output_dir, drawing, scorer.settings, overwrite) if processes.is_main else None
-        missing = [cell for cell in cells if folder is not None and not folder.has_texts(cell)]
+        missing = [cell for cell in cells if folder is not None and not folder.has_texts(cell.name)]
         for number, cell in enumerate(processes.broadcast(missing), 1):
             if progress is not None and processes.is_main:
                 progress(f"drawing {number} of {len(missing)}: {cell.name}")
@@ -115,21 +119,20 @@ def evaluate_samples(
             if folder is not None:
                 texts = sorted((text for drawn, _ in shares for text in drawn), key=lambda text: text.index)
                 seconds, cpu_seconds = zip(*(clocks for _, clocks in shares), strict=True)
-                folder.write_drawn(cell, texts, _figures(cell, texts, max(seconds), sum(cpu_seconds)))
+                folder.write_drawn(cell.name, texts, _figures(cell, texts, max(seconds), sum(cpu_seconds)))
         if folder is None:
             return None
         results = SampleResults({**drawing, **scorer.settings}, _score(folder, cells, scorer, progress), list(skipped))
-        folder.write("results.json", as_json(results.to_dict()))
+        write_json(folder.path / "results.json", results.to_dict())
         return results
 
 
 def _facts(model: PreTrainedModel) -> dict[str, Any]:
     """What the texts and the time that they take depend on."""
     on_gpu = model.device.type == "cuda"
-    name = model.name_or_path
     return {
-        "model": Path(name).name if Path(name).is_dir() else name,  # a label, not a path of this machine
-        "weights": weights_fingerprint(model),
+        "model": name_without_folder(model.name_or_path),
+        "weights": sampled_digest(model),
         "diffusion_type": model.config.diffusion_type,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(model.device) if on_gpu else model.device.type,
@@ -161,19 +164,25 @@ def _figures(cell: SampleCell, texts: Sequence[DrawnText], seconds: float, cpu_s
 def _score(
     folder: SampleFolder, cells: Sequence[SampleCell], scorer: SampleScorer, progress: Progress | None
 ) -> list[dict[str, Any]]:
-    """Figures of all cells, with scores."""
-    scored = []
-    for number, cell in enumerate(cells, 1):
-        figures = folder.read_figures(cell)
-        if figures is None:
-            raise ValueError(f"`output_dir` has lost the cell {cell.name} while the evaluation ran.")
+    """Figures of all cells that the folder holds, those of an earlier and larger grid too, with scores."""
+    found = folder.all_figures()
+    lost = [cell.name for cell in cells if cell.name not in found]
+    if lost:
+        raise ValueError(f"`output_dir` has lost the cell {lost[0]} while the evaluation ran.")
+    for number, (name, figures) in enumerate(found.items(), 1):
         if not folder.has_scores(figures):
             if progress is not None:
-                progress(f"scoring {number} of {len(cells)}: {cell.name}")
-            figures["scores"] = scorer.score(folder.read_texts(cell))
-            folder.write_figures(cell, figures)
-        scored.append(figures)
-    return scored
+                progress(f"scoring {number} of {len(found)}: {name}")
+            figures["scores"] = scorer.score(folder.read_texts(name))
+            folder.write_figures(name, figures)
+    series = list(dict.fromkeys([cell.series for cell in cells] + [one["cell"]["series"] for one in found.values()]))
+    return sorted(found.values(), key=lambda figures: _place(figures["cell"], series))
+
+
+def _place(cell: dict[str, Any], series: list[str]) -> tuple[float, ...]:
+    """Cells of one series together, in the order of their numbers, the budget last."""
+    numbers = (cell[name] or 0 for name in ("block_size", "ar_seed_tokens", "temperature", "top_p", "nfe"))
+    return (series.index(cell["series"]), *numbers)
 
 
 __all__ = [

@@ -1,7 +1,5 @@
 """Drawing texts that are numbered: text i is the same in every batch and in every process."""
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -167,19 +165,4 @@ def _decode_rows(
     )
 
 
-def weights_fingerprint(model: PreTrainedModel) -> str:
-    """A few hexadecimal digits that differ between trained models: of some 64 numbers a tensor and of settings."""
-    configs = [model.config.to_diff_dict(), model.generation_config.to_diff_dict()]
-    for config in configs:
-        config.pop("transformers_version", None)
-    layout = [*configs, [type(module).__name__ for module in model.modules()]]
-    digest = hashlib.sha256(json.dumps(layout, sort_keys=True, default=str).encode())
-    for name, weight in sorted(model.state_dict().items()):
-        if isinstance(weight, torch.Tensor):
-            flat = weight.detach().flatten()
-            few = flat[:: max(1, flat.numel() // 64)].to(device="cpu", dtype=torch.float64)
-            digest.update(f"{name} {list(weight.shape)} {few.tolist()}".encode())
-    return digest.hexdigest()[:16]
-
-
-__all__ = ["DrawnText", "draw_texts", "encode_prompts", "weights_fingerprint"]
+__all__ = ["DrawnText", "draw_texts", "encode_prompts"]

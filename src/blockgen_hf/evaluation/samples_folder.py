@@ -1,17 +1,15 @@
 """The folder of a sample evaluation: a file of texts and one of figures for each cell, written whole or not at all."""
 
-import hashlib
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..folder_lock import LOCK
-from ..whole_files import write_whole
+from ..run_folders import LOCK, as_stored, check_settings, differences, digest, json_lines
+from ..text_files import json_rows, read_json
+from ..whole_files import write_json, write_whole
 from .samples_drawing import DrawnText
-from .samples_grid import SampleCell
 
 
 _SETTINGS = "settings.json"
@@ -45,7 +43,7 @@ class SampleFolder:
         self._check(drawing)
         for name in ("texts", "cells"):
             (self.path / name).mkdir(parents=True, exist_ok=True)
-        self.write(_SETTINGS, as_json({"drawing": drawing, "scoring": scoring}))
+        write_json(self.path / _SETTINGS, {"drawing": drawing, "scoring": scoring})
 
     def _check(self, drawing: dict[str, Any]) -> None:
         file = self.path / _SETTINGS
@@ -55,70 +53,56 @@ class SampleFolder:
                     f"`output_dir` must be new, empty or of a former evaluation, but {self.path} holds other things."
                 )
             return
-        before = json.loads(file.read_text(encoding="utf-8"))
-        differing = _differing(before["drawing"], drawing)
-        if differing and self.overwrite:
+        before, now = read_json(file), as_stored({"drawing": drawing, "scoring": self.scoring})
+        if not self.overwrite:
+            for group in ("drawing", "scoring"):
+                check_settings(self.path, before[group], now[group])
+        elif differences(before["drawing"], now["drawing"]):
             for name in ("cells", "texts"):  # figures first: without them there is no cell
                 shutil.rmtree(self.path / name, ignore_errors=True)
-        elif differing or (not self.overwrite and (differing := _differing(before["scoring"], self.scoring))):
-            name, old, new = differing[0]
-            raise ValueError(
-                f"{self.path} was written with another `{name}`: {old!r}, now {new!r}. Take another folder, or "
-                "overwrite it."
-            )
 
-    def read_figures(self, cell: SampleCell) -> dict[str, Any] | None:
+    def all_figures(self) -> dict[str, dict[str, Any]]:
+        """By name what is known of the cells that have been drawn, in this evaluation or in an earlier one."""
+        names = sorted(file.stem for file in self._cells.glob("*.json"))
+        figures = {name: self.read_figures(name) for name in names if self.has_texts(name)}
+        return {name: found for name, found in figures.items() if found is not None}
+
+    def read_figures(self, name: str) -> dict[str, Any] | None:
         """What is known of a cell; None if it has not been drawn."""
-        file = self.path / "cells" / f"{cell.name}.json"
+        file = self._cells / f"{name}.json"
         try:
-            figures = json.loads(file.read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):  # a file that was damaged says as little as none
+            figures = read_json(file)
+        except ValueError:  # a file that was damaged says as little as none
             return None
-        return figures if isinstance(figures, dict) and "scores" in figures else None
+        return figures if "scores" in figures and "cell" in figures else None
 
-    def has_texts(self, cell: SampleCell) -> bool:
+    def has_texts(self, name: str) -> bool:
         """Whether a cell has been drawn, and its texts are those that its figures tell of."""
-        figures = self.read_figures(cell)
-        file = self._texts(cell)
-        return figures is not None and file.is_file() and figures.get("texts_sha256") == _digest(file.read_bytes())
+        figures = self.read_figures(name)
+        file = self._texts(name)
+        return figures is not None and file.is_file() and figures.get("texts_sha256") == digest([file.read_bytes()])
 
     def has_scores(self, figures: dict[str, Any]) -> bool:
         return figures["scores"] is not None and figures["scores"]["settings"] == self.scoring
 
-    def write_figures(self, cell: SampleCell, figures: dict[str, Any]) -> None:
-        self.write(f"cells/{cell.name}.json", as_json(figures))
+    def write_figures(self, name: str, figures: dict[str, Any]) -> None:
+        write_json(self.path / "cells" / f"{name}.json", figures)
 
-    def read_texts(self, cell: SampleCell) -> list[DrawnText]:
-        lines = self._texts(cell).read_text(encoding="utf-8").split("\n")
-        return [DrawnText(**json.loads(line)) for line in lines if line]
+    def read_texts(self, name: str) -> list[DrawnText]:
+        return [DrawnText(**row) for _, row in json_rows(str(self._texts(name)))]
 
-    def write_drawn(self, cell: SampleCell, texts: Sequence[DrawnText], figures: dict[str, Any]) -> None:
+    def write_drawn(self, name: str, texts: Sequence[DrawnText], figures: dict[str, Any]) -> None:
         """Texts, then figures, which know the texts."""
-        lines = [json.dumps(asdict(text), ensure_ascii=False) + "\n" for text in texts]
-        content = "".join(lines)
-        self.write(f"texts/{cell.name}.jsonl", content)
-        self.write_figures(cell, {**figures, "texts_sha256": _digest(content.encode())})
+        content = json_lines(asdict(text) for text in texts)
+        write_whole(self._texts(name), content)
+        self.write_figures(name, {**figures, "texts_sha256": digest([content])})
 
-    def _texts(self, cell: SampleCell) -> Path:
-        return self.path / "texts" / f"{cell.name}.jsonl"
+    @property
+    def _cells(self) -> Path:
+        return self.path / "cells"
 
-    def write(self, name: str, content: str) -> None:
-        write_whole(self.path / name, content)
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
+    def _texts(self, name: str) -> Path:
+        return self.path / "texts" / f"{name}.jsonl"
 
 
-def as_json(value: Any) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-
-
-def _differing(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Name, old and new value of each setting that differs."""
-    now = json.loads(json.dumps(now))
-    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    return [(name, before.get(name), now.get(name)) for name in names]
-
-
-__all__ = ["SampleFolder", "as_json"]
+__all__ = ["SampleFolder"]

@@ -1,6 +1,5 @@
 """What drawn texts are worth: perplexity under a judge, entropy, distinct n-grams, repetition, MAUVE."""
 
-import hashlib
 import json
 import math
 import statistics
@@ -12,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
+from ..prompts import encode_texts
+from ..run_folders import digest
 from .samples_drawing import DrawnText
 
 
@@ -51,12 +52,11 @@ class SampleScorer:
     @property
     def settings(self) -> dict[str, Any]:
         """What scores depend on, for comparison with those that are there."""
-        digest = hashlib.sha256(json.dumps(list(self.references)).encode()).hexdigest()[:16]
         return {
             "judge": None if self.judge is None else self.judge.name,
             "start_token": self._start_token,
             "max_length": self.max_length,
-            "references": digest if self.references else None,
+            "references": digest([json.dumps(list(self.references))]) if self.references else None,
         }
 
     def score(self, texts: Sequence[DrawnText]) -> dict[str, Any]:
@@ -163,7 +163,7 @@ class SampleScorer:
 
 def cut_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], num_tokens: int) -> list[str]:
     """The texts up to so many tokens, as references for drawn texts of this length."""
-    ids = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    ids = encode_texts(tokenizer, texts)
     return list(tokenizer.batch_decode([row[:num_tokens] for row in ids], clean_up_tokenization_spaces=False))
 
 

@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache
 
 from ..modeling.releases_blockgen import take_cache
 from ..quantization import PackedLinear
+from ..tables import Table
 
 
 @dataclass(frozen=True)
@@ -388,9 +389,9 @@ def random_prompts(config: PreTrainedConfig, case: Case, seed: int) -> torch.Ten
     return words[torch.randint(len(words), (case.batch_size, case.prefix), generator=generator)]
 
 
-def table(measurements: list[Measurement], plain: str = "plain", gpt2: str = "gpt2") -> list[str]:
+def table(measurements: list[Measurement], plain: str = "plain", gpt2: str = "gpt2") -> Table:
     """
-    Lines of a Markdown table, a row a measurement. `plain` and `gpt2` name the contenders whose speed the others' is
+    A row a measurement. `plain` and `gpt2` name the contenders whose speed the others' is
     divided by: the plain one with the same decoding.
     """
     rates = {
@@ -403,7 +404,7 @@ def table(measurements: list[Measurement], plain: str = "plain", gpt2: str = "gp
         "decoding", "by", "tokens/s (min to max)", f"tokens/{working}", "of plain", "of GPT-2", "evaluations",
         "expected", "forwards", "tokens a forward", "ms a forward", "outside", "matmul", "memory",
     )  # fmt: skip
-    lines = [f"| {' | '.join(columns)} |", "|---|---|" + "---:|" * (len(columns) - 2)]
+    rows = []
     for found in measurements:
         figures, expected = found.figures(), found.expected_passes
         rate = figures["tokens_per_working_second"]
@@ -425,8 +426,8 @@ def table(measurements: list[Measurement], plain: str = "plain", gpt2: str = "gp
             f"{figures['fraction_of_matrix_products']:.1%}",
             f"{figures['fraction_of_bandwidth']:.1%}",
         )
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        rows.append(cells)
+    return Table(columns, rows, num_labels=2)
 
 
 __all__ = [

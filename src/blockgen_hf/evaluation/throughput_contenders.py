@@ -30,6 +30,7 @@ _BUDGETS: dict[str, Callable[[int], dict[str, int]]] = {
 }
 # Nats. What a language model leaves open about a token of a noisy block, in order of magnitude.
 _ENTROPY = 4.0
+_PROMPT_LENGTH = 16  # of random tokens, behind which it is measured
 _MODULATION_SCALE = 0.2
 
 
@@ -126,10 +127,10 @@ def denoiser_entropy(model: BlockGenForDiffusionLM) -> float:
 
 
 @torch.no_grad()
-def _logits_of_noise(model: BlockGenForDiffusionLM, prompt_length: int = 16) -> torch.Tensor:
-    prompt = torch.randint(model.config.vocab_size - 1, (1, prompt_length), device=model.device)
+def _logits_of_noise(model: BlockGenForDiffusionLM) -> torch.Tensor:
+    prompt = torch.randint(model.config.vocab_size - 1, (1, _PROMPT_LENGTH), device=model.device)
     noise = model.diffusion.prior((1, max(model.config.block_sizes)), model.device)
-    positions = prompt_length + torch.arange(noise.shape[1], device=model.device)[None]
+    positions = _PROMPT_LENGTH + torch.arange(noise.shape[1], device=model.device)[None]
     return model(input_ids=prompt, noisy_input_ids=noise, noisy_position_ids=positions, noise_level=1.0).logits
 
 

@@ -15,7 +15,8 @@ from huggingface_hub import EvalResult
 
 from ..modeling.configuration_blockgen import BlockGenConfig
 from ..modeling.evaluation_draws_blockgen import is_exact
-from .card_facts import is_hub_id
+from ..places import is_hub_id, name_without_folder
+from ..tables import error_bar, number
 from .files import read_json
 
 
@@ -51,6 +52,18 @@ class LikelihoodTable:
     rows: list[LikelihoodRow]
     dataset: dict[str, Any]
 
+    def cells(self) -> list[tuple[str, ...]]:
+        return [
+            (
+                row.name,
+                f"{row.nll:.4f}",
+                f"{row.perplexity:.2f}",
+                error_bar(row.standard_error, row.perplexity),
+                row.meaning,
+            )
+            for row in self.rows
+        ]
+
 
 @dataclass(frozen=True)
 class QualityRow:
@@ -82,6 +95,20 @@ class Results:
     @property
     def is_empty(self) -> bool:
         return not (self.likelihoods or self.qualities)
+
+    def quality_cells(self) -> list[tuple[str, ...]]:
+        return [
+            (
+                ", ".join(filter(None, (row.name, row.dataset))),
+                f"{number(row.value, 'g')} {error_bar(row.standard_error, row.value)}".rstrip(),
+                number(row.num_function_evaluations, "g"),
+                number(row.entropy, "g"),
+                ", ".join(
+                    filter(None, (row.decoding, row.settings, f"{row.num_samples} samples" * bool(row.num_samples)))
+                ),
+            )
+            for row in self.qualities
+        ]
 
 
 def read_results(evaluations: Iterable[Evaluation], config: BlockGenConfig | None) -> Results:
@@ -139,7 +166,7 @@ def _likelihood_table(values: Mapping[str, Any], config: BlockGenConfig | None, 
     data = values.get("data") or {}
     dataset = data.get("dataset") or "unnamed data"
     names = dataset if isinstance(dataset, list) else [dataset]
-    title = ", ".join(each if is_hub_id(each) else Path(each).name for each in names)
+    title = ", ".join(map(name_without_folder, names))
     details = []
     if data.get("dataset_split") and all(map(is_hub_id, names)):
         details.append(f"split {data['dataset_split']}")
@@ -170,7 +197,7 @@ def _likelihood_table(values: Mapping[str, Any], config: BlockGenConfig | None, 
 
 def _likelihood_rows(values: Mapping[str, Any], config: BlockGenConfig | None, name: str) -> list[LikelihoodRow]:
     rows = []
-    for size, figure in values["block_sizes"].items():
+    for size, figure in sorted(values["block_sizes"].items(), key=lambda item: int(item[0])):
         meaning = "exact" if config is not None and is_exact(config, int(size)) else "upper bound"
         rows.append(_likelihood_row(f"block size {size}", figure, meaning, name))
     for key, (label, meaning) in _MIXTURE.items():

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from ..modeling.configuration_blockgen import BlockGenConfig
-from .files import ADAPTER_CONFIG, CONFIG, CONVERSION, read_json
+from ..places import is_hub_id
+from .files import ADAPTER_CONFIG, CONFIG, CONVERSION, TOKENIZER_CONFIG, read_json
 from .weights import SavedTensor, count_values, read_tensors
 
 
@@ -110,6 +111,10 @@ class ModelFacts:
             return [blocks]
         return [Decoding("arpc", f"block_size={size}, {new_tokens}"), blocks, Decoding("ar", new_tokens)]
 
+    def decoding_rows(self) -> Rows:
+        """The decodings and what they are, as a table."""
+        return [(f'`"{decoding.name}"`', decoding.description) for decoding in self.decodings()]
+
     def rows(self) -> Rows:
         """What it is, as a table."""
         stored = sorted({tensor.dtype_name for tensor in self.tensors.values()})
@@ -142,7 +147,7 @@ def read_model(folder: Path) -> ModelFacts:
         ValueError: the folder holds no BlockGen model, nor an adapter with the name of its base model.
     """
     tensors = read_tensors(folder)
-    has_tokenizer = (folder / "tokenizer_config.json").is_file()
+    has_tokenizer = (folder / TOKENIZER_CONFIG).is_file()
     conversion = read_json(folder / CONVERSION) if (folder / CONVERSION).is_file() else None
     if (folder / CONFIG).is_file():
         return ModelFacts(read_config(folder), tensors, None, has_tokenizer, conversion)
@@ -175,15 +180,6 @@ def read_config(folder: Path) -> BlockGenConfig:
     return config
 
 
-def is_hub_id(name: Any) -> bool:
-    """Whether a name can be one on the Hub, and is no file or folder here."""
-    if not isinstance(name, str) or not name or name.count("/") > 1 or Path(name).exists():
-        return False
-    plain = name.replace("/", "").replace("-", "").replace("_", "").replace(".", "")
-    is_file = Path(name).suffix in (".txt", ".json", ".jsonl", ".parquet", ".csv", ".arrow", ".gz", ".zst")
-    return plain.isalnum() and plain.isascii() and not name.startswith((".", "/", "-")) and not is_file
-
-
 def first_prompt(config: BlockGenConfig | None) -> str:
     """Token ids to begin with where there is no tokenizer, as Python."""
     if config is not None and config.next_token_prediction:
@@ -198,7 +194,6 @@ __all__ = [
     "ModelFacts",
     "Rows",
     "first_prompt",
-    "is_hub_id",
     "read_config",
     "read_model",
 ]

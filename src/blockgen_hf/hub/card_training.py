@@ -7,12 +7,10 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from .card_facts import Rows, is_hub_id
-from .files import read_json
+from ..places import is_hub_id, name_without_folder
+from .card_facts import Rows
+from .files import RECIPE, STATE, read_json
 
-
-RECIPE = "recipe.yaml"
-STATE = "trainer_state.json"
 
 # Keys of a recipe, or attributes of the training arguments, and what the card calls them.
 _DATA = {
@@ -155,7 +153,7 @@ def _value(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     text = str(getattr(value, "value", value))
-    return text if is_hub_id(text) or "/" not in text else Path(text).name
+    return name_without_folder(text) if "/" in text else text
 
 
 def _outcome(state: Mapping[str, Any]) -> Rows:
@@ -178,4 +176,4 @@ def _validation(state: Mapping[str, Any]) -> tuple[dict[str, float] | None, int 
     return metrics, found[0]["step"]
 
 
-__all__ = ["RECIPE", "STATE", "TrainingFacts", "read_training"]
+__all__ = ["TrainingFacts", "read_training"]

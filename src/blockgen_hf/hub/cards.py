@@ -6,7 +6,6 @@ Cards: what README.md says of a model on the Hub, or of a data set of samples.
 No figure is made up: what is not known is left out, and a section without content says that nothing was recorded.
 """
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
@@ -15,9 +14,13 @@ from typing import Any
 
 from huggingface_hub import DatasetCard, DatasetCardData, ModelCard, ModelCardData
 
+from ..places import is_hub_id
+from ..run_folders import json_lines
+from ..tables import Table
+from ..text_files import json_rows
 from ..whole_files import write_whole
 from .card_evaluation import Evaluation, model_index, read_results, validation_table
-from .card_facts import first_prompt, is_hub_id, read_model
+from .card_facts import first_prompt, read_model
 from .card_training import read_training
 from .files import read_card
 from .licenses import License, find_license
@@ -96,6 +99,7 @@ def model_card(
         data,
         template_str=template("model_card.md"),
         repo_id=repo_id,
+        table=_table,
         title=title,
         facts=facts,
         prompt=first_prompt(facts.config),
@@ -143,6 +147,7 @@ def samples_card(
         data,
         template_str=template("samples_card.md"),
         repo_id=repo_id,
+        table=_table,
         models=[model_id] if model_id else models,
         num_samples=len(rows),
         groups=_groups(rows),
@@ -158,7 +163,7 @@ def write_samples(results: Iterable[Mapping[str, Any]], file: str | Path) -> int
     Raises:
         ValueError: a result of another shape.
     """
-    lines = []
+    rows: list[dict[str, Any]] = []
     for result in results:
         try:
             common = {key: result[key] for key in ("model", "dtype", "prompt", "seed")}
@@ -166,13 +171,13 @@ def write_samples(results: Iterable[Mapping[str, Any]], file: str | Path) -> int
             for generation in result["results"]:
                 settings = {key: value for key, value in generation["settings"].items() if key != "decoding"}
                 about = {**common, "decoding": generation["decoding"], "settings": settings}
-                lines += [json.dumps({**about, **sample}, ensure_ascii=False) for sample in generation["samples"]]
+                rows += [{**about, **sample} for sample in generation["samples"]]
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"`results` must be what `blockgen-hf generate --json` prints; one lacks {error}."
             ) from error
-    write_whole(Path(file), "".join(f"{line}\n" for line in lines))
-    return len(lines)
+    write_whole(Path(file), json_lines(rows))
+    return len(rows)
 
 
 def read_samples(folder: Path) -> list[dict[str, Any]]:
@@ -184,37 +189,31 @@ def read_samples(folder: Path) -> list[dict[str, Any]]:
     """
     rows = []
     for file in sorted(folder.glob("*.jsonl")):
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-            rows.append(_checked_sample(line, f"{file.name}, line {number}"))
+        rows += [_checked_sample(row, where) for where, row in json_rows(str(file))]
     if not rows:
         raise ValueError(f"{folder} holds no samples: no .jsonl file with a sample a line.")
     return rows
 
 
-def _checked_sample(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where} is no JSON: {error}") from error
+def _checked_sample(row: dict[str, Any], where: str) -> dict[str, Any]:
     for name, kind in _SAMPLE_FIELDS.items():
-        if not isinstance(row, dict) or not isinstance(row.get(name), kind):
-            raise ValueError(
-                f"{where}: a sample must have `{name}` ({kind.__name__}), and has "
-                f"{row.get(name) if isinstance(row, dict) else row!r}."
-            )
-    return dict(row)
+        if not isinstance(row.get(name), kind):
+            raise ValueError(f"{where}: a sample must have `{name}` ({kind.__name__}), and has {row.get(name)!r}.")
+    return row
 
 
-def _groups(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """How many samples of which decoding and settings, and what they took."""
+def _groups(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """A row for each decoding with its settings: how many samples, and what one took."""
     groups: dict[tuple[str, str], list[int]] = defaultdict(list)
     for row in rows:
         settings = ", ".join(f"{name}={value}" for name, value in sorted(row["settings"].items()))
         groups[row["decoding"], settings].append(row["num_function_evaluations"])
-    return [
-        {"decoding": decoding, "settings": settings, "num_samples": len(costs), "evaluations": sum(costs) / len(costs)}
-        for (decoding, settings), costs in groups.items()
-    ]
+    return [(*names, f"{len(costs):,}", f"{sum(costs) / len(costs):.1f}") for names, costs in groups.items()]
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """For the templates: Markdown, all columns to the left."""
+    return Table(columns, rows, num_labels=len(columns)).markdown()
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Published checkpoints become folders that transformers loads, and folders of ours become published checkpoints."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from .. import __version__
 from ..default_decoding import default_decoding
 from ..modeling.configuration_blockgen import BlockGenConfig
 from ..modeling.modeling_blockgen import BlockGenForDiffusionLM
+from ..whole_files import write_json
 from .conversion_back import write_published
 from .conversion_output import check_output, new_folder
 from .conversion_tokenizer import load_fitting_tokenizer
@@ -168,7 +168,7 @@ def _to_transformers(
             tokenizer.save_pretrained(folder)
             make_tokenizer_portable(folder, config.max_position_embeddings)
         files = sorted([*(path.name for path in folder.iterdir()), CONVERSION])
-        (folder / CONVERSION).write_text(json.dumps({**provenance, "files": files}, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / CONVERSION, {**provenance, "files": files})
     notes = _notes(family, source, config, tokenizer)
     return ConversionReport(output, family, config, num_parameters, dtype, tokenizer is not None, notes)
 

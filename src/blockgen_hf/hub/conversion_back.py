@@ -1,6 +1,5 @@
 """The way back: a folder of this package becomes a checkpoint in a published layout."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from ..modeling.configuration_blockgen import BlockGenConfig
+from ..whole_files import write_json
 from .families import rope_theta
 from .files import CONFIG, CONVERSION, WEIGHTS, read_json
 from .layouts import FAMILIES, inv_freq_name, published_tensors, setting_names
@@ -70,7 +70,7 @@ def write_published(
         parts = [weights.read(name) for name in tensor.names_here]
         state[tensor.name] = (torch.cat(parts) if len(parts) > 1 else parts[0]).to(dtype)
     save_file({**state, **buffers}, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps(published, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / CONFIG, published)
     return Written(family, sum(value.numel() for value in state.values()), dtype, (_lost(config, family),))
 
 

@@ -5,8 +5,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..special_tokens import add_special_tokens
-from ..tokenizer_loading import pretrained_tokenizer
+from ..errors import first_line
+from ..places import local_folder
+from ..tokenizer_loading import add_special_tokens, pretrained_tokenizer
 from .sources import download
 
 
@@ -50,21 +51,20 @@ def load_fitting_tokenizer(
 
 
 def _load(name: str, **settings: Any) -> PreTrainedTokenizerBase:
-    folder = Path(name).expanduser()
-    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or folder.exists()
-    if is_path and not folder.is_dir():
-        raise ValueError(f"`tokenizer` must be a folder or a name on the Hub, but there is no folder {name}.")
+    try:
+        folder = local_folder(name)
+    except FileNotFoundError as error:
+        raise ValueError(f"`tokenizer` must be a folder or a name on the Hub. {error}") from error
     try:
         # Not by AutoTokenizer: where there is no network it tries each file again for half a minute.
-        path = folder if folder.is_dir() else download(name, _FILES)
+        path = download(name, _FILES) if folder is None else folder
         if not any(any(path.glob(pattern)) for pattern in _NEEDED):
             raise ValueError("there are no files of a tokenizer")
         return pretrained_tokenizer(str(path), local_files_only=True, **settings)
     except Exception as error:  # transformers, tokenizers and the Hub's client raise all kinds
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ValueError(
-            f"`tokenizer` {name!r} cannot be loaded: {first.rstrip(':.')}. Name a folder with a tokenizer, or one on "
-            "the Hub."
+            f"`tokenizer` {name!r} cannot be loaded: {first_line(error).rstrip(':.')}. Name a folder with a "
+            "tokenizer, or one on the Hub."
         ) from error
 
 

@@ -1,7 +1,6 @@
 """The files of a model's folder: their names, how the small ones are read, and how new ones replace old ones."""
 
 import fnmatch
-import json
 import os
 import shutil
 from collections.abc import Iterable
@@ -10,6 +9,8 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 from huggingface_hub import RepoCard
+
+from ..text_files import read_json
 
 
 CONFIG = "config.json"
@@ -28,24 +29,13 @@ CODE = "*_blockgen.py"  # that travels with a model
 # What `save_pretrained` of a model and its tokenizer may write beside the weights and config.json.
 MODEL_FILES = (GENERATION_CONFIG, *TOKENIZER_FILES, CODE)
 README = "README.md"
+# What a training run leaves beside its model: the recipe, and the state of the Trainer.
+RECIPE, STATE = "recipe.yaml", "trainer_state.json"
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """
-    Raises:
-        ValueError: there is no such file, or it holds no JSON object.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"There is no file {path}.") from error
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}.") from error
-    except RecursionError as error:
-        raise ValueError(f"{path} cannot be read as JSON: it is nested too deep.") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a JSON object, but holds a {type(values).__name__}.")
-    return values
+def yaml_text(values: dict[str, Any]) -> str:
+    """A recipe as it is written: sections and keys in their order, letters of all languages as they are."""
+    return str(yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120))
 
 
 def read_card(folder: Path) -> RepoCard | None:
@@ -103,7 +93,9 @@ __all__ = [
     "INDEX",
     "MODEL_FILES",
     "README",
+    "RECIPE",
     "SHARDS",
+    "STATE",
     "TOKENIZER",
     "TOKENIZER_CONFIG",
     "TOKENIZER_FILES",
@@ -113,4 +105,5 @@ __all__ = [
     "move_model",
     "read_card",
     "read_json",
+    "yaml_text",
 ]

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from ..places import local_folder
 from .card_facts import read_config
-from .files import CONFIG, GENERATION_CONFIG, MODEL_FILES, TOKENIZER_FILES, WEIGHT_FILES, read_json
+from .files import ADAPTER_CONFIG, CONFIG, GENERATION_CONFIG, MODEL_FILES, TOKENIZER_FILES, WEIGHT_FILES, read_json
 from .sources import download
 from .weights import SavedTensor, check_weights, read_tensors
 
@@ -25,8 +26,10 @@ _SUPPRESSED = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids")
 
 def fetch_model(name: str, revision: str | None = None) -> Path:
     """The folder of a model: `name` if it is one, else its files from the Hub, or from the cache of the Hub."""
-    folder = Path(name).expanduser()
-    return folder if folder.is_dir() else download(name, (CONFIG, *WEIGHT_FILES, *MODEL_FILES), revision)
+    folder = local_folder(name)
+    if folder is not None:
+        return folder
+    return download(name, (CONFIG, ADAPTER_CONFIG, *WEIGHT_FILES, *MODEL_FILES), revision)
 
 
 def check_model_folder(folder: Path, *, own_code: bool = False) -> dict[str, SavedTensor]:
@@ -40,10 +43,16 @@ def check_model_folder(folder: Path, *, own_code: bool = False) -> dict[str, Sav
         what is in the files of weights.
 
     Raises:
-        ValueError: a file that is damaged or holds something else, weights that are not those of config.json, or a
-            generation config with ids that the vocabulary does not have, or that leaves no token to generate.
+        ValueError: a file that is damaged or holds something else, an adapter beside the model, weights that are not
+            those of config.json, or a generation config with ids that the vocabulary does not have, or that leaves no
+            token to generate.
     """
     values = _read(folder / CONFIG)
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise ValueError(
+            f"{folder} holds a model and an adapter, {ADAPTER_CONFIG}, and transformers would load the adapter's base "
+            "model instead of this one. Move the adapter's files to a folder of their own."
+        )
     small = [name for name in (GENERATION_CONFIG, *TOKENIZER_FILES) if name.endswith(".json")]
     found = {name: _read(folder / name) for name in small if (folder / name).is_file()}
     tensors = read_tensors(folder)

@@ -8,8 +8,17 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from ..tokenizer_loading import LOCAL_SETTINGS
-from ..whole_files import write_whole
-from .files import ADAPTER_CONFIG, CONFIG, CONVERSION, GENERATION_CONFIG, TOKENIZER_CONFIG, read_json
+from ..whole_files import json_text, write_whole
+from .files import (
+    ADAPTER_CONFIG,
+    CONFIG,
+    CONVERSION,
+    GENERATION_CONFIG,
+    RECIPE,
+    TOKENIZER_CONFIG,
+    read_json,
+    yaml_text,
+)
 
 
 _PATH = re.compile(r"(file:)?(/|~\w*/|\.{1,2}/|[A-Za-z]:[\\/])[^\n]+")
@@ -64,7 +73,7 @@ def portable_text(path: str, text: str, positions: int | None) -> str:
         positions: see [`portable_tokenizer_config`].
     """
     if path.endswith(".jsonl"):
-        return "".join(map(_portable_line, text.splitlines(keepends=True)))
+        return "\n".join(map(_portable_line, text.split("\n")))
     try:
         values = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
     except (ValueError, yaml.YAMLError):
@@ -76,13 +85,13 @@ def portable_text(path: str, text: str, positions: int | None) -> str:
     if portable == values:
         return text
     if path.endswith(".json"):
-        return json.dumps(portable, indent=2, ensure_ascii=False) + "\n"
-    return str(yaml.safe_dump(portable, sort_keys=False, allow_unicode=True, width=120))
+        return json_text(portable)
+    return yaml_text(portable)
 
 
 def has_portable_form(path: str) -> bool:
     """Whether [`portable_text`] knows the file."""
-    return path in (*_SETTINGS, TOKENIZER_CONFIG, "recipe.yaml") or path.endswith(".jsonl")
+    return path in (*_SETTINGS, TOKENIZER_CONFIG, RECIPE) or path.endswith(".jsonl")
 
 
 def _portable_line(line: str) -> str:
@@ -93,7 +102,7 @@ def _portable_line(line: str) -> str:
         return line
     if not isinstance(row, dict) or without_paths(row.get("model")) == row.get("model"):
         return line
-    return json.dumps({**row, "model": without_paths(row["model"])}, ensure_ascii=False) + "\n"
+    return json.dumps({**row, "model": without_paths(row["model"])}, ensure_ascii=False)
 
 
 __all__ = [

@@ -20,6 +20,7 @@ from .cards import model_card, samples_card
 from .files import INDEX, README, SHARDS, WEIGHTS, read_card
 from .folders import FolderContents, PlannedFile, read_folder
 from .licenses import find_license
+from .weights import check_values, read_tensors
 
 
 _BLANK = "[More Information Needed]"  # in the cards that huggingface_hub and PEFT begin with
@@ -142,6 +143,8 @@ def plan_push(
     folder = Path(folder).expanduser()
     _check_repo_id(repo_id)
     contents = read_folder(folder, repo_type, ignore=ignore, include=include, update_code=update_code, strict=strict)
+    if repo_type == "model":
+        check_values(folder, read_tensors(folder))
     facts: dict[str, Any] = dict(license=license, language=language)
     if repo_type == "model":
         facts["evaluations"] = list(evaluations)

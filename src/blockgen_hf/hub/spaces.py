@@ -10,7 +10,10 @@ from huggingface_hub import RepoCard
 from huggingface_hub.repocard_data import CardData
 from huggingface_hub.utils import validate_repo_id
 
+from ..places import local_folder
+from ..whole_files import write_whole
 from .cards import template
+from .files import README
 from .licenses import check_license
 
 
@@ -33,7 +36,7 @@ def write_space(folder: str | Path, model_id: str, *, license: str, title: str |
         ValueError: the folder holds something, or a bad name or licence.
     """
     folder = Path(folder)
-    is_local = Path(model_id).is_dir()
+    is_local = local_folder(model_id) is not None
     if not is_local:
         validate_repo_id(model_id)
     check_license(license)
@@ -54,9 +57,9 @@ def write_space(folder: str | Path, model_id: str, *, license: str, title: str |
     folder.absolute().parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.absolute().parent))
     try:
-        (unfinished / "app.py").write_text(app, encoding="utf-8")
-        (unfinished / "requirements.txt").write_text("".join(f"{line}\n" for line in _REQUIREMENTS), encoding="utf-8")
-        (unfinished / "README.md").write_text(str(card), encoding="utf-8")
+        requirements = "".join(f"{line}\n" for line in _REQUIREMENTS)
+        for name, content in (("app.py", app), ("requirements.txt", requirements), (README, str(card))):
+            write_whole(unfinished / name, content)
         unfinished.chmod(0o755)
         unfinished.replace(folder)
     finally:

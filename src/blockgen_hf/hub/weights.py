@@ -188,8 +188,41 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:4]) + more
 
 
+def check_values(folder: Path, tensors: Mapping[str, SavedTensor]) -> None:
+    """
+    Reads every tensor, one at a time.
+
+    Raises:
+        ValueError: a value that is NaN or infinite.
+    """
+    for file in sorted({saved.file for saved in tensors.values()}):
+        with safe_open(folder / file, framework="pt") as opened:
+            for name in sorted(name for name, saved in tensors.items() if saved.file == file):
+                value = opened.get_tensor(name)
+                saved_as = tensors[name].dtype_name
+                if value.is_floating_point() and not value.to(_readable(value.dtype)).isfinite().all():
+                    raise ValueError(
+                        f"{folder / file} gives {name} values that are NaN or infinite in {saved_as}: the model is "
+                        "damaged, or its training diverged. Take another checkpoint."
+                    )
+
+
+def _readable(dtype: torch.dtype) -> torch.dtype:
+    """Types of eight bits have no test of their own."""
+    return torch.float32 if dtype.itemsize == 1 else dtype
+
+
 def count_values(tensors: dict[str, SavedTensor]) -> int:
     return sum(math.prod(tensor.shape) for tensor in tensors.values())
 
 
-__all__ = ["DTYPES", "SavedTensor", "Weights", "check_shapes", "check_weights", "count_values", "read_tensors"]
+__all__ = [
+    "DTYPES",
+    "SavedTensor",
+    "Weights",
+    "check_shapes",
+    "check_values",
+    "check_weights",
+    "count_values",
+    "read_tensors",
+]

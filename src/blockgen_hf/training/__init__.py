@@ -7,7 +7,8 @@ Training: from rows of a dataset to checkpoints.
 
 from .arguments import BlockGenTrainingArguments
 from .collator import BlockGenDataCollator
-from .data import DataArguments, load_datasets
+from .data import load_datasets
+from .data_arguments import DataArguments
 from .draws import stratified_block_sizes
 from .ema import EMACallback
 from .tokenizers import train_tokenizer

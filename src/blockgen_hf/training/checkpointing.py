@@ -1,6 +1,5 @@
 """Checkpoints are complete or not there: written beside their place, then moved to it. And how they are read."""
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,10 +10,11 @@ from typing import Any
 import torch
 from transformers.trainer_utils import sort_checkpoints
 
+from ..errors import first_line
+from ..hub.files import STATE, read_json
 from .ema import TRAINING_WEIGHTS
 
 
-STATE = "trainer_state.json"
 # Where things are written that are not complete; the upper bar keeps it out of what Trainer uploads to the Hub.
 UNFINISHED = "_unfinished"
 
@@ -75,10 +75,6 @@ def reading(checkpoint: str | os.PathLike[str]) -> Iterator[None]:
         ) from error
 
 
-def first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
 def read_state(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
     """
     The state of the training, as [`Trainer`] saved it.
@@ -87,10 +83,7 @@ def read_state(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: there is none, or it is damaged.
     """
     with reading(checkpoint):
-        state = json.loads((Path(checkpoint) / STATE).read_text(encoding="utf-8"))
-        if not isinstance(state, dict):
-            raise ValueError(f"{STATE} holds a {type(state).__name__}")
-        return state
+        return read_json(Path(checkpoint) / STATE)
 
 
 def missing_file(checkpoint: str | os.PathLike[str], has_average: bool) -> str | None:
@@ -121,7 +114,6 @@ def _delete(folder: Path, unfinished: Path) -> None:
 __all__ = [
     "STATE",
     "UNFINISHED",
-    "first_line",
     "keep_checkpoint",
     "missing_file",
     "read_state",

@@ -5,22 +5,21 @@ Text and JSON files are read here, so that an error can name file and line, a te
 text of any length is read in bounded memory. All else (parquet, the Hub) is `datasets.load_dataset`.
 """
 
-import codecs
 import glob
 import itertools
 import json
-import lzma
 import math
 import os
 import re
-import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
 import fsspec  # type: ignore[import-untyped]
 from transformers.utils import logging
+
+from ..places import COMPRESSIONS, DATA_KINDS
+from ..text_files import json_rows, open_text
 
 
 logger = logging.get_logger(__name__)
@@ -29,12 +28,10 @@ logger = logging.get_logger(__name__)
 PIECE_CHARACTERS = 2**18
 # A text without white space is cut at this length, wherever that is.
 _LONGEST_PIECE = 4 * PIECE_CHARACTERS
-_BLOCK = 2**20  # characters or bytes read at a time
+_BLOCK = 2**20  # characters read at a time
 _CUT = re.compile(r"(?<=\S)(?=\s)")
 
-_KINDS = {".txt": "text", ".jsonl": "json", ".json": "json", ".ndjson": "json", ".parquet": "parquet"}
-_COMPRESSIONS = (".gz", ".xz", ".bz2", ".zst")
-ACCEPTED_FILES = f"{', '.join(_KINDS)}, text and JSON also with {', '.join(_COMPRESSIONS)}"
+ACCEPTED_FILES = f"{', '.join(DATA_KINDS)}, text and JSON also with {', '.join(COMPRESSIONS)}"
 
 # Path, size and time of the last change: what tells a file from its later versions.
 FileStamp = tuple[str, int, int]
@@ -93,19 +90,9 @@ def find_form(
 def file_kind(path: str) -> str | None:
     """`"text"`, `"json"` or `"parquet"` by the end of the name, None for others."""
     stem, suffix = os.path.splitext(path.lower())
-    compressed = suffix in _COMPRESSIONS
-    kind = _KINDS.get(os.path.splitext(stem)[1] if compressed else suffix)
+    compressed = suffix in COMPRESSIONS
+    kind = DATA_KINDS.get(os.path.splitext(stem)[1] if compressed else suffix)
     return None if compressed and kind == "parquet" else kind
-
-
-def looks_like_a_path(name: str) -> bool:
-    """Whether a name that is no existing file can only have been meant as one."""
-    return (
-        glob.has_magic(name)
-        or name.startswith((".", "~", "/", os.sep))
-        or name.count("/") > 1
-        or name.lower().endswith((*_KINDS, *_COMPRESSIONS))
-    )
 
 
 def find_files(patterns: list[str], argument: str) -> tuple[str, list[str]]:
@@ -140,51 +127,6 @@ def file_stamps(files: list[str]) -> list[FileStamp]:
 
 
 # Reading text
-
-
-@contextmanager
-def open_text(path: str) -> Iterator[TextIO]:
-    """
-    A text in UTF-8, with or without byte order mark, unpacked on the fly; line ends become `\\n`.
-
-    Raises:
-        ValueError: the file is not UTF-8, or its compression is damaged; names file and place.
-    """
-    with _unpack(path, "rt", encoding="utf-8-sig") as file:
-        try:
-            yield file
-        except UnicodeDecodeError as error:
-            raise ValueError(invalid_utf8(path)) from error
-
-
-@contextmanager
-def _unpack(path: str, mode: str, **options: str) -> Iterator[Any]:
-    try:
-        with fsspec.open(path, mode, compression="infer", **options) as file:
-            yield file
-    except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # of the file system, and says all
-        raise ValueError(f"{path}: damaged, or not compressed as its name says: {error}") from error
-
-
-def invalid_utf8(path: str) -> str:
-    """File, line and offset of the first invalid byte, in words."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    line, offset = 1, 0
-    with _unpack(path, "rb") as file:
-        while block := file.read(_BLOCK):
-            pending = decoder.getstate()[0]
-            try:
-                decoder.decode(block)
-            except UnicodeDecodeError as error:
-                data = pending + block
-                line += data.count(b"\n", 0, error.start)
-                offset += error.start - len(pending)
-                return f"{path}, line {line}: byte {offset} ({data[error.start]:#04x}) is not UTF-8. Convert the file."
-            line += block.count(b"\n")
-            offset += len(block)
-    return f"{path}, line {line}: the file ends within a character of UTF-8."
 
 
 def split_text(text: str) -> Iterator[str]:
@@ -312,34 +254,3 @@ def _json_value(value: Any, conversational: bool, where: str) -> str:
     except UnicodeEncodeError as error:
         raise ValueError(f"{where}: holds half of a surrogate pair, which is no text.") from error
     return value
-
-
-def json_rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a file, each with file and line (or its number in the file's list) in words."""
-    with open_text(path) as file:
-        is_list = file.read(1024).lstrip().startswith("[")
-    with open_text(path) as file:
-        if is_list:
-            rows = enumerate(_parse(file.read(), path), 1)
-            places = ((f"{path}, row {number}", row) for number, row in rows)
-        else:
-            lines = ((f"{path}, line {number}", line) for number, line in enumerate(file, 1))
-            places = ((where, _parse(line, where)) for where, line in lines if line.strip())
-        is_empty = True
-        for where, row in places:
-            if not isinstance(row, dict):
-                raise ValueError(f"{where}: a {type(row).__name__} instead of an object with columns.")
-            is_empty = False
-            yield where, row
-    if is_empty:
-        logger.warning("%s is empty.", path)
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = f"line {error.lineno}, " if "\n" in text.strip() else ""
-        raise ValueError(f"{where}: not JSON ({error.msg}, {line}column {error.colno}).") from error
-    except RecursionError as error:
-        raise ValueError(f"{where}: JSON nested too deeply.") from error

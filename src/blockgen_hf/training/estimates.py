@@ -1,4 +1,8 @@
-"""What a training run will take, before it is started: parameters, tokens, memory, time. Estimates, not promises."""
+"""
+What a training run will take, before it is started: parameters, tokens, memory, time. Estimates, not promises.
+
+Not `accelerate estimate-memory`: it counts weights and Adam, and nothing of activations, averages and adapters.
+"""
 
 import time
 from dataclasses import dataclass
@@ -145,9 +149,7 @@ def step_operations(
     return float(rows * (layers + head + attention))
 
 
-def measure_speed(
-    config: BlockGenConfig, device: str, dtype: torch.dtype, seconds: float = _MEASURING_SECONDS
-) -> float:
+def measure_speed(config: BlockGenConfig, device: str, dtype: torch.dtype) -> float:
     """Floating-point operations a second of the products of an MLP of this size, on this machine as busy as it is."""
     left = torch.ones(_MEASURED_ROWS, config.hidden_size, device=device, dtype=dtype)
     right = torch.ones(config.hidden_size, config.intermediate_size, device=device, dtype=dtype)
@@ -163,7 +165,7 @@ def measure_speed(
             count = 1 if device == "cpu" else 20
             best = max(best, count * 2.0 * _MEASURED_ROWS * right.numel() / elapsed)
         spent += elapsed
-        if repeat > 0 and spent > seconds:
+        if repeat > 0 and spent > _MEASURING_SECONDS:
             break
     return best
 

@@ -11,7 +11,6 @@ from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress, logging
 
-from ..hub.card_facts import is_hub_id
 from ..hub.cards import model_card, read_metadata
 from ..hub.files import README, move_model
 from ..hub.folders import is_model_file
@@ -19,6 +18,8 @@ from ..hub.licenses import find_license
 from ..hub.portable import make_tokenizer_portable
 from ..hub.push import PushPlan, plan_push
 from ..hub.secrets import is_secret
+from ..places import is_hub_id
+from ..whole_files import write_whole
 from .arguments import BlockGenTrainingArguments
 from .checkpointing import UNFINISHED
 
@@ -99,10 +100,7 @@ class PublishingTrainer(Trainer):
             training_arguments={**vars(args), "world_size": args.world_size, "global_batch_size": global_batch_size},
             trainer_state=vars(self.state),
         )
-        unfinished = folder / UNFINISHED / README
-        unfinished.parent.mkdir(exist_ok=True)
-        unfinished.write_text(str(card), encoding="utf-8")
-        unfinished.replace(folder / README)
+        write_whole(folder / README, str(card))
 
     def push_to_hub(
         self,

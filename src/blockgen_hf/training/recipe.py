@@ -3,6 +3,9 @@ Recipes: what a training run consists of, as a YAML file.
 
     file and overrides -> load_recipe -> Recipe (checked, nothing downloaded) -> build_trainer (recipe_building.py)
 
+Not `HfArgumentParser.parse_yaml_file` nor TRL's `TrlParser`: they read one flat level of keys into dataclasses, take
+values of any type as they come, and know neither sections nor the fields of a model's configuration.
+
 A recipe has four sections: `model` (fields of [`BlockGenConfig`], or `name_or_path` of a checkpoint to go on from),
 `tokenizer` ([`TokenizerArguments`]), `data` ([`DataArguments`]) and `training` ([`BlockGenTrainingArguments`], and
 `global_batch_size`). With a fifth one, `adapter` (arguments of PEFT's `LoraConfig`), an adapter of the checkpoint is
@@ -13,7 +16,6 @@ import dataclasses
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,11 @@ from ..checkpoints import find_checkpoint
 from ..hub.files import CONFIG, read_json
 from ..hub.model_checks import check_model_folder
 from ..modeling.configuration_blockgen import BlockGenConfig
+from ..places import data_place, local_folder
+from ..recipe_files import bundled_recipes, find_recipe
 from .arguments import BlockGenTrainingArguments
-from .data import DataArguments
-from .documents import find_files, looks_like_a_path
+from .data_arguments import DataArguments
+from .documents import find_files
 from .recipe_adapter import adapter_settings
 from .recipe_values import check_keys, convert, override, parse_override, read_yaml
 
@@ -176,31 +180,6 @@ class Recipe:
         return self.global_batch_size // at_once
 
 
-def bundled_recipes() -> dict[str, Path]:
-    """The recipes of the package by their names."""
-    folder = Path(str(files("blockgen_hf.training"))) / "recipes"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"), key=lambda path: path.stem)}
-
-
-def find_recipe(name: str) -> Path:
-    """
-    The file of a bundled recipe, or of a path.
-
-    Raises:
-        FileNotFoundError: neither.
-    """
-    path = Path(name).expanduser()
-    bundled = bundled_recipes()
-    if name in bundled and not path.is_file():
-        return bundled[name]
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"There is no recipe {name!r}: it is neither a file nor one of {', '.join(bundled)}, which come with the "
-            "package."
-        )
-    return path
-
-
 def load_recipe(name: str, overrides: Sequence[str] = (), source: str | None = None) -> Recipe:
     """
     Reads a recipe and checks all that can be checked on this machine. Nothing is downloaded.
@@ -337,15 +316,18 @@ def _check(recipe: Recipe) -> None:
         except (FileNotFoundError, ValueError) as error:
             raise type(error)(f"{source}: {error}") from error
     for section, name in (("model", recipe.checkpoint), ("tokenizer", recipe.tokenizer.name_or_path)):
-        if name is not None and not Path(name).expanduser().is_dir() and _is_local(name):
-            raise FileNotFoundError(f"{source}: `{section}.name_or_path`: there is no folder {name!r}.")
+        try:
+            if name is not None:
+                local_folder(name)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{source}: `{section}.name_or_path`: {error}") from error
 
 
 def _check_model(recipe: Recipe) -> None:
     """The configuration, apart from the vocabulary, which is the tokenizer's, and from checkpoints of the Hub."""
     if recipe.checkpoint is not None:
-        folder = Path(recipe.checkpoint).expanduser()
-        if folder.is_dir():
+        folder = local_folder(recipe.checkpoint)
+        if folder is not None:
             checkpoint_config(recipe)
             check_model_folder(folder)
         return
@@ -366,12 +348,12 @@ def checkpoint_config(recipe: Recipe, local_files_only: bool = False) -> BlockGe
         ValueError: it cannot be read, is of another model, or does not go with the recipe.
     """
     name = str(recipe.checkpoint)
-    folder = Path(name).expanduser()
+    folder = local_folder(name)
     options: dict[str, Any] = {"revision": recipe.model.get("revision") or "main"}
-    if folder.is_dir():
+    if folder is not None:
         name, local_files_only = str(folder), True
     try:
-        if (folder / CONFIG).is_file():
+        if folder is not None and (folder / CONFIG).is_file():
             found = read_json(folder / CONFIG)
         else:
             found, _ = PreTrainedConfig.get_config_dict(name, local_files_only=local_files_only, **options)
@@ -413,14 +395,8 @@ def _check_length(recipe: Recipe, config: BlockGenConfig) -> None:
 
 
 def _check_files(names: str | list[str] | None, argument: str) -> None:
-    names = [names] if isinstance(names, str) else names or []
-    is_folder = len(names) == 1 and Path(names[0]).expanduser().is_dir()
-    if names and not is_folder and (len(names) > 1 or Path(names[0]).exists() or looks_like_a_path(names[0])):
-        find_files(names, argument)
-
-
-def _is_local(name: str) -> bool:
-    return name.startswith((".", "~", "/")) or name.count("/") > 1
+    if names and data_place(names) == "files":
+        find_files([names] if isinstance(names, str) else names, argument)
 
 
 __all__ = [

@@ -2,11 +2,11 @@
 
 import dataclasses
 import typing
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
+from ..places import local_folder
 from .recipe_values import check_keys, convert
 
 
@@ -85,8 +85,8 @@ def add_adapter(
     from peft import LoraConfig, get_peft_model
 
     adapted = get_peft_model(model, LoraConfig(**settings, revision=revision))
-    folder = Path(checkpoint).expanduser()
-    base = str(folder.resolve()) if folder.is_dir() else checkpoint
+    folder = local_folder(checkpoint)
+    base = checkpoint if folder is None else str(folder.resolve())
     adapted.peft_config["default"].base_model_name_or_path = base
     return adapted
 

@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from ..default_decoding import default_decoding
+from ..errors import first_line
+from ..hub.files import TOKENIZER
 from ..hub.model_checks import check_loaded_model, check_model_folder, fetch_model
 from ..hub.portable import make_tokenizer_portable
 from ..modeling.configuration_blockgen import BlockGenConfig
 from ..modeling.modeling_blockgen import BlockGenForDiffusionLM
-from ..special_tokens import add_special_tokens
-from ..tokenizer_loading import pretrained_tokenizer
+from ..places import local_folder
+from ..tokenizer_loading import add_special_tokens, pretrained_tokenizer
 from .arguments import BlockGenTrainingArguments
-from .checkpointing import first_line
-from .data import DataArguments, load_datasets
+from .data import load_datasets
+from .data_arguments import DataArguments
 from .recipe import Recipe, checkpoint_config
 from .recipe_adapter import add_adapter
 from .sources import Documents, hold_out, load_documents, with_whole_cache
@@ -81,7 +83,7 @@ def load_tokenizer(
     revision = arguments.revision
     if arguments.train:
         folder = Path(str(args.output_dir)) / TOKENIZER_FOLDER
-        is_there = keep_tokenizer and (folder / "tokenizer.json").is_file()
+        is_there = keep_tokenizer and (folder / TOKENIZER).is_file()
         if args.local_process_index == 0 and not is_there:
             limit = arguments.train.get("max_documents", _TRAINED_DOCUMENTS)
             texts = training_texts(recipe.data, limit)
@@ -230,10 +232,10 @@ def _load_checked(name: str, **options: Any) -> BlockGenForDiffusionLM:
 
 
 def _from_pretrained(load: Callable[..., Any], name: str, what: str, **options: Any) -> Any:
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        name, options = str(folder), {**options, "local_files_only": True}
     try:
+        folder = local_folder(name)
+        if folder is not None:
+            name, options = str(folder), {**options, "local_files_only": True}
         return load(name, **options)
     except Exception as error:  # transformers, tokenizers, safetensors and the Hub's client raise all kinds
         raise ValueError(f"The {what} {name} cannot be loaded: {first_line(error)}") from error

@@ -1,13 +1,13 @@
 """Whether a run can go on from a checkpoint: what must be as it was, and what may change."""
 
 import dataclasses
-import hashlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from ..run_folders import Difference, differences, digest, shown
 from .arguments import BlockGenTrainingArguments
 from .checkpointing import read_state
 from .recipe import Recipe
@@ -69,16 +69,16 @@ def compare_recipes(before: Recipe, now: Recipe) -> list[str]:
         ValueError: a setting that cannot change on the way.
     """
     for section in ("model", "adapter", "tokenizer", "data"):
-        for key, old, new in _differences(_values(before, section), _values(now, section)):
-            if key not in _FREE.get(section, ()):
-                raise ValueError(_refusal(f"{section}.{key}", old, new))
+        for found in differences(_values(before, section), _values(now, section)):
+            if found.name not in _FREE.get(section, ()):
+                raise ValueError(_refusal(section, found))
     names = [entry.name for entry in dataclasses.fields(BlockGenTrainingArguments) if entry.name not in _UNTOLD]
-    settings = ({name: recipe.training_setting(name) for name in names} for recipe in (before, now))
-    changed = list(_differences(*settings))
-    for key, old, new in changed:
-        if key in _FIXED:
-            raise ValueError(_refusal(f"training.{key}", old, new))
-    words = [f"training.{key}: {_shown(old)} -> {_shown(new)}" for key, old, new in changed]
+    settings = [{name: recipe.training_setting(name) for name in names} for recipe in (before, now)]
+    changed = differences(*settings)
+    for found in changed:
+        if found.name in _FIXED:
+            raise ValueError(_refusal("training", found))
+    words = [f"training.{found.name}: {shown(found.before)} -> {shown(found.now)}" for found in changed]
     if _length(before) != _length(now) and _depends_on_length(now):
         schedule = str(getattr(now.training_setting("lr_scheduler_type"), "value", now.training["lr_scheduler_type"]))
         words.append(f"from here on, the learning rate follows `{schedule}` over the new number of steps")
@@ -90,21 +90,12 @@ def _values(recipe: Recipe, section: str) -> dict[str, Any]:
     return dataclasses.asdict(values) if dataclasses.is_dataclass(values) else values  # type: ignore[arg-type]
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    for key in sorted({*old, *new}):
-        if old.get(key) != new.get(key):
-            yield key, old.get(key), new.get(key)
-
-
-def _refusal(key: str, old: Any, new: Any) -> str:
+def _refusal(section: str, found: Difference) -> str:
     return (
-        f"cannot be resumed with another `{key}`: it was {_shown(old)}, and is {_shown(new)} now. Begin anew in "
-        "another --output-dir, from the weights so far with model.name_or_path=CHECKPOINT."
+        f"cannot be resumed with another `{section}.{found.name}`: it was {shown(found.before)}, and is "
+        f"{shown(found.now)} now. Begin anew in another --output-dir, from the weights so far with "
+        "model.name_or_path=CHECKPOINT."
     )
-
-
-def _shown(value: Any) -> str:
-    return repr(getattr(value, "value", value))
 
 
 def _length(recipe: Recipe) -> tuple[str, float]:
@@ -180,15 +171,18 @@ def hash_rows(rows: "Dataset | IterableDataset | Any") -> str | None:
         return None
     length = len(rows[0]["input_ids"])
     every = -(-len(rows) * length // _HASHED_TOKENS)
-    hasher = hashlib.blake2b(str(len(rows)).encode(), digest_size=16)
     names = [name for name in ("input_ids", "labels") if name in rows.column_names]
     chosen = rows.select_columns(names).select(range(0, len(rows), every)).with_format("arrow")
-    for table in chosen.iter(batch_size=1000):
-        for name in names:
-            column = table[name].combine_chunks()
-            hasher.update(column.value_lengths().to_numpy().tobytes())
-            hasher.update(column.flatten().to_numpy().tobytes())
-    return hasher.hexdigest()
+
+    def parts() -> Iterator[Any]:
+        yield str(len(rows))
+        for table in chosen.iter(batch_size=1000):
+            for name in names:
+                column = table[name].combine_chunks()
+                yield column.value_lengths().to_numpy().tobytes()
+                yield column.flatten().to_numpy().tobytes()
+
+    return digest(parts(), is_long=True)
 
 
 __all__ = ["RunFacts", "compare_recipes", "hash_rows"]

@@ -9,24 +9,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import numpy as np
 from transformers.utils import logging
 
-from .documents import (
-    ACCEPTED_FILES,
-    FileStamp,
-    RowForm,
-    file_stamps,
-    find_files,
-    find_form,
-    json_rows,
-    looks_like_a_path,
-    read_json,
-    read_text,
-)
+from ..places import data_place
+from ..text_files import json_rows
+from .data_arguments import DataArguments
+from .documents import ACCEPTED_FILES, FileStamp, RowForm, file_stamps, find_files, find_form, read_json, read_text
 
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
-
-    from .data import DataArguments
 
 logger = logging.get_logger(__name__)
 T = TypeVar("T")
@@ -46,7 +36,7 @@ class Documents(NamedTuple):
 
 
 def load_documents(
-    args: "DataArguments", argument: str, names: str | list[str], split: str | None, limit: int | None
+    args: DataArguments, argument: str, names: str | list[str], split: str | None, limit: int | None
 ) -> Documents:
     """
     Finds the data and opens them.
@@ -63,10 +53,10 @@ def load_documents(
     """
     names = [names] if isinstance(names, str) else names
     where = f"`{argument}` {', '.join(map(repr, names))}"
-    folder = os.path.expanduser(names[0])
-    if len(names) == 1 and os.path.isdir(folder):
-        kind, files, split = _folder_files(args, folder, split, where)
-    elif len(names) > 1 or os.path.exists(folder) or looks_like_a_path(names[0]):
+    place = data_place(names)
+    if place == "folder":
+        kind, files, split = _folder_files(args, os.path.expanduser(names[0]), split, where)
+    elif place == "files":
         kind, files = find_files(names, argument)
         if split not in (None, "train"):
             raise ValueError(f"{where}: files have no splits, but `{split}` is asked for. Name other files instead.")
@@ -83,7 +73,7 @@ def load_documents(
     return _of_columns(args, _limited(rows, limit), where)
 
 
-def with_whole_cache(args: "DataArguments", read: Callable[["DataArguments"], T]) -> T:
+def with_whole_cache(args: DataArguments, read: Callable[[DataArguments], T]) -> T:
     """
     What `read` makes of `args`; if the cache turns out to be damaged, it is made anew, once.
 
@@ -108,13 +98,13 @@ def _is_damage(error: Exception) -> bool:
     return isinstance(error, pa.ArrowInvalid) or (type(error) is OSError and error.errno is None)
 
 
-def _cache_folder(args: "DataArguments") -> str:
+def _cache_folder(args: DataArguments) -> str:
     from datasets import config
 
     return str(args.cache_dir or config.HF_DATASETS_CACHE)
 
 
-def _download_mode(args: "DataArguments") -> str | None:
+def _download_mode(args: DataArguments) -> str | None:
     """What was downloaded is kept; the cache that was made of it is made anew if that is asked for."""
     return "reuse_cache_if_exists" if args.overwrite_cache else None
 
@@ -141,7 +131,7 @@ def hold_out(documents: "Dataset", count: int, limit: int | None, where: str) ->
 
 
 def _folder_files(
-    args: "DataArguments", folder: str, split: str | None, where: str
+    args: DataArguments, folder: str, split: str | None, where: str
 ) -> tuple[str, list[str], str | None]:
     """Kind and files of a split of a folder, told by their names as `load_dataset` does: train.txt, valid.txt ..."""
     from datasets import load_dataset_builder
@@ -161,7 +151,7 @@ def _folder_files(
     return kind, files, split
 
 
-def _text_files(args: "DataArguments", files: list[str], limit: int | None, where: str) -> Documents:
+def _text_files(args: DataArguments, files: list[str], limit: int | None, where: str) -> Documents:
     from datasets import Features, Value
 
     form = find_form(["text"], where, **_named_columns(args))
@@ -170,7 +160,7 @@ def _text_files(args: "DataArguments", files: list[str], limit: int | None, wher
     return Documents(_read(args, read_text, files, features, options, where), form, where)
 
 
-def _json_files(args: "DataArguments", files: list[str], limit: int | None, where: str) -> Documents:
+def _json_files(args: DataArguments, files: list[str], limit: int | None, where: str) -> Documents:
     from datasets import Features, Value
 
     first = next((row for file in files for _, row in json_rows(file)), None)
@@ -182,7 +172,7 @@ def _json_files(args: "DataArguments", files: list[str], limit: int | None, wher
 
 
 def _read(
-    args: "DataArguments",
+    args: DataArguments,
     reader: Callable[..., Iterator[dict[str, Any]]],
     files: list[str],
     features: Any,
@@ -220,7 +210,7 @@ def _read(
         raise
 
 
-def _load_parquet(args: "DataArguments", files: list[str], where: str) -> "Dataset | IterableDataset":
+def _load_parquet(args: DataArguments, files: list[str], where: str) -> "Dataset | IterableDataset":
     import pyarrow as pa
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
     from datasets import load_dataset
@@ -245,7 +235,7 @@ def _load_parquet(args: "DataArguments", files: list[str], where: str) -> "Datas
 
 
 def _load_from_hub(
-    args: "DataArguments", path: str, config: dict[str, str | None], split: str, where: str
+    args: DataArguments, path: str, config: dict[str, str | None], split: str, where: str
 ) -> "Dataset | IterableDataset":
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
@@ -266,7 +256,7 @@ def _load_from_hub(
         ) from error
 
 
-def _of_columns(args: "DataArguments", rows: "Dataset | IterableDataset", where: str) -> Documents:
+def _of_columns(args: DataArguments, rows: "Dataset | IterableDataset", where: str) -> Documents:
     """Documents of rows that came with columns of their own."""
     first = next(iter(rows), None)
     if first is None:
@@ -275,14 +265,14 @@ def _of_columns(args: "DataArguments", rows: "Dataset | IterableDataset", where:
     return Documents(rows.select_columns(list(form.columns)), form, where)
 
 
-def _form_of_row(args: "DataArguments", row: dict[str, Any], where: str) -> RowForm:
+def _form_of_row(args: DataArguments, row: dict[str, Any], where: str) -> RowForm:
     form = find_form(row, where, **_named_columns(args))
     if form.kind == "prompt" and isinstance(row[form.columns[0]], list):
         return RowForm(form.kind, form.columns, conversational=True)
     return form
 
 
-def _named_columns(args: "DataArguments") -> dict[str, str | None]:
+def _named_columns(args: DataArguments) -> dict[str, str | None]:
     names = ("text_column", "prompt_column", "completion_column", "messages_column")
     return {name: getattr(args, name) for name in names}
 

@@ -10,6 +10,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..evaluation.columns import IGNORED_LABEL
+from ..prompts import encode_pieces, spells_mask
+from ..tokenizer_loading import tokenizer_errors
 from .documents import RowForm, number_as_text, split_text
 
 
@@ -104,7 +106,8 @@ class DocumentTokenizer:
             `status` (what became of the row) and `source` (its number).
 
         Raises:
-            ValueError: a value of the wrong type, or a conversation that the chat template refuses.
+            ValueError: a value of the wrong type, a conversation that the chat template refuses, or a regular
+                expression of the tokenizer that takes too long.
         """
         columns_of = [[number_as_text(value, self.form) for value in batch[column]] for column in self.form.columns]
         rows = list(zip(*columns_of, strict=True))
@@ -123,7 +126,8 @@ class DocumentTokenizer:
                 status[place] = EMPTY
             else:
                 filled.append(place)
-        encoded = self._encode([rows[place] for place in filled], [indices[place] for place in filled])
+        with tokenizer_errors(self.tokenizer):
+            encoded = self._encode([rows[place] for place in filled], [indices[place] for place in filled])
         for place, (ids, scored) in zip(filled, encoded, strict=True):
             input_ids[place], labels[place], status[place] = self._finish(ids, scored, begins[place], ends[place])
         columns = {"input_ids": input_ids, "begins": begins, "status": status, "source": list(indices)}
@@ -180,20 +184,11 @@ class DocumentTokenizer:
         can hold, is read as letters.
         """
         pieces: list[list[np.ndarray]] = [[] for _ in texts]
-        mask = self.tokenizer.mask_token
         for letters in (False, True):
-            owners = [place for place, text in enumerate(texts) if (mask is not None and mask in text) is letters]
-            options = {"split_special_tokens": True} if letters else {}
+            owners = [place for place, text in enumerate(texts) if spells_mask(self.tokenizer, text) is letters]
             for group in _groups((place, piece) for place in owners for piece in split_text(texts[place])):
-                encoded = self.tokenizer(
-                    [piece for _, piece in group],
-                    add_special_tokens=False,
-                    return_attention_mask=False,
-                    return_token_type_ids=False,
-                    verbose=False,
-                    **options,
-                )
-                for (place, _), ids in zip(group, encoded["input_ids"], strict=True):
+                encoded = encode_pieces(self.tokenizer, [piece for _, piece in group], letters)
+                for (place, _), ids in zip(group, encoded, strict=True):
                     pieces[place].append(np.asarray(ids, np.int32))
         return [np.concatenate(ids) if ids else _NO_TOKENS for ids in pieces]
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
 
-from ..special_tokens import MASK
+from ..tokenizer_loading import MASK
 
 
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
