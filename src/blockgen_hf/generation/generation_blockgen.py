@@ -165,8 +165,7 @@ class BlockGenGenerationMixin(GenerationMixin):
                     "ranks finish after different numbers of forward passes. Gather the model first, or use "
                     "`decoding='ar'`."
                 )
-            if generation_config.decoding != "speculative":
-                generation_config.num_denoising_steps()
+            generation_config.num_denoising_steps()
         if self.config.next_token_prediction and generation_config.decoding != "ar":
             raise ValueError(
                 f"`decoding={generation_config.decoding!r}` needs a diffusion model: one with "

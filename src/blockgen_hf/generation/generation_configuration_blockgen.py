@@ -290,7 +290,9 @@ class BlockGenGenerationConfig(GenerationConfig):
         return num_steps + len(range(self.corrector_start, num_steps - 1, self.corrector_period))
 
     def num_denoising_steps(self) -> int:
-        """T: given, or the largest that `nfe_per_block` pays for, or the block size."""
+        """T: given, or the largest that `nfe_per_block` pays for, or the block size; of a draft, `draft_steps`."""
+        if self.decoding == "speculative":
+            return int(self.draft_steps)
         if self.nfe_per_block is None:
             return self.denoising_steps if self.denoising_steps is not None else self.block_size
         first_informed = self.corrector_start + 2  # the last step never is, so that T must be larger

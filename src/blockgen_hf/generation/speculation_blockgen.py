@@ -232,8 +232,13 @@ class SpeculativeDecoder(BlockDecoder):
 
     def _show_draft(self) -> None:
         streamer: Any = self.streamer
-        if hasattr(streamer, "put_draft") and not getattr(streamer, "_takes_logits", False):
+        if not hasattr(streamer, "put_draft") or not self.draft.shape[1]:
+            return
+        if not getattr(streamer, "_takes_masks", False) and not getattr(streamer, "_takes_logits", False):
             streamer.put_draft(value=self.draft.cpu())
+            return
+        log_probs = torch.full((*self.draft.shape, self.model.config.vocab_size), -torch.inf)
+        streamer.put_draft(logits=log_probs.scatter_(-1, self.draft.cpu()[..., None], 0.0))
 
     # verification
 
