@@ -118,7 +118,7 @@ def test_rows_go_at_their_own_pace(fused: bool) -> None:
 CACHES = {
     "dynamic": lambda config: DynamicCache(config=config),
     "static": lambda config: StaticCache(config=config, max_cache_len=40),
-    "quantized": lambda config: QuantizedCache("quanto", config),
+    "quantized": lambda config: QuantizedCache("quanto", config, nbits=4, q_group_size=8, residual_length=3),
 }
 
 

@@ -42,8 +42,8 @@ class DraftLengths:
     """
     How long the next draft of each row is: a token more than was accepted lately, none where drafts do not pay.
 
-    A row whose drafts are accepted too rarely to pay for their passes decodes autoregressively, and tries again after
-    16 tokens, then 32, and so on up to 256.
+    A row whose drafts are accepted too rarely to pay for their passes, or three times in a row not at all, decodes
+    autoregressively, and tries again after 16 tokens, then 32, and so on up to 256.
 
     Args:
         num_rows (`int`): rows of the batch.
@@ -51,13 +51,14 @@ class DraftLengths:
         needed (`float`): accepted tokens a round below which a draft does not pay.
     """
 
-    _MEMORY = 0.7
+    _MEMORY = 0.85
     _FIRST_WAIT, _LONGEST_WAIT = 16, 256
 
     def __init__(self, num_rows: int, longest: int, needed: float) -> None:
         self.longest = longest
         self.needed = needed
-        self.accepted = [2.0 * needed] * num_rows  # a moving average
+        self.accepted = [1.5 * needed] * num_rows  # a moving average
+        self.failures = [0] * num_rows  # in a row
         self.waiting = [0] * num_rows
         self.next_wait = [self._FIRST_WAIT] * num_rows
 
@@ -78,10 +79,11 @@ class DraftLengths:
         # A draft that was accepted whole might have been accepted further.
         reached = accepted + 1 if accepted == drafted else accepted
         self.accepted[row] = self._MEMORY * self.accepted[row] + (1 - self._MEMORY) * reached
-        if self.accepted[row] < self.needed:
+        self.failures[row] = 0 if accepted else self.failures[row] + 1
+        if self.accepted[row] < self.needed or self.failures[row] == 3:
             self.waiting[row] = self.next_wait[row]
             self.next_wait[row] = min(2 * self.next_wait[row], self._LONGEST_WAIT)
-            self.accepted[row] = 1.2 * self.needed  # one failure sends it back
+            self.accepted[row], self.failures[row] = 1.1 * self.needed, 0  # one failure sends it back
         elif reached > self.needed:
             self.next_wait[row] = self._FIRST_WAIT
 
@@ -93,7 +95,7 @@ class SpeculativeDecoder(BlockDecoder):
     """
 
     # How many accepted tokens pay for a pass more, and for a block behind every prefix (docs/speed.md).
-    _NEEDED_APART, _NEEDED_FUSED = 1.2, 0.6
+    _NEEDED_APART, _NEEDED_FUSED = 1.4, 0.6
 
     def __init__(
         self,
@@ -145,6 +147,9 @@ class SpeculativeDecoder(BlockDecoder):
         room = state.room()
         # The last token of a row is never drafted: the verification ends with it.
         length = min(self.lengths.of_rows(rows), int(room.max()) - 1) if may_draft else 0
+        if length == 0 and len(rows) == 1:
+            self._autoregressive_round(rows[0], may_draft)
+            return
         if not self.is_fused and length > 0:
             self._make_draft(length)
         draft = self.draft[:, :length]
@@ -170,6 +175,17 @@ class SpeculativeDecoder(BlockDecoder):
         if self.streamer is not None and new_tokens.shape[1]:
             self.streamer.put((new_tokens[0] if new_tokens.shape[0] == 1 else new_tokens).cpu())
         self._next_draft(drafts, counts - 1, torch.isin(before, state.active))
+
+    def _autoregressive_round(self, row: int, may_draft: bool) -> None:
+        """A token of the only row, at the price that it has with `decoding="ar"`."""
+        self.draft, self.draft_probs = self.draft[:, :0], None
+        drafting, self.logits_processor = self.logits_processor, self.verifying_processors
+        token = self._autoregressive_token()
+        self.logits_processor = drafting
+        self._record([row], token[:, :0], token, torch.ones_like(token[:, 0]))
+        self._accept(token)
+        if may_draft:
+            self.lengths.record(row, 0, 0)
 
     # drafts
 
