@@ -67,7 +67,7 @@ def test_rendered_mask_is_the_rule(layout: str, clean_block_size: int) -> None:
         block_size,
         clean_block_size,
         torch.zeros(1, 0, dtype=torch.long),
-        clean_is_committed=False,
+        num_committed=0,
     )
     boolean = make_attention_mask(built, "sdpa", torch.float32)
     assert boolean.dtype == torch.bool

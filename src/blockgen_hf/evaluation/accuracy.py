@@ -245,7 +245,9 @@ def _figures(
     for decoding in decodings:
         config = decoding.in_effect(model)
         costs[decoding.name] = (None, None)
-        if config.decoding != "ar":
+        if config.decoding == "speculative":
+            costs[decoding.name] = (config.block_size, None)
+        elif config.decoding != "ar":
             costs[decoding.name] = (config.block_size, config.function_evaluations(config.num_denoising_steps()))
     return answer_figures(samples, [question.answer for question in questions], k, costs, seed)
 

@@ -175,8 +175,9 @@ def _cell(
     config = Decoding(decoding.name, settings).in_effect(model)
     model._validate_generation_mode(GenerationMode.SAMPLE, config, {})
     BlockGenGenerationConfig(**settings)
-    if config.decoding == "ar":
-        nfe, block_size, seeded, num_blocks, evaluations = None, None, 0, 0, max_new_tokens
+    if config.decoding in ("ar", "speculative"):  # an evaluation a token, or fewer
+        block_size = None if config.decoding == "ar" else config.block_size
+        nfe, seeded, num_blocks, evaluations = None, 0, 0, max_new_tokens
     else:
         block_size, seeded = config.block_size, config.ar_seed_tokens
         left = max_new_tokens - seeded
