@@ -81,9 +81,14 @@ def python_of(venv: Path) -> str:
     return str(venv / ("Scripts" if os.name == "nt" else "bin") / "python")
 
 
-def pip_install(venv: Path, *requirements: str) -> bool:
+def pip_install(venv: Path, *requirements: str, pinned: bool = False) -> bool:
+    """Whether it could be installed; `pinned` in the releases of constraints.txt, what builds the project included."""
+    environment = dict(os.environ)
+    if pinned:  # by variables, which hold for builds too; since 25.3 pip has one of its own for those
+        environment |= dict.fromkeys(("PIP_CONSTRAINT", "PIP_BUILD_CONSTRAINT"), CONSTRAINTS.as_uri())
     options = ("--disable-pip-version-check", "--retries", "2")  # fewer than pip's 5: without a network, say so soon
-    return call(python_of(venv), "-m", "pip", "install", *options, *requirements) == 0
+    command = [python_of(venv), "-m", "pip", "install", *options, *requirements]
+    return subprocess.call(command, env=environment) == 0
 
 
 def create_venv(venv: Path) -> None:
@@ -136,10 +141,7 @@ def set_up(extra: str) -> None:
     create_venv(VENV)
     if takes_cpu_torch():
         install_cpu_torch()
-    # By variables, so that what builds the project is pinned too; since 25.3 pip has one of its own for that.
-    for name in ("PIP_CONSTRAINT", "PIP_BUILD_CONSTRAINT"):
-        os.environ[name] = CONSTRAINTS.as_uri()
-    if not pip_install(VENV, "--editable", f"{ROOT}{extra}"):
+    if not pip_install(VENV, "--editable", f"{ROOT}{extra}", pinned=True):
         sys.exit("The installation failed, see above. It needs a network; run the same command again to continue.")
     stamp.write_text(f"{key} {extra}")
 
