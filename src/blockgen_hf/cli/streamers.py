@@ -195,7 +195,7 @@ class DraftLog(DraftStreamer):
 
 
 class SpeculationLog(DraftLog):
-    """The same for `decoding="speculative"`: a line for each draft, with how many of its tokens the text goes on with."""
+    """The same for speculation: a line for each draft, with how many of its tokens the text goes on with."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, output: TextIO, drafts: TextIO) -> None:
         super().__init__(tokenizer, output, drafts)

@@ -165,11 +165,7 @@ class BlockDecoder:
         """The next token of every row by block size 1, `[A, 1]`."""
         state, config = self.state, self.model.config
         generator = self._generator(1)
-        queries = None
-        # Greedy decoding takes the model's own fixed queries: the text is then that of repeated `forward` calls.
-        if self.settings.do_sample and not config.next_token_prediction:
-            shape, queries_of = (state.active.numel(), 1), generator.fold_in(Purpose.AR_QUERY)
-            queries = self.process.prior(shape, state.tokens.device, queries_of)
+        queries = None if config.next_token_prediction else self._queries(state.next_positions(1))
         outputs = self.model(
             input_ids=state.pending,
             query_input_ids=queries,
@@ -186,6 +182,18 @@ class BlockDecoder:
         everywhere = torch.ones_like(canvas, dtype=torch.bool)
         prediction = self._predicted(outputs.logits.flatten(0, 1), everywhere, canvas)
         return prediction.sample(generator.fold_in(Purpose.AR_TOKEN).uniform().flatten())[:, None]
+
+    def _queries(self, positions: torch.Tensor) -> torch.Tensor:
+        """
+        The fully noised tokens by which the next tokens, at these positions `[A or 1, n]`, are predicted
+        autoregressively, `[A, n]`.
+        """
+        state, shape = self.state, (self.state.active.numel(), positions.shape[1])
+        # Greedy decoding takes the model's own fixed queries: the text is then that of repeated `forward` calls.
+        if not self.settings.do_sample:
+            return self.model.fixed_queries(positions).expand(shape)
+        keys = self._generator(shape[1]).fold_in(Purpose.AR_QUERY)
+        return self.process.prior(shape, state.tokens.device, keys)
 
     def _denoise_block(self, length: int) -> torch.Tensor:
         """Algorithm 1: from a fully noised block to a clean one, `[A, length]`."""

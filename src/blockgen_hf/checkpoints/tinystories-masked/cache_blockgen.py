@@ -16,7 +16,7 @@
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
 
 
 class GrowingLayer(DynamicLayer):
@@ -120,4 +120,33 @@ def keep_rows(cache: Cache, rows: torch.Tensor, num_cached: int) -> None:
             layer.is_initialized = False
 
 
-__all__ = ["GrowingLayer", "commit_and_read", "keep_rows", "make_growing"]
+def can_gather(cache: Cache) -> bool:
+    """Whether [`gather_tokens`] knows all layers of the cache."""
+    known = (DynamicLayer, GrowingLayer, StaticLayer)
+    return not cache.offloading and all(type(layer) in known for layer in cache.layers)
+
+
+def gather_tokens(cache: Cache, index: torch.Tensor) -> None:
+    """
+    Puts the cached tokens of every row in another order, and leaves some out.
+
+    Args:
+        index (`torch.LongTensor` of shape `[B, length]`): which of its cached tokens each row holds from now on.
+    """
+    length = index.shape[1]
+    for layer in cache.layers:
+        if not layer.is_initialized:
+            continue
+        for name in ("keys", "values"):
+            states = getattr(layer, name)
+            rows, heads, _, width = states.shape
+            kept = states.gather(2, index[:, None, :, None].expand(rows, heads, length, width))
+            if isinstance(layer, StaticLayer):
+                states[:, :, :length] = kept
+            else:
+                setattr(layer, name, kept)
+        if isinstance(layer, StaticLayer):
+            layer.cumulative_length.fill_(length)
+
+
+__all__ = ["GrowingLayer", "can_gather", "commit_and_read", "gather_tokens", "keep_rows", "make_growing"]

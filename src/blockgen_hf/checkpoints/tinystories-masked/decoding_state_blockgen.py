@@ -17,7 +17,7 @@ import torch
 from transformers.cache_utils import Cache
 from transformers.generation.stopping_criteria import MaxTimeCriteria, StoppingCriteria, StoppingCriteriaList
 
-from .cache_blockgen import keep_rows
+from .cache_blockgen import can_gather, gather_tokens, keep_rows
 from .inputs_blockgen import last_columns
 from .sampling_blockgen import CounterGenerator
 
@@ -149,29 +149,96 @@ class DecodingState:
         self.pending = self.pending[:, count:]
         self.num_cached += count
 
-    def accept(self, tokens: torch.Tensor, stopping_criteria: StoppingCriteriaList) -> torch.Tensor:
+    def accept(
+        self, tokens: torch.Tensor, stopping_criteria: StoppingCriteriaList, counts: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """
-        Takes the next tokens `[A, n]`, up to the end of each row. They become pending; rows that end leave the batch.
+        Takes the next tokens `[A, n]`, or so many of each row as `counts` `[A]` says, up to the end of each row. They
+        become pending; rows that end leave the batch.
 
         Returns:
-            The new tokens of all rows, up to the end of the longest, `[B, <= n]`; pads behind the end of a row.
+            The new tokens of all rows, as far as the row that is furthest behind has them, `[B, ...]`; pads behind the
+            end of a row.
         """
         length = tokens.shape[1]
         columns = self.columns(length)
+        taken = torch.ones_like(columns, dtype=torch.bool)
+        if counts is not None:
+            taken = torch.arange(length, device=counts.device) < counts[:, None]
         tokens = torch.where(self.done[:, None], self.pad_token_id, tokens)
+        tokens = torch.where(taken, tokens, self.tokens[self.active[:, None], columns])
         self.tokens[self.active[:, None], columns] = tokens
         first = max(self.prompt_width, self.first_column)
-        self._find_ends(columns, first, stopping_criteria)
+        self._find_ends(columns, taken, first, stopping_criteria)
 
         # With the pads that now stand behind an end: the cache holds what the sequences say.
         self.pending = torch.cat([self.pending, self.tokens[self.active[:, None], columns]], dim=1)
-        self.context_mask = self.mask_with(length)
-        self.start = self.start + length
-        self.first_column += length
+        self.start = self.start + taken.sum(-1, keepdim=True)
+        if counts is None:
+            self.context_mask = self.mask_with(length)
+            self.first_column += length
+        else:
+            self._leave_out(taken)
+            self.first_column = int(self.start.min())
         self._drop_done_rows()
+        if counts is not None:
+            self._close_gaps()
         return self.sequences()[:, first : None if self.is_finished else self.first_column]
 
-    def _find_ends(self, columns: torch.Tensor, first: int, stopping_criteria: StoppingCriteriaList) -> None:
+    def _leave_out(self, taken: torch.Tensor) -> None:
+        """The last pending columns hold what is `taken` `[A, n]` of them: the others are padding between tokens."""
+        empty = taken.shape[1] - int(taken.sum(-1).max())
+        taken = taken[:, : taken.shape[1] - empty]
+        self.pending = self.pending[:, : self.pending.shape[1] - empty]
+        if self.context_mask is None and bool(taken.all()):
+            return
+        num_context = self.num_cached + self.pending.shape[1] - taken.shape[1]
+        if self.context_mask is None:
+            self.context_mask = torch.ones(len(taken), num_context, dtype=torch.long, device=taken.device)
+        self.context_mask = torch.cat([self.context_mask, taken.to(self.context_mask.dtype)], dim=1)
+
+    def _close_gaps(self) -> None:
+        """
+        Takes the padding out that stands between the tokens of rows which go at their own pace, where there is no room
+        for it, or when it is a quarter of what is cached.
+        """
+        if self.context_mask is None or not self.is_ragged or self.is_finished:
+            return
+        mask, cached = self.context_mask.bool(), self.num_cached
+        if self.cache is not None:
+            longest = int(mask[:, :cached].sum(-1).max())
+            capacity = self.cache.get_max_length() if self.cache.is_compileable else None
+            is_full = capacity is not None and cached + self.pending.shape[1] > capacity
+            if not is_full and cached - longest < 64 + longest // 4:
+                return
+            order = (~mask[:, :cached]).long().argsort(dim=-1, stable=True)[:, :longest]
+            gather_tokens(self.cache, order)
+            kept = self.context_mask[:, :cached].gather(1, order)
+            self.context_mask = torch.cat([kept, self.context_mask[:, cached:]], dim=1)
+            self.num_cached = longest
+        else:
+            order = (~mask).long().argsort(dim=-1, stable=True)[:, : int(mask.sum(-1).max())]
+            self.pending = self.pending.gather(1, order)
+            self.context_mask = self.context_mask.gather(1, order)
+
+    def room(self) -> torch.Tensor:
+        """How many tokens each row may take at once, `[A]`: up to its end, and as many as the cache has place for."""
+        left = self.prompt_width + self.max_new_tokens - self.start.squeeze(-1)
+        if self.is_ragged and self.cache is not None and self.cache.is_compileable and self.context_mask is not None:
+            goes_on = left > 1
+            held = self.context_mask.long().sum(-1)
+            longest = torch.where(goes_on, held, 0).max()
+            left = torch.minimum(left, (self.cache.get_max_length() - longest).clamp(min=1))
+        return left
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether rows may go at their own pace: where they leave the batch when done, and gaps can be closed."""
+        return not self.keep_all_rows and (self.cache is None or can_gather(self.cache))
+
+    def _find_ends(
+        self, columns: torch.Tensor, taken: torch.Tensor, first: int, stopping_criteria: StoppingCriteriaList
+    ) -> None:
         """
         Evaluates the criteria on every prefix that the new columns complete, as they would be token by token, and
         fills with pads behind. The clock is looked at once: it stops everyone, and no finished block is thrown away
@@ -182,8 +249,9 @@ class DecodingState:
         width = self.prompt_width + self.max_new_tokens
         last = min(self.first_column + columns.shape[1] + int(self.start.max() - self.start.min()), width)
         was_done = self.done
-        for column in range(first, last):
-            present = (columns == column).any(-1) & ~self.done
+        completed = [column for column in columns[taken].unique().tolist() if first <= column < last]
+        for column in completed:
+            present = ((columns == column) & taken).any(-1) & ~self.done
             self.num_new_tokens[self.active] += present.long()
             self.done = self.done | (present & self._stops(by_text, column + 1))
         behind = torch.arange(self.tokens.shape[1], device=columns.device) >= (

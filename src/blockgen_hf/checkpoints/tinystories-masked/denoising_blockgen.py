@@ -54,6 +54,9 @@ class Purpose(IntEnum):
     SCORE = 5
     RENOISE = 6
     REVEAL = 7
+    DRAFT = 8
+    ACCEPT = 9
+    RESIDUAL = 10
 
 
 class Predict(Protocol):
@@ -111,6 +114,8 @@ class Block:
         greedy_end (`bool`): the last step takes the arg-max.
         time_conditioning (`bool`): whether the model says something else of the same block at another time.
         states (`list[torch.Tensor]`, *optional*): is given the state `[A, n]` after each step.
+        numbers (`torch.DoubleTensor` of shape `[A, n]`, *optional*): what the tokens of a masked model are drawn with,
+            in place of numbers of the generator's.
     """
 
     process: DiffusionProcess
@@ -121,6 +126,7 @@ class Block:
     greedy_end: bool
     time_conditioning: bool
     states: list[torch.Tensor] | None
+    numbers: torch.Tensor | None = None
 
     def masked(self, z_t: torch.Tensor) -> torch.Tensor:
         """Where a token is masked, `[A, n]`; nowhere in uniform models."""
@@ -182,7 +188,8 @@ def _reveal(
     """
     masked = block.masked(z_t)
     event = torch.where(masked, event, last)
-    upcoming, number, noisy = event, generator.fold_in(Purpose.DENOISE).uniform(), z_t
+    number = generator.fold_in(Purpose.DENOISE).uniform() if block.numbers is None else block.numbers
+    upcoming, noisy = event, z_t
     while True:
         following, position = upcoming.min(-1, keepdim=True)
         due = following < last

@@ -36,6 +36,7 @@ from .generation_configuration_blockgen import (
     BlockGenGenerationConfig,
 )
 from .logits_blockgen import STATEFUL_PROCESSORS, looks_at_neighbours
+from .speculation_blockgen import SpeculativeDecoder
 
 
 # Outputs that only GenerationMixin's own loop collects.
@@ -58,8 +59,13 @@ class BlockGenGenerateOutput(BothCacheNames, GenerateDecoderOnlyOutput):
             New tokens of each row, up to its end and with it.
         tokens_per_forward (`torch.FloatTensor` of shape `[B]`):
             New tokens divided by function evaluations.
+        num_drafted_tokens, num_accepted_tokens (`torch.LongTensor` of shape `[B]`, *optional*):
+            With `decoding="speculative"`: tokens of each row that were drafted and verified, and those of them that
+            stand in the text. The difference was rejected.
         trajectory (`tuple(tuple(torch.LongTensor))`, *optional*, returned with `output_trajectory=True`):
-            For each block the states of its tokens, `[B, n]`: fully noised, then after every denoising step.
+            For each block the states of its tokens, `[B, n]`: fully noised, then after every denoising step. With
+            `decoding="speculative"` for each round the draft, and what was accepted of it with the token that follows;
+            pads behind.
         cache (`Cache`, *optional*, `past_key_values` too):
             The cache, for a following call: prompt and new tokens but for the last block, which no one needed yet.
             None if rows ended early and left the batch (pass a cache of your own to keep them in).
@@ -69,6 +75,8 @@ class BlockGenGenerateOutput(BothCacheNames, GenerateDecoderOnlyOutput):
     num_new_tokens: torch.Tensor | None = None
     tokens_per_forward: torch.Tensor | None = None
     trajectory: tuple[tuple[torch.Tensor, ...], ...] | None = None
+    num_drafted_tokens: torch.Tensor | None = None
+    num_accepted_tokens: torch.Tensor | None = None
 
 
 class BlockGenGenerationMixin(GenerationMixin):
@@ -188,7 +196,7 @@ class BlockGenGenerationMixin(GenerationMixin):
     def _validate_corrector(self, generation_config: GenerationConfig) -> None:
         corrector = generation_config.corrector
         if (
-            generation_config.decoding == "arpc"
+            "arpc" in (generation_config.decoding, generation_config.draft_decoding)
             and corrector in DIFFUSION_CORRECTORS
             and self.config.diffusion_type == "masked"
         ):
@@ -208,10 +216,10 @@ class BlockGenGenerationMixin(GenerationMixin):
         grid = self.config.block_sizes[0]
         if self.config.clean_attention == "causal" or grid == 1:
             return
-        needs_ar = generation_config.decoding == "ar" or generation_config.ar_seed_tokens > 0
+        needs_ar = generation_config.decoding in ("ar", "speculative") or generation_config.ar_seed_tokens > 0
         if needs_ar or (generation_config.decoding == "arpc" and generation_config.corrector in AR_CORRECTORS):
             raise ValueError(
-                "`decoding='ar'`, `ar_seed_tokens` and the AR correctors need a model with "
+                "`decoding='ar'` and `'speculative'`, `ar_seed_tokens` and the AR correctors need a model with "
                 "`clean_attention='causal'`: with 'block_causal' the clean tokens of a block would reveal the tokens "
                 "to be predicted."
             )
@@ -383,7 +391,8 @@ class BlockGenGenerationMixin(GenerationMixin):
                 streamer,
                 **model_kwargs,
             )
-        decoder = BlockDecoder(
+        decoder_class = SpeculativeDecoder if generation_config.decoding == "speculative" else BlockDecoder
+        decoder = decoder_class(
             self,
             input_ids,
             logits_processor,
@@ -402,6 +411,8 @@ class BlockGenGenerationMixin(GenerationMixin):
             num_new_tokens=decoder.num_new_tokens,
             tokens_per_forward=decoder.num_new_tokens / decoder.num_function_evaluations.clamp(min=1),
             trajectory=decoder.trajectory(),
+            num_drafted_tokens=getattr(decoder, "num_drafted_tokens", None),
+            num_accepted_tokens=getattr(decoder, "num_accepted_tokens", None),
             **named_cache(decoder.returned_cache()),
         )
 
@@ -411,7 +422,8 @@ class BlockGenGenerationMixin(GenerationMixin):
             name = type(processor).__name__
             if isinstance(processor, STATEFUL_PROCESSORS):
                 raise ValueError(f"{name} works token by token: it needs `decoding='ar'`.")
-            if generation_config.block_size > 1 and looks_at_neighbours(processor):
+            is_exact = generation_config.decoding == "speculative"  # each position has the text before it
+            if generation_config.block_size > 1 and not is_exact and looks_at_neighbours(processor):
                 raise ValueError(
                     f"{name} looks at the tokens just before, which a block draws at the same time: it needs "
                     "`decoding='ar'` or `block_size=1`."

@@ -21,7 +21,9 @@ from typing import Any
 from transformers import GenerationConfig
 
 
-DECODINGS = ("ar", "block_diffusion", "arpc")
+DECODINGS = ("ar", "block_diffusion", "arpc", "speculative")
+ACCEPTANCES = ("match", "rejection")
+DRAFT_DECODINGS = ("block_diffusion", "arpc")
 SAMPLERS = ("ancestral", "first_hitting", "confidence", "entropy_bound")
 NOISE_REMOVALS = ("ancestral", "greedy")
 AR_CORRECTORS = ("ar_surprisal", "ar_gap", "ar_entropy", "ar_kl", "ar_reverse_kl", "ar_tv")
@@ -43,6 +45,9 @@ _DEFAULTS: dict[str, Any] = {
     "sampler": "ancestral",
     "confidence_threshold": 0.9,
     "entropy_bound": 0.1,
+    "acceptance": "match",
+    "draft_steps": 1,
+    "draft_decoding": "block_diffusion",
     "output_trajectory": False,
     # A diffusion model is sampled from, and from its whole distribution: transformers' default top_k=50 cuts it
     # silently.
@@ -58,6 +63,7 @@ _SETTINGS = (
     "block_size",
     "denoising_steps",
     "nfe_per_block",
+    "fused_drafts",
     *(name for name in _DEFAULTS if name not in ("do_sample", "top_k")),
 )
 
@@ -69,8 +75,9 @@ class BlockGenGenerationConfig(GenerationConfig):
 
     Args:
         decoding (`str`, *optional*):
-            `"ar"`, `"block_diffusion"` or `"arpc"` (AR-informed predictor-corrector, Algorithm 1; the paper calls it
-            AIPC). Default: block diffusion, or `"ar"` if the model knows block size 1 only.
+            `"ar"`, `"block_diffusion"`, `"arpc"` (AR-informed predictor-corrector, Algorithm 1; the paper calls it
+            AIPC) or `"speculative"` (the text of `"ar"` in fewer passes). Default: block diffusion, or `"ar"` if the
+            model knows block size 1 only.
         block_size (`int`, *optional*):
             L', tokens denoised together. Default: the largest that the model was trained for.
         denoising_steps (`int`, *optional*):
@@ -99,6 +106,18 @@ class BlockGenGenerationConfig(GenerationConfig):
         entropy_bound (`float`, defaults to 0.1):
             Of `sampler="entropy_bound"`: the most certain tokens are accepted whose entropies, but for the largest,
             add up to so many nats at most.
+        acceptance (`str`, defaults to `"match"`):
+            Of `decoding="speculative"`. `"match"`: draft tokens are kept as long as they are those that `"ar"` draws,
+            so the text is that of `decoding="ar"` for the same seed. `"rejection"`: they are kept with the probability
+            min(1, p / q), so the law of the text is that of `"ar"`, and more of them are kept.
+        draft_steps (`int`, defaults to 1):
+            Of `decoding="speculative"`: denoising steps a draft. More than one needs `acceptance="match"`.
+        draft_decoding (`str`, defaults to `"block_diffusion"`):
+            Of `decoding="speculative"`: how a draft of several steps is made; `"arpc"` takes the corrector settings.
+        fused_drafts (`bool`, *optional*):
+            Of `decoding="speculative"`: whether one pass verifies a draft and makes the next one, behind every token
+            that the verification may end with. That takes fewer passes of more tokens. Default: on accelerators, where
+            tokens hardly cost, and not on CPUs. Drafts of several steps have passes of their own.
         output_trajectory (`bool`, defaults to `False`):
             Whether to return the states of each step, with `return_dict_in_generate=True`.
         kwargs:
@@ -183,6 +202,9 @@ class BlockGenGenerationConfig(GenerationConfig):
             ("corrector", CORRECTORS),
             ("noise_removal", NOISE_REMOVALS),
             ("sampler", SAMPLERS),
+            ("acceptance", ACCEPTANCES),
+            ("draft_decoding", DRAFT_DECODINGS),
+            ("fused_drafts", (True, False)),
             ("output_trajectory", (True, False)),
         ):
             value = getattr(self, name)
@@ -192,6 +214,7 @@ class BlockGenGenerationConfig(GenerationConfig):
             ("block_size", 1, None),
             ("denoising_steps", 1, _MOST_STEPS),
             ("nfe_per_block", 1, _MOST_STEPS),
+            ("draft_steps", 1, _MOST_STEPS),
             ("ar_seed_tokens", 0, None),
             ("corrector_start", 0, _MOST_STEPS),
             ("corrector_period", 1, _MOST_STEPS),
@@ -204,6 +227,7 @@ class BlockGenGenerationConfig(GenerationConfig):
             if largest is not None and value > largest:
                 raise ValueError(f"`{name}` must be at most {largest:,}, but is {value}.")
         self._validate_sampler()
+        self._validate_drafts()
         if self.denoising_steps is not None and self.nfe_per_block is not None:
             raise ValueError(
                 f"`denoising_steps` ({self.denoising_steps}) and `nfe_per_block` ({self.nfe_per_block}) contradict "
@@ -224,6 +248,25 @@ class BlockGenGenerationConfig(GenerationConfig):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, (int, float)) or not 0 <= value <= largest):
                 raise ValueError(f"`{name}` must be a number from 0 to {largest:g}, but is {value!r}.")
+
+    def _validate_drafts(self) -> None:
+        if self.decoding != "speculative":
+            return
+        has_steps = self.draft_steps not in (None, 1) or self.draft_decoding == "arpc"
+        if self.acceptance == "rejection" and has_steps:
+            raise ValueError(
+                f"`acceptance='rejection'` needs drafts of one step, whose probabilities are known, but `draft_steps` "
+                f"is {self.draft_steps} and `draft_decoding` {self.draft_decoding!r}: use `acceptance='match'`."
+            )
+        if self.fused_drafts and has_steps:
+            raise ValueError(
+                f"`fused_drafts=True` needs drafts of one step, but `draft_steps` is {self.draft_steps} and "
+                f"`draft_decoding` {self.draft_decoding!r}."
+            )
+        if self.sampler not in (None, "ancestral"):
+            raise ValueError(
+                f"`sampler={self.sampler!r}` does not go with `decoding='speculative'`, whose drafts are ancestral."
+            )
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What is saved: settings of ours that are unset say nothing."""
@@ -247,7 +290,9 @@ class BlockGenGenerationConfig(GenerationConfig):
         return num_steps + len(range(self.corrector_start, num_steps - 1, self.corrector_period))
 
     def num_denoising_steps(self) -> int:
-        """T: given, or the largest that `nfe_per_block` pays for, or the block size."""
+        """T: given, or the largest that `nfe_per_block` pays for, or the block size; of a draft, `draft_steps`."""
+        if self.decoding == "speculative":
+            return int(self.draft_steps)
         if self.nfe_per_block is None:
             return self.denoising_steps if self.denoising_steps is not None else self.block_size
         first_informed = self.corrector_start + 2  # the last step never is, so that T must be larger

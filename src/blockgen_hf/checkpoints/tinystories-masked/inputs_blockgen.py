@@ -48,6 +48,8 @@ class ForwardInputs:
         document_ids (`torch.LongTensor` of shape `[B, C]`, *optional*): documents packed into a row.
         cache (`Cache`, *optional*): of clean tokens before those of the call.
         use_cache (`bool`): whether to add the call's clean tokens to it.
+        num_committed (`int`, *optional*): how many of them, from the first on; default: all.
+        noisy_block_ids (`torch.LongTensor` of shape `[B or 1, N]`, *optional*): the blocks of the noisy tokens.
         noise_level (`torch.Tensor` or `float`, *optional*): time t of the noisy tokens.
     """
 
@@ -60,7 +62,9 @@ class ForwardInputs:
     document_ids: torch.Tensor | None = None
     cache: Cache | None = None
     use_cache: bool = False
+    num_committed: int | None = None
     noise_level: torch.Tensor | float | None = None
+    noisy_block_ids: torch.Tensor | None = None
 
     @property
     def num_clean(self) -> int:
@@ -155,7 +159,9 @@ class TrunkInputs:
     attention_mask: torch.Tensor | None = None
     cache: Cache | None = None
     use_cache: bool = False
+    num_committed: int | None = None
     noise_level: torch.Tensor | float | None = None
+    noisy_block_ids: torch.Tensor | None = None
     document_ids: torch.Tensor | None = None
     is_causal: bool = False
     is_full: bool = False
@@ -223,6 +229,7 @@ def denoising_pass(config: BlockGenConfig, inputs: ForwardInputs) -> TrunkInputs
     """
     num_clean, noisy_input_ids = inputs.num_clean, noisy_tokens(inputs)
     num_noisy = noisy_input_ids.shape[1]
+    _check_blocks(config, inputs, num_noisy)
     aligned = inputs.noisy_position_ids is None and num_noisy == num_clean > 0
     ordered = aligned and inputs.position_ids is None and inputs.cache is None and not inputs.use_cache
     documents = inputs.document_ids
@@ -270,7 +277,9 @@ def denoising_pass(config: BlockGenConfig, inputs: ForwardInputs) -> TrunkInputs
         attention_mask=inputs.attention_mask,
         cache=inputs.cache,
         use_cache=inputs.use_cache,
+        num_committed=inputs.num_committed,
         noise_level=inputs.noise_level,
+        noisy_block_ids=inputs.noisy_block_ids,
         document_ids=documents,
         is_causal=num_noisy == 0 and config.clean_attention == "causal",
         is_full=follows and num_clean == 0 and isinstance(inputs.block_size, int) and num_noisy <= inputs.block_size,
@@ -331,6 +340,23 @@ def next_token_pass(inputs: ForwardInputs) -> TrunkInputs:
         is_causal=True,
         is_full=inputs.num_clean == 1,
     )
+
+
+def _check_blocks(config: BlockGenConfig, inputs: ForwardInputs, num_noisy: int) -> None:
+    count, ids = inputs.num_committed, inputs.noisy_block_ids
+    if count is not None and (not inputs.use_cache or not 0 <= count <= inputs.num_clean):
+        raise ValueError(
+            f"`num_committed` must be a number of the {inputs.num_clean} clean tokens, with `use_cache=True`, but is "
+            f"{count}."
+        )
+    if ids is None:
+        return
+    if inputs.noisy_position_ids is None or ids.shape[-1] != num_noisy or config.clean_attention != "causal":
+        raise ValueError(
+            f"`noisy_block_ids` must give a block for each of the {num_noisy} `noisy_input_ids`, with "
+            "`noisy_position_ids`, for a model with `clean_attention='causal'`, but have the shape "
+            f"{list(ids.shape)}."
+        )
 
 
 def noisy_tokens(inputs: ForwardInputs) -> torch.Tensor:

@@ -84,9 +84,10 @@ def build_layout(
     block_size: BlockSize,
     clean_block_size: int,
     cached_positions: torch.Tensor,
-    clean_is_committed: bool,
+    num_committed: int,
     clean_valid: torch.Tensor | None = None,
     noisy_valid: torch.Tensor | None = None,
+    noisy_block_ids: torch.Tensor | None = None,
     document_ids: torch.Tensor | None = None,
 ) -> AttentionLayout:
     """
@@ -99,9 +100,10 @@ def build_layout(
         clean_block_size (`int`): 1 for causal attention among clean tokens, else the grid of block-causal attention.
         cached_positions (`torch.LongTensor` of shape `[B or 1, slots]`): positions of the clean tokens in the slots
             that the cache returns, of this call's too if it commits them; [`unreachable`] for padding and free slots.
-        clean_is_committed (`bool`): whether the call's clean tokens stand in the slots of the cache, instead of
-            behind.
+        num_committed (`int`): how many of the call's clean tokens stand in the slots of the cache, instead of behind.
         clean_valid, noisy_valid (`torch.BoolTensor` of shape `[B, C]` and `[B, N]`, *optional*): False for padding.
+        noisy_block_ids (`torch.LongTensor` of shape `[B or 1, N]`, *optional*): noisy tokens of one id, from 0 on, are
+            a block, which starts at the smallest of their positions; blocks may overlap.
         document_ids (`torch.LongTensor` of shape `[B, C]` or `[B, C + N]`, *optional*): the documents of the clean
             tokens, and of the noisy ones, which are as many or none where they are left out; the positions restart
             with each document, and nothing is cached.
@@ -119,6 +121,10 @@ def build_layout(
     first = noisy_positions.amin(-1, keepdim=True) if noisy_positions.shape[-1] else noisy_positions
     starts = block_starts(noisy_positions, sizes, first)
     noisy_group, noisy_limit = starts, starts
+    if noisy_block_ids is not None:
+        same = noisy_block_ids[:, :, None] == noisy_block_ids[:, None, :]
+        noisy_limit = torch.where(same, noisy_positions[:, None, :], _NEVER).amin(-1)
+        noisy_group = noisy_block_ids.expand(noisy_limit.shape[0], -1)
     clean_limit = block_starts(clean_positions, clean_block_size) + clean_block_size
     clean_keys, clean_group = clean_positions, alone[:num_clean].expand_as(clean_positions)
     if clean_valid is not None:
@@ -136,8 +142,7 @@ def build_layout(
     if document_ids is not None:
         num_noisy = noisy_positions.shape[-1]
         documents = concat(document_ids[:, :num_clean], document_ids[:, document_ids.shape[1] - num_noisy :])
-    if clean_is_committed:
-        key_position, key_group = key_position[:, num_clean:], key_group[:, num_clean:]
+    key_position, key_group = key_position[:, num_committed:], key_group[:, num_committed:]
     return AttentionLayout(
         clean_limit=concat(clean_limit, noisy_limit),
         query_group=query_group,
@@ -261,7 +266,7 @@ def _render(
         block_size,
         clean_block_size,
         position_ids.new_empty(1, 0),
-        clean_is_committed=False,
+        num_committed=0,
         clean_valid=valid,
         noisy_valid=valid,
         document_ids=document_ids,

@@ -141,11 +141,13 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
         *,
         block_size: int | Sequence[int] | None = None,
         noisy_position_ids: torch.Tensor | None = None,
+        noisy_block_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         cache: Cache | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
+        num_committed: int | None = None,
         labels: torch.Tensor | None = None,
         noise_level: torch.Tensor | float | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -169,6 +171,10 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
             noisy_position_ids (`torch.LongTensor` of shape `[B or 1, N]`, *optional*):
                 Default: the positions of `input_ids` if there are as many (training, verification), the positions
                 behind the cache if there are no `input_ids` (generation).
+            noisy_block_ids (`torch.LongTensor` of shape `[B or 1, N]`, *optional*):
+                The blocks of the noisy tokens, in place of `block_size`: those of one id, from 0 on, are a block that
+                starts at the smallest of their positions. Blocks may overlap, so that one pass can ask for several
+                continuations. With `noisy_position_ids`.
             attention_mask (`torch.Tensor` of shape `[B, past + C]`, *optional*):
                 Zero for padding among cached and clean tokens. It gives the default positions.
             position_ids (`torch.LongTensor` of shape `[B or 1, C]`, *optional*):
@@ -181,6 +187,9 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
             use_cache (`bool`, *optional*):
                 Whether to commit the clean tokens of this call to the cache. Noisy tokens never are. Default: the
                 configuration's for the causal language model, False for the denoiser and for training.
+            num_committed (`int`, *optional*):
+                With noisy tokens and `use_cache=True`: how many of the clean tokens to commit, from the first on; the
+                others, a draft for instance, are only read. Default: all.
             labels (`torch.LongTensor` of shape `[B, C]`, *optional*):
                 The clean tokens to learn (not shifted). Where they are -100 the noisy half is clean and costs nothing.
                 In training mode the loss is one draw of the mixture bound. In evaluation mode it is the bound, by two
@@ -239,7 +248,9 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
             document_ids=document_ids,
             cache=cache,
             use_cache=bool(use_cache),
+            num_committed=num_committed,
             noise_level=noise_level,
+            noisy_block_ids=noisy_block_ids,
         )
         if labels is None and noisy_input_ids is None:
             inputs = replace(inputs, use_cache=self._causal_use_cache(use_cache))

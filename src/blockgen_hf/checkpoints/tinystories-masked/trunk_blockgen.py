@@ -111,7 +111,9 @@ class BlockGenModel(BlockGenPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         cache: Cache | None = None,
         use_cache: bool = False,
+        num_committed: int | None = None,
         noise_level: torch.Tensor | None = None,
+        noisy_block_ids: torch.Tensor | None = None,
         document_ids: torch.Tensor | None = None,
         is_causal: bool = False,
         is_full: bool = False,
@@ -123,7 +125,7 @@ class BlockGenModel(BlockGenPreTrainedModel):
         Args:
             input_ids (`torch.LongTensor` of shape `[B, C]`): clean tokens of the call; C may be 0.
             noisy_input_ids (`torch.LongTensor` of shape `[B, N]`): noisy tokens; N may be 0, to fill the cache.
-            block_size, position_ids, attention_mask, cache, use_cache, noise_level:
+            block_size, position_ids, attention_mask, cache, use_cache, num_committed, noise_level, noisy_block_ids:
                 as in [`BlockGenForDiffusionLM.forward`]; the positions are not optional here.
             noisy_mask (`torch.Tensor` of shape `[B, N]`, *optional*): zero where a noisy token is padding.
             is_causal (`bool`): the caller knows that the mask is causal over cache, clean and noisy tokens in this
@@ -147,7 +149,8 @@ class BlockGenModel(BlockGenPreTrainedModel):
             cache = DynamicCache(config=self.config)
         self._check_checkpointing(cache)
         num_clean = input_ids.shape[1]
-        num_committed = num_clean if use_cache else 0
+        if num_committed is None or not use_cache:
+            num_committed = num_clean if use_cache else 0
         read_cache = cache if self._reads(cache, num_committed) else None
         if is_aligned:
             mask, is_causal = self._training_mask(position_ids, block_size, attention_mask, document_ids), False
@@ -158,9 +161,10 @@ class BlockGenModel(BlockGenPreTrainedModel):
                 block_size,
                 self._clean_block_size,
                 self._cached_positions(read_cache, num_committed, position_ids, attention_mask),
-                clean_is_committed=num_committed > 0,
+                num_committed=num_committed,
                 clean_valid=None if attention_mask is None else last_columns(attention_mask, num_clean).bool(),
                 noisy_valid=None if noisy_mask is None else noisy_mask.bool(),
+                noisy_block_ids=noisy_block_ids,
                 document_ids=document_ids,
             )
             # Padding, documents, and the free slots of a static cache have to be masked in any case.
