@@ -56,20 +56,16 @@ def window(name: str) -> tuple[str, str]:
     return f"{name}{extras}=={oldest}", f"{name}{extras}>={oldest}{rest}"
 
 
-def try_release(name: str, requirement: str, parts: tuple[str, ...], short: bool = False) -> dict[str, str]:
+def try_release(
+    name: str, requirement: str, parts: tuple[str, ...], short: bool = False, default_torch: bool = False
+) -> dict[str, str]:
     """A row of the table."""
     venv = FOLDER / re.sub(r"\W+", "-", requirement)
     run.lay_over(venv)
     pinned = run.releases(run.VENV)
     kept = [f"{other}=={pinned[other]}" for other in ("torch", "transformers") if other != name]
-    installed = name == "torch" and requirement.startswith("torch>") and run.takes_cpu_torch()
-    if installed:  # only the CPU build: the default one is gigabytes
-        installed = run.answers(run.CPU_INDEX) and run.pip_install(
-            venv, "--upgrade", requirement, "--index-url", run.CPU_INDEX
-        )
-    elif run.takes_cpu_torch() and name == "torch":
-        index = ("--extra-index-url", run.CPU_INDEX) if run.answers(run.CPU_INDEX) else ()
-        installed = run.pip_install(venv, f"{requirement}+cpu", *index)
+    if name == "torch" and not default_torch and run.takes_cpu_torch():
+        installed = install_cpu_torch(venv, requirement)
     else:
         installed = run.pip_install(venv, "--upgrade", requirement, *kept)
     if not installed:
@@ -84,6 +80,14 @@ def try_release(name: str, requirement: str, parts: tuple[str, ...], short: bool
         if short:  # the tests have had it
             return row
     return row | {part: run_tests(venv, PARTS[part]) for part in parts}
+
+
+def install_cpu_torch(venv: Path, requirement: str) -> bool:
+    """Only PyTorch's own index has CPU builds; the default build is gigabytes."""
+    has_index = run.answers(run.CPU_INDEX)
+    if requirement.startswith("torch>"):
+        return has_index and run.pip_install(venv, "--upgrade", requirement, "--index-url", run.CPU_INDEX)
+    return run.pip_install(venv, f"{requirement}+cpu", *(("--extra-index-url", run.CPU_INDEX) if has_index else ()))
 
 
 def run_tests(venv: Path, path: str) -> str:
@@ -105,9 +109,25 @@ def as_table(rows: list[dict[str, str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def write_page(rows: list[dict[str, str]]) -> None:
+    """Puts the rows into the page's table, in place of earlier ones of the same packages."""
+    text, table = PAGE.read_text(encoding="utf-8").split(TABLE)
+    new = as_table(rows).splitlines()
+    names = {row["package"] for row in rows}
+    lines = [line for line in table.strip().splitlines()[2:] if line.split("|")[1].strip() not in names]
+    order = {name: place for place, name in enumerate(PARTS_OF)}
+    lines = sorted([*lines, *new[2:]], key=lambda line: order[line.split("|")[1].strip()])
+    PAGE.write_text("\n".join([text + TABLE, "", *new[:2], *lines, ""]), encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="run.py compat", description=__doc__)
     parser.add_argument("--short", action="store_true", help="transformers and a few tests only; writes nothing")
+    parser.add_argument(
+        "--default-torch",
+        action="store_true",
+        help="install PyTorch's default build, which is gigabytes, where PyTorch's own index cannot be reached",
+    )
     parser.add_argument("packages", nargs="*", help=f"of {', '.join(PARTS_OF)}; all by default")
     options = parser.parse_args()
     names = options.packages or (["transformers"] if options.short else list(PARTS_OF))
@@ -119,13 +139,13 @@ def main() -> None:
     for name in names:
         for requirement in window(name):
             print(f"== {requirement}", flush=True)
-            rows.append(try_release(name, requirement, SHORT if options.short else PARTS_OF[name], options.short))
+            parts = SHORT if options.short else PARTS_OF[name]
+            rows.append(try_release(name, requirement, parts, options.short, options.default_torch))
         if rows[-1]["release"] == rows[-2]["release"]:
             rows[-2:] = [rows[-1] | {"release": f"{rows[-1]['release']}, oldest and newest"}]
     print(as_table(rows))
-    if names == list(PARTS_OF):
-        text = PAGE.read_text(encoding="utf-8").split(TABLE)[0]
-        PAGE.write_text(f"{text}{TABLE}\n\n{as_table(rows)}\n", encoding="utf-8")
+    if not options.short:
+        write_page(rows)
     sys.exit(any("FAILS" in row.values() for row in rows))
 
 

@@ -224,11 +224,7 @@ def test_bench_command(capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--size", "tiny", "--diffusion-types", "masked", "--batch-sizes", "1", "--prefixes", "0"]
     options += ["--decodings", "block_diffusion:2", "--new-tokens", "4", "--block-size", "4", "--repeats", "1"]
     assert main(["bench", *options, "--cpu-weights", "int8,float16"]) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert [line.split(" | ")[1] for line in lines] == [
-        "by",
-        "blockgen",
-        "blockgen-int8",
-        "blockgen-float16",
-        "gpt2",
-    ]
+    lines = capsys.readouterr().out.splitlines()
+    names = ("blockgen", "blockgen-int8", "blockgen-float16", "gpt2")
+    found = [word for line in lines for word in line.split()[1:2] if word in names]
+    assert list(dict.fromkeys(found)) == list(names)  # a table too wide for the terminal names them in every part

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 class NotApplicable(NamedTuple):
     error: str  # in the message of the failure; any other failure is one
     reason: str
+    since: str = "5.0"  # the release of transformers that brought the test
 
 
 NOT_APPLICABLE: dict[str, NotApplicable] = {
@@ -22,6 +23,7 @@ NOT_APPLICABLE: dict[str, NotApplicable] = {
         "False is not true",  # it expects a warning
         "`forward` takes `cache` and `past_key_values` alike on every supported release: neither name warns; "
         "tests/test_cache_names.py tests both",
+        since="5.24",
     ),
     "test_generation_tester_mixin_inheritance": NotApplicable(
         "the tester must inherit from `GenerationTesterMixin`",
