@@ -258,6 +258,20 @@ def test_answers_are_found_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.figures["ar"].accuracy.value == correct / 5
 
 
+def test_speculation_gives_the_answers_of_ar_and_has_evaluations_per_token_only() -> None:
+    decodings = ["ar:do_sample=false", "speculative:do_sample=false", "ar", "speculative", "arpc:8"]
+    result = evaluate(decodings=decodings, block_size=8)
+    by_decoding = {name: [row["text"] for row in result.generations if row["decoding"] == name] for name in decodings}
+    assert by_decoding["speculative:do_sample=false"] == by_decoding["ar:do_sample=false"]
+    assert by_decoding["speculative"] == by_decoding["ar"]
+    figures = result.figures["speculative"]
+    assert (figures.block_size, figures.function_evaluations_per_block) == (8, None)
+    assert figures.function_evaluations_per_token == figures.num_function_evaluations / figures.num_new_tokens
+    head, _, *rows = [[cell.strip() for cell in line.split("|")] for line in result.table().splitlines()]
+    per_block = {row[1].strip("`"): row[head.index("evaluations a block")] for row in rows}
+    assert per_block == {**dict.fromkeys(decodings, ""), "arpc:8": "8 of 8 tokens"}
+
+
 # On disk
 
 

@@ -51,8 +51,8 @@ LIKELIHOOD = {
 
 # Of each kind of model: overrides of the tiny configuration, and the decodings that its card shows.
 KINDS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
-    "mixture": ("masked", {}, ["arpc", "block_diffusion", "ar"]),
-    "uniform": ("uniform", {}, ["arpc", "block_diffusion", "ar"]),
+    "mixture": ("masked", {}, ["arpc", "block_diffusion", "speculative", "ar"]),
+    "uniform": ("uniform", {}, ["arpc", "block_diffusion", "speculative", "ar"]),
     "one block size": ("masked", {"block_sizes": [4]}, ["block_diffusion"]),
     "block-causal": ("block_causal", {}, ["block_diffusion"]),
     "full sequence": ("block_causal", {"block_sizes": [64]}, ["block_diffusion"]),
@@ -402,7 +402,7 @@ def run_app(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, An
 def test_the_spaces_app_generates_with_every_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_space(tmp_path / "space", str(shipped_checkpoint()), license="apache-2.0", title="Stories")
     app, gradio = run_app(tmp_path / "space", monkeypatch)
-    assert app["DECODINGS"] == ["arpc", "block_diffusion", "ar"]
+    assert app["DECODINGS"] == ["arpc", "block_diffusion", "speculative", "ar"]
     ((function, interface),) = gradio.interfaces
     assert len(interface["inputs"]) == function.__code__.co_argcount and len(interface["outputs"]) == 2
     texts = {}
@@ -410,12 +410,13 @@ def test_the_spaces_app_generates_with_every_decoding(tmp_path: Path, monkeypatc
         text, cost = function("Once upon a time", decoding, 8, 4, 16, 0.8, 1)
         assert text.startswith("Once upon a time") and len(text) > 20
         texts[decoding] = text
-        evaluations, per_forward = re.fullmatch(
-            r"(\d+) function evaluations, ([\d.]+) tokens per forward", cost
+        evaluations, per_forward, drafts = re.fullmatch(
+            r"(\d+) function evaluations, ([\d.]+) tokens per forward(, \d+ of \d+ drafted tokens accepted)?", cost
         ).groups()
+        assert (drafts is not None) == (decoding == "speculative")
         assert int(evaluations) >= 7 and 0 < float(per_forward) < 3
         assert function("Once upon a time", decoding, 8, 4, 16, 0.8, 1) == (text, cost)
-    assert len(set(texts.values())) == 3
+    assert len(set(texts.values())) == 3 and texts["speculative"] == texts["ar"]
     assert function("", "ar", 8, 4, 8, 0.0, 1)[0] == function("", "ar", 8, 4, 8, 0.0, 2)[0]
     with pytest.raises(gradio.Error, match="the model takes 256"):
         function("word " * 300, "ar", 8, 4, 8, 0.8, 1)

@@ -21,11 +21,19 @@ import blockgen_hf
 from blockgen_hf.checkpoints import shipped_checkpoint
 from blockgen_hf.cli import COMMANDS, main, make_parser
 from blockgen_hf.cli.generate import CHOICES
-from blockgen_hf.generation.generation_configuration_blockgen import CORRECTORS, DECODINGS, NOISE_REMOVALS, SAMPLERS
+from blockgen_hf.generation.generation_configuration_blockgen import (
+    ACCEPTANCES,
+    CORRECTORS,
+    DECODINGS,
+    DRAFT_DECODINGS,
+    NOISE_REMOVALS,
+    SAMPLERS,
+)
 
 
 COST = re.compile(
-    r"(\d+) new tokens, (\d+) function evaluations, ([\d.]+) tokens per forward, [\d.]+ tokens/s, [\d.]+ s \((.*)\)"
+    r"(\d+) new tokens, (\d+) function evaluations, ([\d.]+) tokens per forward, [\d.]+ tokens/s, [\d.]+ s"
+    r"(?:, \d+ of \d+ drafted tokens accepted)? \((.*)\)"
 )
 ARPC = ("--decoding", "arpc", "--nfe-per-block", "8", "--corrector-period", "3")
 
@@ -111,6 +119,53 @@ def test_text_and_cost(run: Command, options: tuple[str, ...], evaluations: int,
     # At most: a pass that changes nothing is not run.
     assert count == evaluations if settings == "ar" else 0 < count <= evaluations
     assert match.groups() == ("16", str(count), f"{16 / count:.2f}", f"{settings}, seed 5")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--greedy",), "block size 8, 1 draft step, greedy"),
+        (("--acceptance", "rejection", "--fused-drafts"), "1 draft step, fused drafts, acceptance rejection"),
+        (("--draft-steps", "3", "--ar-seed-tokens", "2"), "3 draft steps, acceptance match, 2 AR seed tokens"),
+        (
+            ("--draft-steps", "4", "--draft-decoding", "arpc", "--corrector", "ar_kl", "--no-fused-drafts"),
+            "4 draft steps, arpc drafts with ar_kl, acceptance match",
+        ),
+    ],
+)
+def test_speculation_tells_its_settings_and_what_drafts_were_worth(
+    run: Command, options: tuple[str, ...], words: str
+) -> None:
+    """And writes the text of `ar`, unless it keeps drafts by rejection."""
+    out = run("a b", "--decoding", "speculative", "--seed", "0", *options)
+    assert f"{words}, seed 0)" in out
+    accepted, drafted = map(int, re.search(r" s, (\d+) of (\d+) drafted tokens accepted \(", out).groups())
+    (result,) = results(run, "a b", "--decoding", "speculative", *options)
+    assert "denoising_steps" not in result["settings"] and "function_evaluations_per_block" not in result["settings"]
+    assert result["settings"]["draft_steps"] == (int(options[1]) if "--draft-steps" in options else 1)
+    (sample,) = result["samples"]
+    assert sample["completion"] in out and 0 <= accepted <= drafted
+    for counts in (sample, result):
+        assert (counts["num_accepted_tokens"], counts["num_drafted_tokens"]) == (accepted, drafted)
+    number = ("--num-samples", "1" if "--greedy" in options else "2")
+    (result,) = results(run, "a b", "--decoding", "speculative", *number, *options)
+    for name in ("num_drafted_tokens", "num_accepted_tokens"):
+        assert result[name] == sum(sample[name] for sample in result["samples"])
+    if "rejection" not in options:
+        greedy = [option for option in options if option == "--greedy"]
+        (by_ar,) = results(run, "a b", "--decoding", "ar", *number, *greedy)
+        assert [one["text"] for one in by_ar["samples"]] == [one["text"] for one in result["samples"]]
+        assert "num_drafted_tokens" not in by_ar and "num_drafted_tokens" not in by_ar["samples"][0]
+
+
+def test_a_model_may_speculate_by_its_own_settings(tmp_path: Path, run: Command) -> None:
+    model = save(tmp_path, decoding="speculative", acceptance="rejection", block_size=4, fused_drafts=False)
+    out = run("a", "--model", model, "--seed", "0")
+    assert "(speculative, block size 4, 1 draft step, acceptance rejection, seed 0)" in out
+    for decoding in DECODINGS:
+        (result,) = results(run, "a", "--model", model, "--decoding", decoding)
+        assert result["decoding"] == decoding and result["num_new_tokens"] == 16
+    assert [row["decoding"] for row in results(run, "a", "--model", model, "--compare")][:2] == ["ar", "speculative"]
 
 
 def test_the_models_own_settings_decide_what_is_not_passed(tmp_path: Path, run: Command) -> None:
@@ -358,9 +413,12 @@ def test_compare(run: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "100")
     out = run("a b", "--compare", "--seed", "0")
     assert max(map(len, out.splitlines())) <= 100
-    rows = re.findall(r"^(ar|block_diffusion|arpc) +(.*?) +(\d+) +([\d.]+) +[\d.]+$", out, flags=re.MULTILINE)
+    rows = re.findall(
+        r"^(ar|speculative|block_diffusion|arpc) +(.*?) +(\d+) +([\d.]+) +[\d.]+$", out, flags=re.MULTILINE
+    )
     expected = [
         ("ar", "", 16),
+        ("speculative", "block size 8, 1 draft step, acceptance match", 32),
         ("block_diffusion", "block size 8, 16 steps", 32),
         ("block_diffusion", "block size 8, 8 steps", 16),
         ("block_diffusion", "block size 8, 4 steps", 8),
@@ -430,6 +488,15 @@ def test_compare_leaves_out_what_a_block_causal_model_cannot(run: Command, tmp_p
         (("--prompt-file", "prompts.txt"), "--prompt-file stands for the prompts"),
         (("-", "-"), "Standard input holds one prompt"),
         (("--json", "--show-denoising"), "--show-denoising has no meaning with --json"),
+        (
+            ("--decoding", "speculative", "--denoising-steps", "4"),
+            "--denoising-steps has no meaning with --decoding speculative, which has --draft-steps",
+        ),
+        (
+            ("--decoding", "speculative", "--draft-steps", "2", "--acceptance", "rejection"),
+            "`acceptance='rejection'` needs drafts of one step",
+        ),
+        (("--decoding", "speculative", "--draft-steps", "0"), "`draft_steps` must be an integer of at least 1"),
         (("--num-samples", "2", "--show-denoising"), "shows a single sample"),
     ],
 )
@@ -459,7 +526,14 @@ def test_no_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_choices_are_those_of_the_generation_config() -> None:
-    accepted = {"decoding": DECODINGS, "corrector": CORRECTORS, "noise_removal": NOISE_REMOVALS, "sampler": SAMPLERS}
+    accepted = {
+        "decoding": DECODINGS,
+        "corrector": CORRECTORS,
+        "noise_removal": NOISE_REMOVALS,
+        "sampler": SAMPLERS,
+        "acceptance": ACCEPTANCES,
+        "draft_decoding": DRAFT_DECODINGS,
+    }
     assert accepted == CHOICES
 
 

@@ -10,7 +10,7 @@ import torch
 from tiny import EOS, NUM_WORDS, PAD, VOCAB_SIZE, generate, spaced_tokenizer, tiny_model, words
 
 from blockgen_hf.cli import streamers
-from blockgen_hf.cli.streamers import MASK, DraftLog, StreamedText, TerminalDrafts
+from blockgen_hf.cli.streamers import MASK, DraftLog, SpeculationLog, StreamedText, TerminalDrafts
 from blockgen_hf.cli.text_layout import printable, wrap
 
 
@@ -174,6 +174,43 @@ def test_draft_log(capsys: pytest.CaptureFixture[str]) -> None:
         assert draft.count(MASK) == int(size) - int(decided)
         assert len(draft.replace(MASK, " ").split()) == int(decided)
     assert any(0 < int(decided) < int(size) for _, _, decided, size, _ in columns)
+
+
+SPECULATIVE: dict[str, Any] = {"decoding": "speculative", "block_size": 8, "suppress_tokens": [PAD, EOS]}
+
+
+@pytest.mark.parametrize("draft", [{"fused_drafts": True}, {"fused_drafts": False}, {"draft_steps": 3}])
+def test_the_log_of_speculation_tells_how_much_of_a_draft_is_kept(
+    draft: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A line for each draft, and the words that are accepted stand in the text."""
+    model, tokenizer = tiny_model(), spaced_tokenizer()
+    streamer = SpeculationLog(tokenizer, sys.stdout, sys.stderr)
+    settings = {**SPECULATIVE, **draft, "max_new_tokens": 40, "temperature": 0.3, "return_dict_in_generate": True}
+    outputs = generate(model, words(1, 3), streamer=streamer, **settings)
+    printed = capsys.readouterr()
+    text = tokenizer.decode(outputs.sequences[0], skip_special_tokens=True)
+    assert printed.out == text + "\n"
+    parsed = [re.fullmatch(r"draft +(\d+), +(\d+) kept \| (.*)", line) for line in printed.err.splitlines()]
+    assert all(parsed)
+    columns = [match.groups() for match in parsed if match]
+    assert [int(number) for number, *_ in columns] == list(range(1, len(columns) + 1))
+    kept, accepted = sum(int(count) for _, count, _ in columns), int(outputs.num_accepted_tokens)
+    # Of fused drafts, which are longer than what is verified, the next token may agree too.
+    assert 0 < accepted <= kept <= accepted + len(columns) * ("fused_drafts" in draft and draft["fused_drafts"])
+    for _, count, drafted in columns:
+        assert MASK not in drafted
+        assert " ".join(drafted.split()[: int(count)]) in text
+
+
+def test_no_token_of_a_draft_is_decided_before_it_is_verified(terminal: Terminal) -> None:
+    streamer = TerminalDrafts(spaced_tokenizer(), terminal, decides=False)
+    sequence = generate(
+        tiny_model(), words(1, 3), streamer=streamer, max_new_tokens=33, do_sample=False, **SPECULATIVE
+    )
+    assert terminal.text() == lines(sequence)
+    streamer.put_draft(logits=log_probs(2, 3, decided=(0, 1)))
+    assert terminal.colored.endswith("c d")
 
 
 def test_time_of_drawing_is_known(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:

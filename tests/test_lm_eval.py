@@ -275,6 +275,7 @@ def test_block_causal_models_have_bounds_and_no_greedy_text() -> None:
         ("masked", {"decoding": "block_diffusion", "block_size": 4, "denoising_steps": 3}),
         ("masked", {"decoding": "arpc", "block_size": 8, "nfe_per_block": 8, "corrector_period": 3}),
         ("uniform", {"decoding": "arpc", "block_size": 8, "nfe_per_block": 8, "corrector_period": 3}),
+        ("uniform", {"decoding": "speculative", "block_size": 8, "acceptance": "match"}),
     ],
     ids=lambda value: value if isinstance(value, str) else value["decoding"],
 )
@@ -288,8 +289,9 @@ def test_texts_of_every_decoding_do_not_depend_on_batches(variant: str, settings
     assert alone.generate_until(requests) == texts
     assert len({texts[0], texts[3], texts[5]}) == 3  # of one prompt
     assert blockgen(model, batch_size=4, seed=1, **settings).generate_until(requests) != texts
-    for count in ("num_function_evaluations", "num_new_tokens"):
-        assert getattr(together, count) == getattr(alone, count) > 0
+    assert together.num_new_tokens == alone.num_new_tokens > 0
+    if settings["decoding"] != "speculative":  # drafts are as long as the longest of the batch
+        assert together.num_function_evaluations == alone.num_function_evaluations > 0
 
 
 def test_gen_kwargs_override_the_decoding_and_greedy_is_the_default(model: BlockGenForDiffusionLM) -> None:
@@ -307,6 +309,20 @@ def test_the_cost_is_counted(model: BlockGenForDiffusionLM) -> None:
     assert info["num_new_tokens"] >= tokens > 0
     assert lm.num_function_evaluations == info["num_function_evaluations"] <= 3 * 3 * 2
     assert info["tokens_per_forward"] == pytest.approx(info["num_new_tokens"] / info["num_function_evaluations"])
+
+
+@pytest.mark.parametrize("draft", [{"draft_steps": 2}, {"acceptance": "rejection", "fused_drafts": True}])
+def test_speculation_gives_the_texts_of_ar_with_their_stop_strings(
+    model: BlockGenForDiffusionLM, draft: dict[str, Any]
+) -> None:
+    full = continued(model, "abc", "<none>", decoding="ar", max_new_tokens=24)
+    wishes = [{"until": [full[place : place + 2]], "max_gen_toks": 24} for place in (2, 5, 11)]
+    requests = asked(*((prompt, wish) for prompt in ("abc", "d", "ef") for wish in wishes))
+    by_ar = blockgen(model, decoding="ar", batch_size=2)
+    lm = blockgen(model, decoding="speculative", block_size=8, batch_size=2, **draft)
+    assert lm.generate_until(requests) == by_ar.generate_until(requests)
+    assert lm.num_new_tokens == by_ar.num_new_tokens
+    assert lm.get_model_info()["tokens_per_forward"] == lm.num_new_tokens / lm.num_function_evaluations
 
 
 def test_rows_end_at_their_own_stop_string(model: BlockGenForDiffusionLM) -> None:

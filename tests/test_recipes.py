@@ -353,6 +353,11 @@ def test_a_trained_model_names_its_decoding(
     model.generation_config.update(decoding="block_diffusion")
     model.save_pretrained(checkpoint)
     assert named_by(*goes_on)["decoding"] == ("ar" if decoding == "ar" else "block_diffusion")
+    model.generation_config.update(decoding="speculative", acceptance="rejection")
+    model.save_pretrained(checkpoint)
+    kept = named_by(*goes_on)
+    assert kept["decoding"] == ("speculative" if sizes == "[1,4]" else decoding)
+    assert kept["acceptance"] == "rejection"
 
 
 @pytest.mark.parametrize(

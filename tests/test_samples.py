@@ -73,7 +73,17 @@ def test_special_tokens_that_a_tokenizer_appends_are_not_in_a_prompt() -> None:
 def test_what_a_decoding_does_not_have_does_not_multiply_it() -> None:
     cells, skipped = sample_cells(
         tiny_model("uniform"),
-        ["ar", "block_diffusion", "arpc:8", "arpc:block_size=2", "ar:temperature=0.5", "block_diffusion:4:top_p=0.5"],
+        [
+            *(
+                "ar",
+                "block_diffusion",
+                "arpc:8",
+                "arpc:block_size=2",
+                "ar:temperature=0.5",
+                "block_diffusion:4:top_p=0.5",
+            ),
+            *("speculative", "speculative:acceptance=rejection:block_size=6"),
+        ],
         max_new_tokens=LENGTH,
         nfe=[3, 6],
         block_sizes=[4, 8],
@@ -91,6 +101,8 @@ def test_what_a_decoding_does_not_have_does_not_multiply_it() -> None:
         "arpc:block_size=2": 8,
         "ar:temperature=0.5": 1,
         "block_diffusion:4:top_p=0.5": 8,
+        "speculative": 4,  # block sizes and temperatures
+        "speculative:acceptance=rejection:block_size=6": 2,
     }
     names = [cell.name for cell in cells]
     assert len(set(names)) == len(names) and names[0] == "ar" and "block_diffusion-3-L4-k8-T0.7" in names
@@ -166,6 +178,24 @@ def test_no_text_takes_more_evaluations_than_planned(decoding: str, variant: str
     texts = draw(model, cell, range(60))
     assert max(text.num_function_evaluations for text in texts) == cell.max_evaluations
     assert {len(text.token_ids) for text in texts} == {LENGTH}
+
+
+@pytest.mark.parametrize(
+    ("decoding", "most"),
+    [
+        ("speculative", 2),
+        ("speculative:fused_drafts=true", 1),
+        ("speculative:draft_steps=4:draft_decoding=arpc", 1 + 4 + 3),
+    ],
+)
+def test_speculation_draws_the_texts_of_ar_and_has_no_blocks(decoding: str, most: int) -> None:
+    model = tiny_model()
+    cell = cell_of(decoding, model, block_sizes=[32])
+    assert (cell.nfe, cell.num_blocks, cell.block_size) == (None, 0, 32)
+    assert cell.max_evaluations == most * LENGTH
+    texts = draw(model, cell, range(8))
+    assert [text.token_ids for text in texts] == [text.token_ids for text in draw(model, cell_of("ar"), range(8))]
+    assert max(text.num_function_evaluations for text in texts) <= cell.max_evaluations
 
 
 @pytest.mark.parametrize(
@@ -491,6 +521,20 @@ def test_tables(run: Evaluation) -> None:
     ]  # fmt: skip
     assert len(rows) == 3 and rows[-1][5] == f"{scores['perplexity']:.1f} ({scores['entropy']:.2f})"
     assert "- `arpc-2-L8-k0`, `arpc-2-L8-k8`: `nfe_per_block=2` is too small" in page
+
+
+def test_the_table_of_speculation_has_evaluations_per_token_only(run: Evaluation) -> None:
+    pytest.importorskip("matplotlib")
+    results = run("speculative", decodings=["ar", "speculative"], block_sizes=[4, 8], k=[0, 8])
+    page = markdown(results)
+    head, _, ar, *rows = rows_of(page, "# Samples")
+    assert "By AR seed" not in page and len(rows) == 2
+    for row, block_size in zip(rows, "48", strict=True):
+        cells = dict(zip(head, row, strict=True))
+        assert (cells["decoding"], cells["L'"]) == ("`speculative`", block_size)
+        assert cells["k"] == cells["NFE a block"] == cells["run"] == dict(zip(head, ar, strict=True))["run"]
+        assert float(cells["NFE a token"]) > 0
+        assert f"speculative L'={block_size}".encode() in plot(results)
 
 
 def test_tables_without_a_judge(run: Evaluation) -> None:

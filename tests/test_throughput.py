@@ -358,6 +358,9 @@ def test_names_of_decodings() -> None:
         "noise_removal": "greedy",
         "temperature": 0.5,
     }
+    settings = decoding("speculative:acceptance=rejection:fused_drafts=true").settings
+    assert settings["acceptance"] == "rejection" and settings["fused_drafts"] is True
+    assert decoding("speculative:draft_steps=2").in_effect(tiny_model()).draft_steps == 2
     for budget, steps in ((8, 6), (16, 12)):  # the whole budget is spent
         config = decoding(f"arpc:{budget}").in_effect(tiny_model())
         assert config.num_denoising_steps() == steps and config.function_evaluations(steps) == budget
@@ -368,6 +371,8 @@ def test_names_of_decodings() -> None:
     [
         ("diffusion", "`decoding` must be"),
         ("ar:4", "`ar:4` is no decoding: behind `ar` there may be settings"),
+        ("speculative:4", "behind `speculative` there may be settings (`name=value`)."),
+        ("speculative:draft_steps=2:acceptance=rejection", "needs drafts of one step"),
         ("block_diffusion:x", "and a positive number"),
         ("block_diffusion:0", "and a positive number"),
         ("arpc:8:temprature=1", "settings that `generate` does not know: ['temprature']"),

@@ -28,6 +28,7 @@ DECODINGS: dict[str, dict[str, Any]] = {
     "ar": {},
     "block_diffusion": {"decoding": "block_diffusion", "block_size": 4, "denoising_steps": 2},
     "arpc": {"decoding": "arpc", "block_size": 4, "nfe_per_block": 4},
+    "speculative": {"decoding": "speculative", "block_size": 4},
 }
 FAST = {("masked", "ar"), ("uniform", "arpc")}
 
@@ -97,11 +98,22 @@ def test_log_probabilities_are_those_of_the_causal_model(name: str, tmp_path: Pa
     assert model.lm_head.weight.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_autoregressive_rollouts_are_drawn_from_the_policy(name: str, tmp_path: Path) -> None:
+ROLLOUTS: dict[str, dict[str, Any]] = {
+    "ar": {},
+    "match": {"decoding": "speculative", "block_size": 4, "draft_steps": 2},
+    "rejection": {"decoding": "speculative", "block_size": 4, "acceptance": "rejection"},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "rollouts"), [*((name, "ar") for name in MODELS), ("masked", "match"), ("masked", "rejection")]
+)
+def test_rollouts_of_the_autoregressive_law_are_drawn_from_the_policy(
+    name: str, rollouts: str, tmp_path: Path
+) -> None:
     """At a temperature close to zero they are its most likely tokens, in training mode too."""
     model = tiny_model(**MODELS[name], hidden_dropout=0.5)
-    trainer = make(tmp_path, model, temperature=1e-4)
+    trainer = make(tmp_path, model, temperature=1e-4, generation_kwargs=ROLLOUTS[rollouts])
     trainer.model.train()
     prompts = [words(4), words(2, seed=1)]
     completions, _ = trainer._generate_single_turn([prompt.tolist() for prompt in prompts], None, {}, 1)

@@ -8,10 +8,11 @@ from ..tables import aligned, terminal_width
 from .sampling import Generation, Sampler, describe
 
 
-# The decodings at equal budgets of function evaluations a block. ARPC verifies as often as it does without
-# `--compare`.
+# The decodings at equal budgets of function evaluations a block; those of the autoregressive law have none. ARPC
+# verifies as often as it does without `--compare`.
 _COMPARED: tuple[dict[str, Any], ...] = (
     {"decoding": "ar"},
+    {"decoding": "speculative"},
     {"decoding": "block_diffusion", "nfe_per_block": 16},
     {"decoding": "block_diffusion", "nfe_per_block": 8},
     {"decoding": "block_diffusion", "nfe_per_block": 4},

@@ -57,7 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_grid_arguments(group: argparse._ArgumentGroup) -> None:
-    add_decodings(group, _DECODINGS, "ar, block_diffusion or arpc", "arpc:corrector=ar_kl:corrector_start=1")
+    add_decodings(
+        group, _DECODINGS, "ar, speculative, block_diffusion or arpc", "arpc:corrector=ar_kl:corrector_start=1"
+    )
     group.add_argument(
         "--nfe",
         type=list_of(integer(1)),

@@ -39,6 +39,10 @@ _SETTINGS = (
     "sampler",
     "confidence_threshold",
     "entropy_bound",
+    "acceptance",
+    "draft_steps",
+    "draft_decoding",
+    "fused_drafts",
     "max_new_tokens",
     "temperature",
     "top_k",
@@ -49,13 +53,15 @@ _SETTINGS = (
 
 # Those of BlockGenGenerationConfig, known here without importing transformers.
 CHOICES = {
-    "decoding": ("ar", "block_diffusion", "arpc"),
+    "decoding": ("ar", "block_diffusion", "arpc", "speculative"),
     "corrector": (
         *("ar_surprisal", "ar_gap", "ar_entropy", "ar_kl", "ar_reverse_kl", "ar_tv"),
         *("entropy", "confidence", "margin", "random"),
     ),
     "noise_removal": ("ancestral", "greedy"),
     "sampler": ("ancestral", "first_hitting", "confidence", "entropy_bound"),
+    "acceptance": ("match", "rejection"),
+    "draft_decoding": ("block_diffusion", "arpc"),
 }
 
 
@@ -148,6 +154,22 @@ def _add_decoding_arguments(group: argparse._ArgumentGroup) -> None:
         metavar="X",
         help="sampler entropy_bound: accept tokens with a total entropy of up to X nats",
     )
+    group.add_argument(
+        "--acceptance",
+        choices=CHOICES["acceptance"],
+        help="speculative: keep draft tokens that ar draws too (the default), or by rejection sampling",
+    )
+    group.add_argument(
+        "--draft-steps", type=int, metavar="N", help="speculative: denoising steps per draft (default: 1)"
+    )
+    group.add_argument(
+        "--draft-decoding", choices=CHOICES["draft_decoding"], help="speculative: how a draft of several steps is made"
+    )
+    group.add_argument(
+        "--fused-drafts",
+        action=argparse.BooleanOptionalAction,
+        help="speculative: one pass verifies a draft and makes the next (default: on a GPU)",
+    )
     group.add_argument("--max-new-tokens", type=int, metavar="N", help="length of the continuation (default: 64)")
     group.add_argument(
         "--stop",
@@ -236,6 +258,12 @@ def _check_combinations(args: argparse.Namespace) -> None:
         for other in others:
             if getattr(args, option) and getattr(args, other) not in (None, False):
                 raise CommandError(f"--{other.replace('_', '-')} has no meaning with --{option}.")
+    if args.decoding == "speculative":
+        for other in ("denoising_steps", "nfe_per_block", "sampler"):
+            if getattr(args, other) is not None:
+                raise CommandError(
+                    f"--{other.replace('_', '-')} has no meaning with --decoding speculative, which has --draft-steps."
+                )
     if args.show_denoising and args.num_samples > 1:
         raise CommandError("--show-denoising shows a single sample: leave --num-samples out.")
     if args.prompt_file is not None and args.prompts:
@@ -260,15 +288,18 @@ def _make_samplers(args: argparse.Namespace, prompts: list[str], settings: dict[
 
 
 def _make_streamer(args: argparse.Namespace, sampler: "Sampler", settings: dict[str, Any]) -> "StreamedText | None":
-    from .streamers import DraftLog, StreamedText, TerminalDrafts
+    from .streamers import DraftLog, SpeculationLog, StreamedText, TerminalDrafts
 
     if args.json or args.num_samples > 1:
         return None
-    if not args.show_denoising or sampler.settings_in_effect(settings)["decoding"] == "ar":
+    decoding = sampler.settings_in_effect(settings)["decoding"]
+    if not args.show_denoising or decoding == "ar":
         return StreamedText(sampler.tokenizer, sys.stdout)
+    is_speculative = decoding == "speculative"
     if sys.stdout.isatty():
-        return TerminalDrafts(sampler.tokenizer, sys.stdout)
-    return DraftLog(sampler.tokenizer, sys.stdout, sys.stderr)
+        return TerminalDrafts(sampler.tokenizer, sys.stdout, decides=not is_speculative)
+    log = SpeculationLog if is_speculative else DraftLog
+    return log(sampler.tokenizer, sys.stdout, sys.stderr)
 
 
 def _print_generation(generation: "Generation", seed: int) -> None:
@@ -283,11 +314,14 @@ def _print_generation(generation: "Generation", seed: int) -> None:
         cost = ""
     sys.stdout.flush()
     what = ", ".join(filter(None, (generation.settings["decoding"], describe(generation.settings))))
+    drafts = ""
+    if generation.num_drafted_tokens is not None:
+        drafts = f", {generation.num_accepted_tokens} of {generation.num_drafted_tokens} drafted tokens accepted"
     if len(generation.samples) == 1:
         print(file=sys.stderr)
     print(
         f"{cost}{generation.num_new_tokens} new tokens, {generation.num_function_evaluations} function evaluations, "
         f"{generation.tokens_per_forward:.2f} tokens per forward, {generation.tokens_per_second:.1f} tokens/s, "
-        f"{generation.seconds:.2f} s ({what}, seed {seed})",
+        f"{generation.seconds:.2f} s{drafts} ({what}, seed {seed})",
         file=sys.stderr,
     )

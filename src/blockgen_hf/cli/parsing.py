@@ -53,7 +53,7 @@ def integer(low: int, high: int | None = None) -> Callable[[str], int]:
 MODEL_HELP = f"a model folder, a model on the Hub, or {SHIPPED}, which comes with the package"
 
 
-DECODINGS_HELP = "ar, block_diffusion:STEPS or arpc:EVALUATIONS (both per block)"
+DECODINGS_HELP = "ar, speculative, block_diffusion:STEPS or arpc:EVALUATIONS (both per block)"
 
 
 def model_name(text: str) -> str:

@@ -19,13 +19,21 @@ _NEW_TOKENS = 64  # where neither the user nor the model's generation config say
 
 @dataclass(frozen=True)
 class Sample:
-    """A text, prompt included, and the denoiser and AR passes that it took."""
+    """
+    A text, prompt included, and the denoiser and AR passes that it took. Speculation also tells how many tokens were
+    drafted, and how many of them were accepted.
+    """
 
     text: str
     completion: str
     num_new_tokens: int
     num_function_evaluations: int
     tokens_per_forward: float
+    num_drafted_tokens: int | None = None
+    num_accepted_tokens: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,19 @@ class Generation:
         return sum(sample.num_function_evaluations for sample in self.samples)
 
     @property
+    def num_drafted_tokens(self) -> int | None:
+        """None without speculation."""
+        return self._total("num_drafted_tokens")
+
+    @property
+    def num_accepted_tokens(self) -> int | None:
+        return self._total("num_accepted_tokens")
+
+    def _total(self, name: str) -> int | None:
+        counts = [count for sample in self.samples if (count := getattr(sample, name)) is not None]
+        return sum(counts) if counts else None
+
+    @property
     def tokens_per_forward(self) -> float:
         return self.num_new_tokens / max(1, self.num_function_evaluations)
 
@@ -53,15 +74,17 @@ class Generation:
         return self.num_new_tokens / self.seconds
 
     def to_dict(self) -> dict[str, Any]:
+        drafts = {"num_drafted_tokens": self.num_drafted_tokens, "num_accepted_tokens": self.num_accepted_tokens}
         return {
             "decoding": self.settings["decoding"],
             "settings": self.settings,
             "num_new_tokens": self.num_new_tokens,
             "num_function_evaluations": self.num_function_evaluations,
+            **({} if self.num_drafted_tokens is None else drafts),
             "tokens_per_forward": round(self.tokens_per_forward, 4),
             "tokens_per_second": round(self.tokens_per_second, 2),
             "seconds": round(self.seconds, 4),
-            "samples": [asdict(sample) for sample in self.samples],
+            "samples": [sample.to_dict() for sample in self.samples],
         }
 
 
@@ -102,8 +125,17 @@ class Sampler:
         try:
             config = self._config(self._with_defaults(settings))
             effective: dict[str, Any] = {"decoding": config.decoding}
-            if config.decoding != "ar":
-                num_steps = config.num_denoising_steps()
+            num_steps = config.num_denoising_steps() if config.decoding != "ar" else 0
+            if config.decoding == "speculative":
+                effective |= {
+                    "block_size": config.block_size,
+                    "acceptance": config.acceptance,
+                    "draft_steps": num_steps,
+                    "draft_decoding": config.draft_decoding,
+                    "fused_drafts": config.fused_drafts,
+                    "ar_seed_tokens": config.ar_seed_tokens,
+                }
+            elif config.decoding != "ar":
                 effective |= {
                     "block_size": config.block_size,
                     "denoising_steps": num_steps,
@@ -118,7 +150,8 @@ class Sampler:
         names += ["stop_strings"] if config.stop_strings else []
         if config.do_sample:
             names += ["temperature", "top_k", "top_p"]
-        if config.decoding == "arpc":
+        drafts_by_arpc = config.decoding == "speculative" and config.draft_decoding == "arpc"
+        if config.decoding == "arpc" or drafts_by_arpc:
             names += ["corrector", "corrector_start", "corrector_period"]
         return effective | {name: getattr(config, name) for name in names}
 
@@ -160,31 +193,33 @@ class Sampler:
             raise CommandError(error) from error
         sequences = outputs.sequences.tolist()  # waits for the device
         seconds = time.perf_counter() - started - (0.0 if streamer is None else streamer.seconds)
-        columns = (outputs.num_new_tokens, outputs.num_function_evaluations, outputs.tokens_per_forward)
+        columns = [outputs.num_new_tokens, outputs.num_function_evaluations, outputs.tokens_per_forward]
+        if effective["decoding"] == "speculative":
+            columns += [outputs.num_drafted_tokens, outputs.num_accepted_tokens]
         costs = zip(*(column.tolist() for column in columns), strict=True)
         samples = [self._sample(row, *cost) for row, cost in zip(sequences, costs, strict=True)]
         return Generation(effective, samples, seconds)
 
-    def _sample(
-        self, token_ids: list[int], num_new_tokens: int, evaluations: int, tokens_per_forward: float
-    ) -> Sample:
+    def _sample(self, token_ids: list[int], *cost: Any) -> Sample:
         prompt_length = self.input_ids.shape[1]
         text = self.tokenizer.decode(token_ids, skip_special_tokens=True)
         prompt = self.tokenizer.decode(token_ids[:prompt_length], skip_special_tokens=True)
-        return Sample(text, text.removeprefix(prompt), num_new_tokens, evaluations, tokens_per_forward)
+        return Sample(text, text.removeprefix(prompt), *cost)
 
 
 def describe(settings: dict[str, Any]) -> str:
     """Settings in effect in a few words; what samples from the model's own distribution goes without saying."""
     words = []
-    if settings["decoding"] != "ar":
+    if settings["decoding"] == "speculative":
+        words += [f"block size {settings['block_size']}", *_describe_drafts(settings)]
+    elif settings["decoding"] != "ar":
         words += [f"block size {settings['block_size']}", f"{settings['denoising_steps']} steps"]
         if settings["decoding"] == "arpc":
             words.append(f"{len(settings['informed_steps'])} with {settings['corrector']}")
         if settings["noise_removal"] != "ancestral":
             words.append(f"{settings['noise_removal']} last step")
-        if settings["ar_seed_tokens"]:
-            words.append(f"{settings['ar_seed_tokens']} AR seed tokens")
+    if settings.get("ar_seed_tokens"):
+        words.append(f"{settings['ar_seed_tokens']} AR seed tokens")
     if not settings["do_sample"]:
         words.append("greedy")
     for name, neutral in (("temperature", 1.0), ("top_k", 0), ("top_p", 1.0), ("repetition_penalty", 1.0)):
@@ -192,3 +227,15 @@ def describe(settings: dict[str, Any]) -> str:
         if value is not None and value != neutral:
             words.append(f"{name.replace('_', ' ')} {value:g}")
     return ", ".join(words)
+
+
+def _describe_drafts(settings: dict[str, Any]) -> list[str]:
+    steps = settings["draft_steps"]
+    words = [f"{steps} draft step{'s' * (steps > 1)}"]
+    if settings["draft_decoding"] == "arpc":
+        words.append(f"arpc drafts with {settings['corrector']}")
+    if settings["fused_drafts"]:
+        words.append("fused drafts")
+    if settings["do_sample"]:  # greedy decoding keeps the same tokens either way
+        words.append(f"acceptance {settings['acceptance']}")
+    return words

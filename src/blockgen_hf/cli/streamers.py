@@ -6,13 +6,13 @@ scroll; here a draft is wrapped into rows that are counted, and taken back by as
 """
 
 import math
+import operator
 import os
 import shutil
 import time
 from collections.abc import Callable
 from functools import wraps
-from itertools import groupby
-from operator import itemgetter
+from itertools import groupby, takewhile
 from typing import Any, TextIO
 
 import torch
@@ -69,15 +69,23 @@ class DraftStreamer(StreamedText):
     """
     Base of the streamers that show drafts. Of a masked model it shows the tokens that are placed, and masks. Of a
     uniform model, which has no masks, it shows the likeliest tokens; they count as decided where log x_hat is sure.
+
+    Args:
+        decides: whether tokens of a draft may count as decided. In speculation none is before it is verified.
     """
 
     _takes_masks = True  # `put_draft` is told where a masked model has masks
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, output: TextIO, decides: bool = True) -> None:
+        super().__init__(tokenizer, output)
+        self.decides = decides
 
     @_drawing
     def put_draft(self, logits: torch.Tensor, is_mask: torch.Tensor | None = None, **kwargs: Any) -> None:
         log_probs, token_ids = logits[0].max(-1)
         masks = [False] * len(token_ids) if is_mask is None else is_mask[0].tolist()
         decided = (log_probs > _SURE).tolist() if is_mask is None else [not mask for mask in masks]
+        decided = [self.decides and is_sure for is_sure in decided]
         tokens: list[int | None] = [
             None if mask else token for token, mask in zip(token_ids.tolist(), masks, strict=True)
         ]
@@ -114,8 +122,8 @@ class DraftStreamer(StreamedText):
 class TerminalDrafts(DraftStreamer):
     """Redraws the block in work in place, undecided tokens in yellow."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, output: TextIO) -> None:
-        super().__init__(tokenizer, output)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, output: TextIO, decides: bool = True) -> None:
+        super().__init__(tokenizer, output, decides)
         self.line = ""  # the committed text in the terminal's last line
         self.rows_below = 0  # rows of the draft below the row in which that line starts
         self.last_draft = 0.0
@@ -140,7 +148,7 @@ class TerminalDrafts(DraftStreamer):
         if not self.color:
             return text
         painted = ""
-        for decided, signs in groupby(zip(text, is_decided, strict=True), key=itemgetter(1)):
+        for decided, signs in groupby(zip(text, is_decided, strict=True), key=operator.itemgetter(1)):
             run = "".join(sign for sign, _ in signs)
             painted += run if decided else f"{_UNDECIDED}{run}{_PLAIN}"
         return painted
@@ -173,11 +181,35 @@ class DraftLog(DraftStreamer):
 
     def draw(self, tokens: list[int | None], decided: list[bool]) -> None:
         self.passes += 1
-        text = one_line("".join(self.pieces(tokens, lambda some: self.tokenizer.decode(some, **self.decode_kwargs))))
         count = f"{sum(decided):2}/{len(decided)}"
-        print(f"block {self.block}, pass {self.passes:2}, {count} decided | {text}", file=self.drafts, flush=True)
+        self.log(f"block {self.block}, pass {self.passes:2}, {count} decided", tokens)
+
+    def log(self, what: str, tokens: list[int | None]) -> None:
+        text = one_line("".join(self.pieces(tokens, lambda some: self.tokenizer.decode(some, **self.decode_kwargs))))
+        print(f"{what} | {text}", file=self.drafts, flush=True)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         self.text += text
         if stream_end:
             self.write(self.text + "\n")
+
+
+class SpeculationLog(DraftLog):
+    """The same for speculation: a line for each draft, with how many of its tokens the text goes on with."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, output: TextIO, drafts: TextIO) -> None:
+        super().__init__(tokenizer, output, drafts)
+        self.draft: list[int | None] = []
+
+    @_drawing
+    def put(self, value: torch.Tensor) -> None:
+        TextStreamer.put(self, value)
+        if self.draft:
+            agrees = map(operator.eq, self.draft, value.flatten().tolist())
+            kept = sum(1 for _ in takewhile(bool, agrees))
+            self.log(f"draft {self.block:2}, {kept:2} kept", self.draft)
+            self.block += 1
+        self.draft = []
+
+    def draw(self, tokens: list[int | None], decided: list[bool]) -> None:
+        self.draft = tokens  # of several passes, the last makes the draft

@@ -88,8 +88,8 @@ def evaluate_answers(
         model ([`BlockGenForDiffusionLM`]): the model on its device. It is put into evaluation mode.
         tokenizer: the tokenizer of the model.
         questions: rows of a data set, see [`read_questions`].
-        decodings (`Sequence[str]`): such as `"ar"`, `"ar:do_sample=false"`, `"block_diffusion:8"` (denoising steps),
-            `"arpc:8"` (function evaluations per block); settings of `generate` may follow, as in
+        decodings (`Sequence[str]`): such as `"ar"`, `"ar:do_sample=false"`, `"speculative"`, `"block_diffusion:8"`
+            (denoising steps), `"arpc:8"` (function evaluations per block); settings of `generate` may follow, as in
             `"arpc:8:block_size=4:temperature=0.5"`.
         num_samples (`int`): samples per question.
         k (`Sequence[int]`): values of k for pass@k, each at most `num_samples`.
@@ -244,11 +244,11 @@ def _figures(
     costs: dict[str, tuple[int | None, int | None]] = {}
     for decoding in decodings:
         config = decoding.in_effect(model)
-        costs[decoding.name] = (None, None)
-        if config.decoding == "speculative":
-            costs[decoding.name] = (config.block_size, None)
-        elif config.decoding != "ar":
-            costs[decoding.name] = (config.block_size, config.function_evaluations(config.num_denoising_steps()))
+        has_budget = config.decoding not in ("ar", "speculative")
+        costs[decoding.name] = (
+            None if config.decoding == "ar" else config.block_size,
+            config.function_evaluations(config.num_denoising_steps()) if has_budget else None,
+        )
     return answer_figures(samples, [question.answer for question in questions], k, costs, seed)
 
 

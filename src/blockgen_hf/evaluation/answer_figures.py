@@ -53,8 +53,9 @@ class AnswerFigures:
         num_new_tokens (`int`), num_function_evaluations (`int`): of all samples. The latter are denoiser and AR passes
             that a row took part in.
         function_evaluations_per_token (`float`): their ratio.
-        function_evaluations_per_block (`int`, *optional*): what the settings allow a full block, None for `"ar"`.
-        block_size (`int`, *optional*): None for `"ar"`.
+        function_evaluations_per_block (`int`, *optional*): what the settings allow a full block, None for `"ar"` and
+            `"speculative"`.
+        block_size (`int`, *optional*): None for `"ar"`. It bounds the drafts of `"speculative"`.
         seconds (`float`): spent in `generate`, summed over processes.
         tokens_per_second (`float`): new tokens of all rows by these seconds: of one process, in batches.
     """
@@ -156,7 +157,7 @@ def answer_figures(
             "num_function_evaluations", "seconds"}`, as many of each question.
         expected: the right answers of the questions, as [`number_text`] writes them.
         k: of pass@k.
-        costs: by decoding its block size and function evaluations a block.
+        costs: by decoding its block size and function evaluations a block, None where there are none.
         seed: of the bootstrap.
     """
     names = list(samples)
@@ -236,7 +237,7 @@ def answer_table(figures: Mapping[str, AnswerFigures]) -> Table:
         block, evaluations = figure.block_size, figure.function_evaluations_per_block
         total = figure.num_questions * figure.num_samples
         cells += [
-            "" if block is None else f"{evaluations} of {block} tokens",
+            "" if evaluations is None else f"{evaluations} of {block} tokens",
             f"{figure.function_evaluations_per_token:.2f}",
             f"{figure.tokens_per_second:.1f}",
             f"{figure.num_truncated} of {total}",

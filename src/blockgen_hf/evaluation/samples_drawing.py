@@ -12,6 +12,7 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from ..generation.block_decoding_blockgen import BlockDecoder
 from ..generation.generation_blockgen import BlockGenGenerateOutput
+from ..generation.speculation_blockgen import SpeculativeDecoder
 from ..modeling.releases_blockgen import take_cache
 from ..modeling.sampling_blockgen import CounterGenerator
 from ..prompts import PromptEncoder
@@ -153,7 +154,8 @@ def _decode_rows(
 ) -> BlockGenGenerateOutput:
     """What `generate` does, with a key for each row, `[B, 1]`, instead of one seed for all."""
     cache = take_cache(model_kwargs)
-    decoder = BlockDecoder(
+    decoder_class = SpeculativeDecoder if generation_config.decoding == "speculative" else BlockDecoder
+    decoder = decoder_class(
         model, input_ids, logits_processor, stopping_criteria, generation_config, cache=cache, **model_kwargs
     )
     decoder.rows = rows

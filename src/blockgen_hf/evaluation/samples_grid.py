@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
@@ -45,14 +46,14 @@ class SampleCell:
         decoding (`str`): as `Decoding.parse` reads it, its budget included.
         series (`str`): the same without a budget of the grid, for cells that differ in it only.
         nfe (`int`, *optional*): function evaluations a block, AR passes counted: the grid's, or what the decoding's
-            own settings come to. None where nothing says how many: AR, and first hitting.
-        block_size (`int`, *optional*): None for AR.
+            own settings come to. None where nothing says how many: AR, speculation and first hitting.
+        block_size (`int`, *optional*): None for AR. In speculation it bounds the drafts.
         ar_seed_tokens (`int`): first tokens drawn autoregressively.
         temperature (`float`): of the draws.
         top_p (`float`): of the draws.
         settings (`dict`): of `generate`.
         max_evaluations (`int`): function evaluations that a text without prompt takes at most.
-        num_blocks (`int`): blocks of a text; 0 for AR.
+        num_blocks (`int`): blocks of a text; 0 for AR and speculation.
     """
 
     name: str
@@ -94,7 +95,8 @@ def sample_cells(
     The cells of a grid, and those that are impossible for the model or the length of the texts.
 
     A setting that a decoding does not have adds no cells: `"ar"` is one cell per temperature and top-p, and
-    `"block_diffusion:sampler=first_hitting"` has no number of evaluations. Neither does a setting that it fixes:
+    `"block_diffusion:sampler=first_hitting"` has no number of evaluations, nor has `"speculative"`, whose text is that
+    of `"ar"` with any number of AR seed tokens. Neither does a setting that it fixes:
     `"arpc:8"` has 8 evaluations per block whatever `nfe` is, and `"ar:temperature=0.7"` has that temperature.
 
     Args:
@@ -143,7 +145,8 @@ def _settings_of(
     given = {word.partition("=")[0] for word in words}
     has_budget = kind in _BUDGETED and own.get("sampler") != "first_hitting"
     budgets: Sequence[int | None] = nfe if has_budget and not any(name in own for name in _BUDGETS) else [None]
-    without = {"block_size", "ar_seed_tokens"} if kind == "ar" else set()
+    without = {"block_size"} if kind == "ar" else set()
+    without |= {"ar_seed_tokens"} if kind in ("ar", "speculative") else set()
     without |= {"temperature", "top_p"} if own.get("do_sample") is False else set()
     names = [name for name in axes if name not in given | without]
     for budget, *values in product(budgets, *(axes[name] for name in names)):
@@ -162,6 +165,15 @@ def _file_name(decoding: Decoding, chosen: dict[str, Any]) -> str:
     return "-".join([re.sub(r"[^\w.=+]+", "-", decoding.name), *values])
 
 
+def _evaluations_per_round(config: BlockGenGenerationConfig) -> int:
+    """Of speculation, at most: a draft, and its verification, which gives a token at least."""
+    if config.fused_drafts:
+        return 1
+    drafting = deepcopy(config)
+    drafting.decoding = config.draft_decoding
+    return drafting.function_evaluations(config.draft_steps) + 1
+
+
 def _cell(
     model: PreTrainedModel,
     name: str,
@@ -175,9 +187,11 @@ def _cell(
     config = Decoding(decoding.name, settings).in_effect(model)
     model._validate_generation_mode(GenerationMode.SAMPLE, config, {})
     BlockGenGenerationConfig(**settings)
-    if config.decoding in ("ar", "speculative"):  # an evaluation a token, or fewer
-        block_size = None if config.decoding == "ar" else config.block_size
-        nfe, seeded, num_blocks, evaluations = None, 0, 0, max_new_tokens
+    if config.decoding == "ar":
+        block_size, nfe, seeded, num_blocks, evaluations = None, None, 0, 0, max_new_tokens
+    elif config.decoding == "speculative":
+        block_size, nfe, seeded, num_blocks = config.block_size, None, 0, 0
+        evaluations = max_new_tokens * _evaluations_per_round(config)
     else:
         block_size, seeded = config.block_size, config.ar_seed_tokens
         left = max_new_tokens - seeded

@@ -245,8 +245,8 @@ def _series(cells: Sequence[Figures]) -> dict[str, list[Figures]]:
     for figures in cells:
         cell = figures["cell"]
         words = [cell["series"]]
-        if cell["num_blocks"]:
-            words += [f"L'={cell['block_size']}", f"k={cell['ar_seed_tokens']}"]
+        words += [f"L'={cell['block_size']}"] if cell["block_size"] is not None else []
+        words += [f"k={cell['ar_seed_tokens']}"] if cell["num_blocks"] else []
         words += [
             f"{short}={cell[key]:g}" for short, key in (("T", "temperature"), ("p", "top_p")) if cell[key] != 1.0
         ]

@@ -44,8 +44,9 @@ class Decoding:
     @classmethod
     def parse(cls, text: str, block_size: int) -> "Decoding":
         """
-        `"ar"`, `"block_diffusion:16"` (denoising steps), `"arpc:8"` (function evaluations a block), each with
-        settings of `generate` behind it: `"block_diffusion:64:noise_removal=greedy"`.
+        `"ar"`, `"speculative"`, `"block_diffusion:16"` (denoising steps), `"arpc:8"` (function evaluations a block),
+        each with settings of `generate` behind it: `"block_diffusion:64:noise_removal=greedy"`,
+        `"speculative:acceptance=rejection"`.
 
         Raises:
             ValueError: a decoding, number or setting that there is not.

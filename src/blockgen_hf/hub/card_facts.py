@@ -19,6 +19,7 @@ _DESCRIPTIONS = {
     "ar": "One token after the other.",
     "block_diffusion": "A block of `block_size` tokens after the other, each denoised in `denoising_steps` steps.",
     "arpc": "Block diffusion; the model's autoregressive predictions pick out unlikely tokens, which return to noise.",
+    "speculative": 'The text of `"ar"` in fewer passes: the model drafts a block, then verifies it autoregressively.',
 }
 _NEW_TOKENS = 64
 
@@ -106,10 +107,11 @@ class ModelFacts:
         size = self.largest_block
         if self.is_full_sequence:
             return [Decoding("block_diffusion", f"block_size={size}, denoising_steps={size}, max_new_tokens={size}")]
-        blocks = Decoding("block_diffusion", f"block_size={size}, {new_tokens}")
+        blocks = f"block_size={size}, {new_tokens}"
         if 1 not in self.config.block_sizes:
-            return [blocks]
-        return [Decoding("arpc", f"block_size={size}, {new_tokens}"), blocks, Decoding("ar", new_tokens)]
+            return [Decoding("block_diffusion", blocks)]
+        names = ("arpc", "block_diffusion", "speculative")
+        return [*(Decoding(name, blocks) for name in names), Decoding("ar", new_tokens)]
 
     def decoding_rows(self) -> Rows:
         """The decodings and what they are, as a table."""

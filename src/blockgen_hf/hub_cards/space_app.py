@@ -16,7 +16,7 @@ POSITIONS = model.config.max_position_embeddings
 if SIZES == [1]:
     DECODINGS = ["ar"]
 elif 1 in SIZES:
-    DECODINGS = ["arpc", "block_diffusion", "ar"]
+    DECODINGS = ["arpc", "block_diffusion", "speculative", "ar"]
 else:
     DECODINGS = ["block_diffusion"]
 
@@ -31,7 +31,9 @@ def generate(
         raise gr.Error(f"The prompt has {len(token_ids)} tokens; the model takes {POSITIONS}, the answer included.")
     settings = {"decoding": decoding, "max_new_tokens": min(int(max_new_tokens), room)}
     if decoding != "ar":
-        settings |= {"block_size": int(block_size), "denoising_steps": int(steps)}
+        settings["block_size"] = int(block_size)
+    if decoding in ("arpc", "block_diffusion"):
+        settings["denoising_steps"] = int(steps)
     settings |= {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     set_seed(int(seed))
     input_ids = torch.tensor([token_ids], dtype=torch.long, device=device)
@@ -43,7 +45,11 @@ def generate(
         raise gr.Error(str(error)) from error
     text = tokenizer.decode(outputs.sequences[0], skip_special_tokens=True)
     evaluations, per_forward = outputs.num_function_evaluations[0].item(), outputs.tokens_per_forward[0].item()
-    return text, f"{evaluations} function evaluations, {per_forward:.2f} tokens per forward"
+    cost = f"{evaluations} function evaluations, {per_forward:.2f} tokens per forward"
+    if decoding == "speculative":
+        drafted, accepted = outputs.num_drafted_tokens[0].item(), outputs.num_accepted_tokens[0].item()
+        cost += f", {accepted} of {drafted} drafted tokens accepted"
+    return text, cost
 
 
 demo = gr.Interface(
@@ -53,7 +59,11 @@ demo = gr.Interface(
         gr.Radio(DECODINGS, value=DECODINGS[0], label="Decoding"),
         gr.Dropdown(SIZES, value=SIZES[-1], label="Block size"),
         gr.Slider(
-            1, SIZES[-1] if SIZES[-1] > 1 else 2, value=max(1, SIZES[-1] // 2), step=1, label="Denoising steps a block"
+            1,
+            SIZES[-1] if SIZES[-1] > 1 else 2,
+            value=max(1, SIZES[-1] // 2),
+            step=1,
+            label="Denoising steps a block (arpc, block_diffusion)",
         ),
         gr.Slider(1, POSITIONS, value=min(128, POSITIONS // 2), step=1, label="New tokens"),
         gr.Slider(0, 2, value=0.8, step=0.05, label="Temperature (0: the likeliest token)"),

@@ -210,7 +210,7 @@ def make_model(recipe: Recipe, config: BlockGenConfig) -> "BlockGenForDiffusionL
 def _adapt_settings_of_generation(model: BlockGenForDiffusionLM, changed: dict[str, Any]) -> None:
     """Settings of the checkpoint's own that are for other block sizes or another noise become those by default."""
     settings, sizes = model.generation_config, model.config.block_sizes
-    lost_ar = settings.decoding in ("ar", "arpc") and 1 not in sizes
+    lost_ar = settings.decoding in ("ar", "arpc", "speculative") and 1 not in sizes
     if settings.decoding is None or ("block_sizes" in changed and (lost_ar or max(sizes) == 1)):
         settings.decoding = default_decoding(model.config)
     if "block_sizes" in changed and settings.block_size not in model.config.block_sizes:

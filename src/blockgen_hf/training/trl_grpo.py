@@ -24,14 +24,16 @@ class BlockGenGRPOTrainer(GRPOTrainer):
 
     from one causal forward pass. Rollouts come from any decoding, by `generation_kwargs` of `GRPOConfig`, such as
     `{"decoding": "arpc", "block_size": 8, "nfe_per_block": 8}`. The default is `"ar"`, which draws from the policy:
-    the gradient is then that of GRPO. Other decodings draw from another law mu, whose probabilities are not tractable:
-    the ratio of the loss stays pi / pi_old, without mu, and the gradient is that of the advantage-weighted
-    log-likelihood, under pi, of the texts of mu. It is not the policy gradient of the reward.
+    the gradient is then that of GRPO. For masked models the same holds of `"speculative"`, with either acceptance: it
+    draws from the law of `"ar"`, in fewer passes. Other decodings draw from another law mu, whose probabilities are
+    not tractable: the ratio of the loss stays pi / pi_old, without mu, and the gradient is that of the
+    advantage-weighted log-likelihood, under pi, of the texts of mu. It is not the policy gradient of the reward.
 
     Only block size 1 is trained. All block sizes share the weights, so check the others afterwards.
 
     Dropout is always off (`disable_dropout`), because a token would get another probability in every pass. AR rollouts
-    of a uniform model use the default query tokens of `forward`, as the log-probabilities do.
+    of a uniform model use the default query tokens of `forward`, as the log-probabilities do. Its speculative rollouts
+    draw a query for each token, as `generate` does: their law is close to the policy's, but not the same.
 
     The arguments are those of `GRPOTrainer`.
 
