@@ -255,11 +255,12 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
         if labels is None and noisy_input_ids is None:
             inputs = replace(inputs, use_cache=self._causal_use_cache(use_cache))
             return self._causal_forward(inputs, query_input_ids, logits_to_keep, **kwargs)
+        num_rows = clean_input_ids.shape[0]  # not by `len`, which an exported graph takes for a constant
         if labels is not None:
-            size = None if block_size is None else checked_block_size(self.config, block_size, clean_input_ids.shape[0])
+            size = None if block_size is None else checked_block_size(self.config, block_size, num_rows)
             draws = self._training_draws(inputs, labels, size, objective)
             return self._training_forward(inputs, draws, num_items_in_batch, skip_logits, **kwargs)
-        inputs = replace(inputs, block_size=checked_block_size(self.config, block_size, clean_input_ids.shape[0]))
+        inputs = replace(inputs, block_size=checked_block_size(self.config, block_size, num_rows))
         outputs = self.model(**vars(denoising_pass(self.config, inputs)), **kwargs)
         is_mask = isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.dtype == torch.bool
         hidden_states = outputs.last_hidden_state
