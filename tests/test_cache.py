@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from packaging import version
 from tiny import BLOCK_CAUSAL, CAUSAL, MASK, VARIANTS, left_padded, record_forwards, tiny_model, words
 from transformers import Cache, DynamicCache, QuantizedCache, StaticCache
 
@@ -23,6 +24,8 @@ def fast_or_slow(variants: Iterable[str]) -> list[Any]:
 def fp8_cache(config: BlockGenConfig) -> Cache:
     if not hasattr(transformers.cache_utils, "Fp8QuantizedLayer"):
         pytest.skip("this transformers has no fp8 caches, which came with 5.21")
+    if version.parse(torch.__version__) < version.parse("2.7"):
+        pytest.skip("with torch 2.6, fp8 caches of transformers give NaN on CPUs")
     return QuantizedCache("fp8", config)
 
 
