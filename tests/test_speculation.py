@@ -185,6 +185,20 @@ def test_a_wrong_residual_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert p_value(model, oracle_of(model).ar_law(LENGTH), decoding="speculative", **settings) < SIGNIFICANCE
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("variant", ["masked", "uniform"])
+def test_a_row_has_the_same_text_alone_and_in_a_batch(variant: str, fused: bool) -> None:
+    """With rejection the text depends on what is proposed, which must not depend on the other rows."""
+    model = tiny_model(variant).double()
+    settings = {"decoding": "speculative", "acceptance": "rejection", "block_size": 4, "fused_drafts": fused}
+    settings |= {"do_sample": True, "temperature": 0.7, "max_new_tokens": 40, "eos_token_id": 3, "pad_token_id": PAD}
+    together = generate(model, PADDED["input_ids"], attention_mask=PADDED["attention_mask"], **settings)
+    for row, mask in enumerate(PADDED["attention_mask"].bool()):
+        alone = generate(model, PADDED["input_ids"][row][mask][None], **settings)
+        found = together[row, len(mask) :]
+        assert torch.equal(found[: alone.shape[1] - int(mask.sum())], alone[0, int(mask.sum()) :])
+
+
 def test_rejection_keeps_more_than_matching_draws() -> None:
     """Of the same model, at a temperature where the draws of two passes seldom agree."""
     model, prompts = tiny_model(scale=0.5), words(16, 3)

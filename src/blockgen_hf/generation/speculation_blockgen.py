@@ -127,6 +127,8 @@ class SpeculativeDecoder(BlockDecoder):
         self.lengths = DraftLengths(rows, max(1, self.block_size - self.is_fused), needed)
         self.num_drafted_tokens = torch.zeros(rows, dtype=torch.long, device=device)
         self.num_accepted_tokens = torch.zeros(rows, dtype=torch.long, device=device)
+        # Rows whose last round made them a draft, where that is part of a verification.
+        self.has_draft = [False] * rows
         # The next draft `[A, n]`, and what its tokens were drawn from `[A, n, V]` where that is asked for.
         self.draft = input_ids.new_empty(rows, 0)
         self.draft_probs: torch.Tensor | None = None
@@ -150,14 +152,17 @@ class SpeculativeDecoder(BlockDecoder):
         if length == 0 and len(rows) == 1:
             self._autoregressive_round(rows[0], may_draft)
             return
+        # What is proposed depends on the length of the block. Where the text depends on that, it is the same for all.
+        width = self.lengths.longest if self.rejects else length
         if not self.is_fused and length > 0:
-            self._make_draft(length)
+            self._make_draft(width)
         draft = self.draft[:, :length]
         num_drafted = draft.shape[1]
         next_length = 0
         if self.is_fused and length > 0:  # behind the longest prefix there is no more room than that
-            next_length = min(self.lengths.longest, int(room.max()) - 1)
-        tokens, accepted, drafts = self._verify_draft(draft, next_length)
+            next_length = width if self.rejects else min(self.lengths.longest, int(room.max()) - 1)
+        limits = self._own_lengths(rows, room, num_drafted)
+        tokens, accepted, drafts = self._verify_draft(draft, next_length, limits)
         counts = torch.minimum(accepted + 1, room)
         if not state.is_ragged:
             counts = torch.where(state.done, counts.max(), counts).min().expand(len(counts))
@@ -167,7 +172,7 @@ class SpeculativeDecoder(BlockDecoder):
         new_tokens = state.accept(tokens, self.stopping_criteria, counts)
         taken = (state.num_new_tokens - known)[before]
         accepted_now = torch.minimum(torch.minimum(accepted, counts), taken)
-        verified = (room - 1).clamp(max=num_drafted)
+        verified = torch.minimum(room - 1, limits)
         self.num_drafted_tokens[before] += torch.where(taken > 0, verified, 0)
         self.num_accepted_tokens[before] += accepted_now
         for row, drafted, kept in zip(rows, verified.tolist(), accepted_now.tolist(), strict=True):
@@ -176,9 +181,24 @@ class SpeculativeDecoder(BlockDecoder):
             self.streamer.put((new_tokens[0] if new_tokens.shape[0] == 1 else new_tokens).cpu())
         self._next_draft(drafts, counts - 1, torch.isin(before, state.active))
 
+    def _own_lengths(self, rows: list[int], room: torch.Tensor, num_drafted: int) -> torch.Tensor:
+        """
+        How much of the draft each row may use, `[A]`. Where the text depends on that, as much as it would have alone:
+        so it has the same text in every batch.
+        """
+        if not self.rejects:
+            return torch.full_like(room, num_drafted)
+        own = [self.lengths.of_row(row) for row in rows]
+        if self.is_fused:
+            drafted = [length if self.has_draft[row] else 0 for row, length in zip(rows, own, strict=True)]
+            for row, length in zip(rows, own, strict=True):
+                self.has_draft[row] = length > 0
+            own = drafted
+        return torch.minimum(room.new_tensor(own), room - 1).clamp(max=num_drafted)
+
     def _autoregressive_round(self, row: int, may_draft: bool) -> None:
         """A token of the only row, at the price that it has with `decoding="ar"`."""
-        self.draft, self.draft_probs = self.draft[:, :0], None
+        self.draft, self.draft_probs, self.has_draft[row] = self.draft[:, :0], None, False
         drafting, self.logits_processor = self.logits_processor, self.verifying_processors
         token = self._autoregressive_token()
         self.logits_processor = drafting
@@ -259,10 +279,10 @@ class SpeculativeDecoder(BlockDecoder):
     # verification
 
     def _verify_draft(
-        self, draft: torch.Tensor, next_length: int
+        self, draft: torch.Tensor, next_length: int, limits: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """
-        One pass over a draft `[A, n]`, n = 0 included.
+        One pass over a draft `[A, n]`, n = 0 included, of which each row uses so much as `limits` `[A]` says.
 
         Returns:
             the tokens of decoding autoregressively `[A, n + 1]`, right up to the first that is not in the draft; how
@@ -274,16 +294,18 @@ class SpeculativeDecoder(BlockDecoder):
         prediction = self._verified(logits, draft)
         tokens = prediction.sample(generator.fold_in(Purpose.AR_TOKEN).uniform().flatten()).view(len(draft), -1)
         if self.rejects and num_drafted:
-            tokens, agrees = self._test_probabilities(prediction, draft)
+            tokens, agrees = self._test_probabilities(prediction, draft, limits, tokens)
         else:
             agrees = tokens[:, :num_drafted] == draft
         accepted = agrees.long().cumprod(-1).sum(-1)
         return torch.where(state.done[:, None], state.pad_token_id, tokens), accepted, drafts
 
-    def _test_probabilities(self, prediction: Prediction, draft: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _test_probabilities(
+        self, prediction: Prediction, draft: torch.Tensor, limits: torch.Tensor, drawn: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Speculative sampling (Leviathan et al., 2023): a token is kept with the probability min(1, p / q); the first
-        that is not is replaced by a draw from (p - q)+, and behind the whole draft there is one from p.
+        that is not is replaced by a draw from (p - q)+, and behind the whole draft there is one from p, `drawn`.
 
         Returns:
             tokens `[A, n + 1]`, the replacement at the first that is not kept, and which ones are kept, `[A, n]`.
@@ -291,16 +313,18 @@ class SpeculativeDecoder(BlockDecoder):
         num_drafted = draft.shape[1]
         generator = self._generator(num_drafted + 1)
         target = prediction.log_probs().exp().view(len(draft), num_drafted + 1, -1)
-        proposed = torch.zeros_like(target)  # nothing was proposed behind the draft
+        is_proposed = self._range(num_drafted + 1) < limits[:, None]
+        proposed = torch.zeros_like(target)
         if self.draft_probs is not None:
             proposed[:, :num_drafted] = self.draft_probs[:, :num_drafted]
         p = target[:, :num_drafted].gather(-1, draft[..., None]).squeeze(-1)
         q = proposed[:, :num_drafted].gather(-1, draft[..., None]).squeeze(-1)
-        kept = generator.fold_in(Purpose.ACCEPT).uniform()[:, :num_drafted] * q < p
+        kept = is_proposed[:, :-1] & (generator.fold_in(Purpose.ACCEPT).uniform()[:, :num_drafted] * q < p)
         residual = (target - proposed).clamp(min=0)
         # Where the laws are the same but for rounding, nothing is ever rejected, and nothing is left to draw from.
         residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, target)
-        tokens = sample_categorical(residual, generator.fold_in(Purpose.RESIDUAL).uniform())
+        replaced = sample_categorical(residual, generator.fold_in(Purpose.RESIDUAL).uniform())
+        tokens = torch.where(is_proposed, replaced, drawn)
         first = torch.nn.functional.pad(kept.long().cumprod(-1), (0, 1)).bool()
         tokens = torch.where(first, torch.nn.functional.pad(draft, (0, 1)), tokens)
         return tokens, kept
