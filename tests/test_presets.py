@@ -53,7 +53,8 @@ def test_the_papers_models() -> None:
         assert config.next_token_prediction == (name == "ar")
         assert config.noise_schedule == "linear" and config.hidden_size == 32
         assert training["max_steps"] == 7
-        assert training["noise_level_sampling"] == ("block" if name in ("bd3lm", "mix-scale") else "sequence")
+        drawn = training["noise_level_sampling"], training["noise_interval_steps"]
+        assert drawn == (("block", 5000) if name in ("bd3lm", "mix-scale") else ("sequence", 0))
 
 
 def test_nothing_is_left_of_the_recipe_s_mixture_and_the_rest_stays() -> None:
@@ -96,9 +97,13 @@ def test_a_preset_trains_evaluates_saves_loads_and_generates(
         return printed.out
 
     words = ("train", "laptop", *TINY, *data, "training.logging_steps=10", "--output-dir", str(run))
+    if name in ("bd3lm", "mix-scale"):
+        words += ("training.noise_interval_steps=25", "training.noise_interval_rows=3")
     out = command(*words, "--preset", name, "--max-steps", "50")
     assert out.startswith(f"laptop.yaml (preset {name}): ")
-    losses = [entry["loss"] for entry in json.loads((run / "trainer_state.json").read_text())["log_history"][:5]]
+    assert ("noise levels" in out) == (name in ("bd3lm", "mix-scale"))
+    history = json.loads((run / "trainer_state.json").read_text())["log_history"]
+    losses = [entry["loss"] for entry in history if "loss" in entry]
     assert all(map(math.isfinite, losses)) and losses[-1] < losses[0]
 
     evaluate = ("evaluate", str(run), "--dataset", held_out, "--document-separator", SEPARATOR)

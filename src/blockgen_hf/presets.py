@@ -23,7 +23,14 @@ _MODEL: dict[str, Any] = {
     "time_conditioning": False,  # Suppl. A.2
     "next_token_prediction": False,
 }
-_TRAINING: dict[str, Any] = {"noise_level_sampling": "sequence"}
+_TRAINING: dict[str, Any] = {
+    "noise_level_sampling": "sequence",
+    "noise_level_interval": None,
+    "noise_interval_steps": 0,  # Sec. 5.1: cross entropy is as good, at no cost
+}
+# Arriola et al. (2025a): a noise level a block, clipped to the interval with the least variance of the loss, which is
+# chosen every 5,000 steps (BlockGen, Sec. 5.1).
+_BLOCK_DIFFUSION = {"noise_level_sampling": "block", "noise_interval_steps": 5000}
 _UNIFORM = {"diffusion_type": "uniform", "training_objective": "elbo"}  # Sec. 5.1, uniform models
 # One block of the whole row. It sees no clean token, so that the attention among these changes nothing.
 _FULL_SEQUENCE = {"block_sizes": [_ROW], "clean_attention": "block_causal", "training_objective": "elbo"}
@@ -69,14 +76,14 @@ PRESETS = {
     "ar-block-1": Preset("block size 1 only, fully noised", {"block_sizes": [1]}),
     # Sahoo et al. (2024); Table 1; Suppl. C.1, Eq. 15: one noise level a sequence.
     "mdlm": Preset("masked diffusion of the whole row", _FULL_SEQUENCE),
-    # Schiff et al. (2025), and Duo (Sahoo et al., 2025a) without its curriculum; Table 1; Suppl. C.1, Eq. 16, 17. These
+    # Schiff et al. (2025), and Duo (Sahoo et al., 2025a) without its curriculum; Table 1; Suppl. C.1, Eq. 16, 17. They
     # know the time (Suppl. A.2).
     "udlm": Preset("uniform diffusion of the whole row", {**_FULL_SEQUENCE, **_UNIFORM, "time_conditioning": True}),
-    # Block Diffusion (Arriola et al., 2025a); Table 1, "BDM"; Fig. 5a. A noise level for every block.
+    # Block Diffusion (Arriola et al., 2025a); Table 1, "BDM"; Fig. 5a.
     "bd3lm": Preset(
         "masked block diffusion, blocks of 16",
         {"block_sizes": [16], "clean_attention": "block_causal", "training_objective": "elbo"},
-        {"noise_level_sampling": "block"},
+        _BLOCK_DIFFUSION,
     ),
     # Table 1 and Table 7, "Uniform Weights"; Sec. 5.2.
     "blockgen-masked": Preset("masked, equal weights"),
@@ -95,7 +102,7 @@ PRESETS = {
     "mix-scale": Preset(
         "masked, blocks of 4 (0.9) and the whole row (0.1)",
         {"block_sizes": [4, _ROW], "block_size_weights": [0.9, 0.1], "training_objective": "elbo"},
-        {"noise_level_sampling": "block"},
+        _BLOCK_DIFFUSION,
     ),
 }
 

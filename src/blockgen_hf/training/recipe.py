@@ -326,6 +326,11 @@ def _check(recipe: Recipe) -> None:
             f"{source}: `training.eval_strategy` needs validation data: `data.validation_documents`, "
             "`data.validation_split` or `data.validation_dataset`; or set it to no."
         )
+    if (training.get("noise_interval_steps") or 0) > 0 and not validates:
+        raise ValueError(
+            f"{source}: `training.noise_interval_steps` needs validation data, on which noise levels are chosen: "
+            "`data.validation_documents`, `data.validation_split` or `data.validation_dataset`; or set it to 0."
+        )
     _check_model(recipe)
     for argument in ("dataset", "validation_dataset"):
         try:
