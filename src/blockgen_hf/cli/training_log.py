@@ -64,7 +64,7 @@ def evaluation_line(logs: dict[str, float]) -> str:
 def interval_line(logs: dict[str, float]) -> str | None:
     """The noise levels that were chosen by block size, if any were."""
     low, high = (_of_sizes(logs, f"noise_level_{end}_block_size_") for end in ("low", "high"))
-    words = [f"{size}: {low[size]:.1f} to {high[size]:.1f}" for size in sorted(low)]
+    words = [f"{size}: {low[size]:g} to {high[size]:g}" for size in sorted(low)]
     return f"noise levels  {', '.join(words)}" if words else None
 
 
