@@ -5,7 +5,7 @@ How much the loss of a model, and its gradient, vary with the noise levels of tr
     python benchmarks/noise_variance.py runs/bd3lm --dataset stories.txt --block-sizes 4 --gradient
 
 Prints, for each block size and each interval of noise levels, the mean loss of a token, the variance of the loss of a
-row and, with `--gradient`, that of the gradient of a batch. The interval with the least variance of the loss is marked.
+row and, with `--gradient`, that of the gradient of a batch. The interval with the least variance of loss is marked.
 Documents of the text file are separated by <|endoftext|>. The loss is the ELBO; `--objective` takes another.
 """
 
