@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import blockgen_hf
 from blockgen_hf.cli import main
-from blockgen_hf.cli.training_log import evaluation_line
+from blockgen_hf.cli.training_log import evaluation_line, interval_line
 from blockgen_hf.training.recipe import bundled_recipes
 from blockgen_hf.training.recipe_building import build_trainer
 
@@ -363,3 +363,10 @@ def test_the_mixture_s_perplexity_is_jensen_s() -> None:
         "eval_perplexity_jensen": 402.66,
     }
     assert evaluation_line(logs) == "validation perplexity  1: 374.00, 4: 433.50  mixture 402.66"
+
+
+def test_chosen_noise_levels_have_a_line() -> None:
+    logs = {"noise_level_low_block_size_16": 0.3, "noise_level_high_block_size_16": 0.8}
+    logs |= {"noise_level_low_block_size_4": 0.001, "noise_level_high_block_size_4": 1.0}
+    assert interval_line({**logs, "loss_variance_block_size_4": 2.0}) == "noise levels  4: 0.001 to 1, 16: 0.3 to 0.8"
+    assert interval_line({"train_loss": 1.0}) is None

@@ -210,3 +210,27 @@ def test_a_loss_that_is_not_finite_on_one_process_ends_all(tmp_path: Path) -> No
     for name in checkpoints(tmp_path / "run"):
         assert all(value.isfinite().all() for value in saved_model(tmp_path / "run" / name).values())
         assert all(value.isfinite().all() for value in saved_weights(tmp_path / "run" / name).values())
+
+
+def test_two_processes_choose_the_noise_levels_of_one(tmp_path: Path) -> None:
+    """The same intervals on both ranks, and so the same losses as in one process."""
+    settings = {
+        "max_steps": 4,
+        "noise_interval_steps": 2,
+        "noise_interval_rows": 4,
+        "noise_level_sampling": "block",
+        "learning_rate": 1e-3,
+        "save_strategy": "no",
+    }
+    alone, two = tmp_path / "alone.json", tmp_path / "two.json"
+    accumulated = {**settings, "gradient_accumulation_steps": 2}
+    assert run_in_process(tmp_path / "alone", settings=accumulated, result=str(alone)) == 0
+    specification = {
+        "folder": str(tmp_path / "two"),
+        "settings": {**settings, "gradient_accumulation_steps": 1},
+        "result": str(two),
+    }
+    assert run_in_processes(*({**specification, "environment": rank} for rank in ranks(2))) == [0, 0]
+    expected = history(alone)
+    assert any("noise_level_low_block_size_4" in entry for entry in expected)
+    assert_same_history(history(two), expected)

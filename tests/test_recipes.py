@@ -174,6 +174,7 @@ def test_refused_conversions(value: Any, hint: Any, message: str) -> None:
         (["tokenizer.name_or_path=a/b/c"], "There is no folder a/b/c"),
         (["training.output_dir=null"], "`training.output_dir` is missing"),
         (["training.eval_strategy=steps"], "`training.eval_strategy` needs validation data"),
+        (["training.noise_interval_steps=5"], "`training.noise_interval_steps` needs validation data"),
         (["training.eval_strategy=often"], "`training.eval_strategy` must be one of no, steps, epoch, but is 'often'"),
         (["training.global_batch_size=0"], "`training.global_batch_size` must be positive"),
         (["training.global_batch_size=8", "training.gradient_accumulation_steps=2"], "set one of them"),

@@ -5,11 +5,15 @@ import json
 import os
 from collections.abc import Sequence
 
+from ..presets import PRESETS
 from ..recipe_files import find_recipe
 from .parsing import CommandError, add_run_arguments, integer
 
 
-EXAMPLE = "blockgen-hf train laptop data.dataset=my.txt --output-dir runs/mine"
+EXAMPLE = (
+    "blockgen-hf train laptop data.dataset=my.txt --output-dir runs/mine\n"
+    "blockgen-hf train laptop --preset mdlm --output-dir runs/mdlm"
+)
 USAGE = "recipe [section.key=value ...]"
 
 
@@ -22,6 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         metavar="section.key=value",
         help="change the recipe: data.dataset=my.txt, training.learning_rate=1e-3, model.block_sizes=[1,16] ...",
+    )
+    parser.add_argument(
+        "--preset",
+        choices=PRESETS,
+        metavar="NAME",
+        help=f"train a model of the papers by this recipe: {', '.join(PRESETS)}",
     )
     parser.add_argument("--output-dir", metavar="DIR", help="folder for the model; short for training.output_dir=DIR")
     parser.add_argument(
@@ -36,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         overrides.append(f"training.output_dir={json.dumps(args.output_dir)}")
     if args.max_steps is not None:
         overrides.append(f"training.max_steps={args.max_steps}")
-    return run_recipe(args.recipe, overrides, args.resume, args.overwrite, args.dry_run)
+    return run_recipe(args.recipe, overrides, args.resume, args.overwrite, args.dry_run, preset=args.preset)
 
 
 def run_recipe(
@@ -46,6 +56,7 @@ def run_recipe(
     overwrite: bool,
     is_dry: bool,
     source: str | None = None,
+    preset: str | None = None,
 ) -> int:
     """Trains, or says what it would take, and returns the exit status."""
     process = int(os.environ.get("RANK", "0"))
@@ -67,7 +78,7 @@ def run_recipe(
 
     with quiet_transformers():
         try:
-            prepared = prepare(recipe, overrides, resume, overwrite, source)
+            prepared = prepare(recipe, overrides, resume, overwrite, source, preset)
         except CommandError:
             if process > 0:
                 return 1  # the main process says it: all find the same

@@ -45,13 +45,20 @@ class Prepared:
         return self.folder.check(self.recipe, self.resume, self.overwrite)
 
 
-def prepare(name: str, overrides: Sequence[str], resume: bool, overwrite: bool, source: str | None = None) -> Prepared:
+def prepare(
+    name: str,
+    overrides: Sequence[str],
+    resume: bool,
+    overwrite: bool,
+    source: str | None = None,
+    preset: str | None = None,
+) -> Prepared:
     """
     Raises:
         CommandError: whatever can be found wrong on this machine, apart from what is in the output folder.
     """
     with one_line_errors():
-        recipe = load_recipe(name, overrides, source)
+        recipe = load_recipe(name, overrides, source, preset)
         recipe.training.setdefault("disable_tqdm", not sys.stderr.isatty())
         args = recipe.training_arguments()
     folder = OutputFolder(Path(str(args.output_dir)))

@@ -31,7 +31,9 @@ class TrainingLog(TrainerCallback):
     ) -> None:
         line = None
         if state.is_world_process_zero and logs:
-            line = training_line(logs) if "loss" in logs else evaluation_line(logs) if "eval_loss" in logs else None
+            line = (
+                training_line(logs) if "loss" in logs else evaluation_line(logs) if "eval_loss" in logs else None
+            ) or interval_line(logs)
         if line is not None:
             tqdm.write(f"step {state.global_step:{len(str(state.max_steps))}}/{state.max_steps}  {line}")
             sys.stdout.flush()  # files and pipes get it now, too
@@ -59,6 +61,17 @@ def evaluation_line(logs: dict[str, float]) -> str:
     return "  ".join(words)
 
 
+def interval_line(logs: dict[str, float]) -> str | None:
+    """The noise levels that were chosen by block size, if any were."""
+    low, high = (_of_sizes(logs, f"noise_level_{end}_block_size_") for end in ("low", "high"))
+    words = [f"{size}: {low[size]:g} to {high[size]:g}" for size in sorted(low)]
+    return f"noise levels  {', '.join(words)}" if words else None
+
+
 def _by_size(logs: dict[str, float], prefix: str, form: str) -> str:
-    found = {int(name.removeprefix(prefix)): value for name, value in logs.items() if name.startswith(prefix)}
+    found = _of_sizes(logs, prefix)
     return ", ".join(f"{size}: {found[size]:{form}}" for size in sorted(found))
+
+
+def _of_sizes(logs: dict[str, float], prefix: str) -> dict[int, float]:
+    return {int(name.removeprefix(prefix)): value for name, value in logs.items() if name.startswith(prefix)}

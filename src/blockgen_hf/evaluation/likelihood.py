@@ -65,7 +65,7 @@ def sequence_nll(
     nll = torch.zeros(
         len(rows.tokens), len(sizes), monte_carlo_samples, dtype=torch.float64, device=rows.tokens.device
     )
-    with _evaluation_mode(model):
+    with evaluation_mode(model):
         for column, size in enumerate(sizes):
             exact = is_exact(config, size)
             for k in range(1 if exact else monte_carlo_samples):
@@ -91,7 +91,7 @@ def sequence_nll(
 
 
 @contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """No dropout; afterwards every module is in the mode it was in."""
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -249,4 +249,4 @@ def _check_finite(nll: torch.Tensor, numbers: torch.Tensor, block_sizes: Sequenc
         )
 
 
-__all__ = ["evaluate_likelihood", "likelihood_metrics", "mixture_weights", "sequence_nll"]
+__all__ = ["evaluate_likelihood", "evaluation_mode", "likelihood_metrics", "mixture_weights", "sequence_nll"]

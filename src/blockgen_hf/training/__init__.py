@@ -5,6 +5,7 @@ Training: from rows of a dataset to checkpoints.
         -> loss -> EMA -> checkpoint
 """
 
+from ..presets import PRESETS, apply_preset
 from .arguments import BlockGenTrainingArguments
 from .collator import BlockGenDataCollator
 from .data import load_datasets
@@ -16,11 +17,13 @@ from .trainer import BlockGenTrainer
 
 
 __all__ = [
+    "PRESETS",
     "BlockGenDataCollator",
     "BlockGenTrainer",
     "BlockGenTrainingArguments",
     "DataArguments",
     "EMACallback",
+    "apply_preset",
     "load_datasets",
     "stratified_block_sizes",
     "train_tokenizer",

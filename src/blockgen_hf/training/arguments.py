@@ -54,6 +54,23 @@ class BlockGenTrainingArguments(TrainingArguments):
     noise_level_sampling: str = field(
         default="sequence", metadata={"help": "One noise level per `sequence` (the paper) or per `block` (BD3-LM)."}
     )
+    noise_level_interval: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Noise levels of block sizes above 1 are uniform between these two numbers, such as 0.3 and 0.8 "
+            "(BD3-LM's clipped schedule). Default: 0.001 and 1, the whole bound."
+        },
+    )
+    noise_interval_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Every so many steps choose the interval of each block size anew: the one with the least variance "
+            "of the loss on validation data (BD3-LM: 5000). 0: never."
+        },
+    )
+    noise_interval_rows: int = field(
+        default=128, metadata={"help": "Validation rows that the variance of the loss is measured on."}
+    )
     ema_decay: float = field(
         default=0.9999,
         metadata={"help": "Decay of the average of the weights, which is saved and evaluated; 0 for no average."},
@@ -74,6 +91,14 @@ class BlockGenTrainingArguments(TrainingArguments):
             value = getattr(self, name)
             if value not in accepted:
                 raise ValueError(f"`{name}` must be one of {', '.join(accepted)}, but is {value!r}.")
+        ends = self.noise_level_interval
+        if ends is not None and not (len(ends) == 2 and 0 < ends[0] < ends[1] <= 1):
+            raise ValueError(
+                f"`noise_level_interval` must be two numbers, 0 < beta < omega <= 1, or None, but is {ends!r}."
+            )
+        for name, smallest in (("noise_interval_steps", 0), ("noise_interval_rows", 2)):
+            if getattr(self, name) < smallest:
+                raise ValueError(f"`{name}` must be at least {smallest}, but is {getattr(self, name)!r}.")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"`ema_decay` must be in [0, 1), but is {self.ema_decay!r}.")
         if self.eval_monte_carlo_samples < 1:

@@ -8,7 +8,7 @@ the global batch is spread over ranks, accumulation steps and micro-batches make
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -23,6 +23,10 @@ from ..modeling.sampling_blockgen import CounterGenerator
 
 BLOCK_SIZE_SAMPLINGS = ("stratified", "independent", "shared")
 NOISE_LEVEL_SAMPLINGS = ("sequence", "block")
+
+# Noise levels t are uniform on one, from beta to omega.
+NoiseInterval = tuple[float, float]
+WHOLE_INTERVAL: NoiseInterval = (SMALLEST_TIME, 1.0)
 
 # What the numbers of a step are for.
 _SIZES, _SLOTS, _LEVEL_OFFSET, _LEVEL_ORDER, _BLOCK_ORDER, _NOISE = range(6)
@@ -102,14 +106,20 @@ class StepDraws:
         sizes = stratified_block_sizes(block_sizes, weights, num_slots, generator.uniform().item())
         return [sizes[slot] for slot in self._permutation(_SLOTS, num_slots).tolist()]
 
-    def noise_levels(self, places: torch.Tensor, block_of_token: torch.Tensor | None = None) -> torch.Tensor:
+    def noise_levels(
+        self,
+        places: torch.Tensor,
+        block_of_token: torch.Tensor | None = None,
+        interval: NoiseInterval | tuple[torch.Tensor, torch.Tensor] = WHOLE_INTERVAL,
+    ) -> torch.Tensor:
         """
-        Times t in [1e-3, 1], low-discrepancy over the global batch: each is uniform, and together they are a grid.
+        Times t of an interval, low-discrepancy over the global batch: each is uniform, and together they are a grid.
 
         Args:
             places (`torch.LongTensor` of shape `[B]`): places of the rows in the global batch.
             block_of_token (`torch.LongTensor` of shape `[B, L]`, *optional*): the number of every token's block in
                 its row; given, each block has a time of its own, and those of a row are spread evenly.
+            interval (`tuple`): its ends, as numbers or as tensors `[B or 1, 1]`.
 
         Returns:
             `torch.DoubleTensor` of shape `[B, 1]`, or `[B, L]` with blocks.
@@ -124,7 +134,8 @@ class StepDraws:
             keys = self._generator(_BLOCK_ORDER).fold_in(places.cpu()[:, None], blocks.cpu()).uniform().to(device)
             stratum = keys.masked_fill(blocks >= num_blocks, math.inf).argsort(-1).argsort(-1)
             quantiles = (quantiles + stratum.gather(1, block_of_token)) / num_blocks
-        return SMALLEST_TIME + (1 - SMALLEST_TIME) * quantiles
+        low, high = interval
+        return low + (high - low) * quantiles
 
     def noise(self, places: torch.Tensor, length: int) -> CounterGenerator:
         """The random numbers of every token of some rows: a generator with keys `[B, L]`."""
@@ -140,6 +151,7 @@ def corrupt_batch(
     places: torch.Tensor,
     block_size: BlockSize,
     noise_level_sampling: str,
+    intervals: Mapping[int, NoiseInterval] | None = None,
 ) -> dict[str, torch.Tensor]:
     """
     Noise levels and noisy tokens of a batch, as `forward` takes them.
@@ -148,6 +160,7 @@ def corrupt_batch(
         batch: `input_ids` and `labels` `[B, L]`, with `attention_mask` and `document_ids` as the case may be.
         places (`torch.LongTensor` of shape `[B]`): places of its rows in the global batch.
         noise_level_sampling (`str`): a time a `"sequence"` (the paper) or a `"block"` (BD3-LM).
+        intervals (`Mapping[int, tuple[float, float]]`, *optional*): of noise levels, by block size. Default: whole.
 
     Returns:
         `noise_level`, double `[B, 1]` or `[B, L]`, and `noisy_input_ids`, long `[B, L]`.
@@ -157,7 +170,11 @@ def corrupt_batch(
     blocks = None
     if noise_level_sampling == "block":
         blocks = _blocks(batch, block_size)
-    noise_level, alpha_t = times_and_alphas(diffusion, draws.noise_levels(places, blocks), block_size)
+    sizes = (block_size,) if isinstance(block_size, int) else block_size
+    ends = [(intervals or {}).get(size, WHOLE_INTERVAL) for size in sizes]
+    low, high = torch.tensor(ends, dtype=torch.float64, device=input_ids.device).T[..., None]
+    times = draws.noise_levels(places, blocks, (low, high))
+    noise_level, alpha_t = times_and_alphas(diffusion, times, block_size)
     noise = draws.noise(places, input_ids.shape[1])
     noisy_input_ids = diffusion.corrupt(targets, alpha_t, noise, keep=~scored)
     return {"noise_level": noise_level, "noisy_input_ids": noisy_input_ids}

@@ -27,6 +27,7 @@ from ..hub.files import CONFIG, read_json
 from ..hub.model_checks import check_model_folder
 from ..modeling.configuration_blockgen import BlockGenConfig
 from ..places import data_place, local_folder
+from ..presets import apply_preset
 from ..recipe_files import bundled_recipes, find_recipe
 from .arguments import BlockGenTrainingArguments
 from .data_arguments import DataArguments
@@ -180,7 +181,9 @@ class Recipe:
         return self.global_batch_size // at_once
 
 
-def load_recipe(name: str, overrides: Sequence[str] = (), source: str | None = None) -> Recipe:
+def load_recipe(
+    name: str, overrides: Sequence[str] = (), source: str | None = None, preset: str | None = None
+) -> Recipe:
     """
     Reads a recipe and checks all that can be checked on this machine. Nothing is downloaded.
 
@@ -188,17 +191,20 @@ def load_recipe(name: str, overrides: Sequence[str] = (), source: str | None = N
         name: a bundled recipe, or a YAML file.
         overrides: `section.key=value`, the value written as in YAML.
         source: what messages begin with; default: the name of the file.
+        preset: one of `PRESETS`, which replaces the recipe's own mixture. Overrides change it.
 
     Raises:
         FileNotFoundError: no such recipe, or files that it names are not there.
         ValueError: a key or a value that is not accepted; names file and key.
     """
-    recipe = read_recipe(find_recipe(name), overrides, source)
+    recipe = read_recipe(find_recipe(name), overrides, source, preset)
     _check(recipe)
     return recipe
 
 
-def read_recipe(path: Path, overrides: Sequence[str] = (), source: str | None = None) -> Recipe:
+def read_recipe(
+    path: Path, overrides: Sequence[str] = (), source: str | None = None, preset: str | None = None
+) -> Recipe:
     """
     Reads a recipe as it is written: keys and types are checked, and not whether what it names is there.
 
@@ -212,11 +218,22 @@ def read_recipe(path: Path, overrides: Sequence[str] = (), source: str | None = 
         values[section] = {} if values.get(section) is None else values[section]
         if not isinstance(values[section], dict):
             raise ValueError(f"{source}, `{section}` must be a mapping, but is {values[section]!r}.")
+    _override(values, overrides)
+    if preset is not None:
+        data = _arguments(DataArguments, values["data"], source, "data")
+        values["model"], values["training"] = apply_preset(
+            preset, data.sequence_length, values["model"], values["training"]
+        )
+        _override(values, overrides)
+        source = f"{source} (preset {preset})"
+    return _make_recipe(source, values)
+
+
+def _override(values: dict[str, Any], overrides: Sequence[str]) -> None:
     for text in overrides:
         keys, value = parse_override(text)
         check_keys(keys[:1], SECTIONS, f"The override {text!r}", "section")
         override(values, keys, value)
-    return _make_recipe(source, values)
 
 
 def _make_recipe(source: str, values: dict[str, Any]) -> Recipe:
@@ -308,6 +325,11 @@ def _check(recipe: Recipe) -> None:
         raise ValueError(
             f"{source}: `training.eval_strategy` needs validation data: `data.validation_documents`, "
             "`data.validation_split` or `data.validation_dataset`; or set it to no."
+        )
+    if (training.get("noise_interval_steps") or 0) > 0 and not validates:
+        raise ValueError(
+            f"{source}: `training.noise_interval_steps` needs validation data, on which noise levels are chosen: "
+            "`data.validation_documents`, `data.validation_split` or `data.validation_dataset`; or set it to 0."
         )
     _check_model(recipe)
     for argument in ("dataset", "validation_dataset"):

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers.utils import logging
 from ..evaluation.columns import model_columns
 from ..evaluation.figures import likelihood_metrics, mixture_weights
 from ..evaluation.likelihood import sequence_nll
+from ..evaluation.rows import iterate_rows
 from ..hub.files import README, move_model
 from ..modeling.diffusion_blockgen import diffusion_from_config
 from .arguments import BlockGenTrainingArguments
@@ -35,13 +37,16 @@ from .checkpointing import (
     rotate_checkpoints,
 )
 from .collator import BlockGenDataCollator
-from .draws import StepDraws, corrupt_batch
+from .draws import WHOLE_INTERVAL, NoiseInterval, StepDraws, corrupt_batch
 from .ema import TRAINING_WEIGHTS, EMACallback
 from .losses import LossesBySize
+from .noise_intervals import choose_intervals
 from .publishing import PublishingTrainer
 
 
 logger = logging.get_logger(__name__)
+
+_INTERVALS = "noise_intervals"  # in the state of the training
 
 
 class BlockGenTrainer(PublishingTrainer):
@@ -100,6 +105,7 @@ class BlockGenTrainer(PublishingTrainer):
         self.compute_metrics: Any = self.compute_metrics or self._likelihood_metrics
         self.diffusion = diffusion_from_config(self.model.config)
         self.losses = LossesBySize(self.model.config.block_sizes)
+        self._check_noise_intervals()
         self.ema = EMACallback(self.args.ema_decay)
         if self.args.ema_decay > 0:
             self._check_ema()
@@ -121,6 +127,51 @@ class BlockGenTrainer(PublishingTrainer):
                     f"`{name}` must be {accepted}, but is {not accepted}: the bounds of a data set are computed from "
                     "all its rows at once. A `compute_metrics` of your own may take them in other ways."
                 )
+
+    def _check_noise_intervals(self) -> None:
+        args = self.args
+        if args.noise_level_interval is None and args.noise_interval_steps == 0:
+            return
+        name = "noise_interval_steps" if args.noise_interval_steps > 0 else "noise_level_interval"
+        if max(self.model.config.block_sizes) == 1:
+            raise ValueError(
+                f"`{name}` needs a block size above 1, but the model has {self.model.config.block_sizes}."
+            )
+        if args.noise_interval_steps > 0 and (self.eval_dataset is None or isinstance(self.eval_dataset, dict)):
+            raise ValueError(
+                "`noise_interval_steps` needs an `eval_dataset`, on which the variance of the loss is measured: one, "
+                f"not {'several' if self.eval_dataset else 'none'}."
+            )
+
+    @property
+    def noise_intervals(self) -> dict[int, NoiseInterval]:
+        """The interval of the noise levels for each block size above 1: those chosen last, or the first."""
+        low, high = self.args.noise_level_interval or WHOLE_INTERVAL
+        chosen = self.state.stateful_callbacks.get(_INTERVALS, {})
+        sizes = [size for size in self.model.config.block_sizes if size > 1]
+        return {size: tuple(chosen.get(str(size), (low, high))) for size in sizes}
+
+    def _choose_noise_intervals(self) -> None:
+        """By the weights that are trained, on the first validation rows, so that a resumed run finds the same."""
+        found = choose_intervals(
+            self.model,
+            islice(iterate_rows(self.eval_dataset), self.args.noise_interval_rows),
+            self.model.config.block_sizes,
+            noise_level_sampling=self.args.noise_level_sampling,
+            batch_size=self.args.eval_batch_size,
+            seed=self.args.seed,
+            data_collator=self.data_collator,
+        )
+        # In the state that Trainer saves, and restores before a resumed run begins.
+        self.state.stateful_callbacks[_INTERVALS] = {
+            str(size): list(interval) for size, (interval, _) in found.items()
+        }
+        logs = {}
+        for size, ((low, high), variance) in found.items():
+            logs[f"noise_level_low_block_size_{size}"] = low
+            logs[f"noise_level_high_block_size_{size}"] = high
+            logs[f"loss_variance_block_size_{size}"] = variance
+        self.log(logs)
 
     def _check_ema(self) -> None:
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
@@ -167,6 +218,9 @@ class BlockGenTrainer(PublishingTrainer):
         if torch.is_tensor(num_items_in_batch):  # a step without a scored token has a loss of zero
             num_items_in_batch = num_items_in_batch.clamp(min=1)
         if batches:
+            every = args.noise_interval_steps
+            if every > 0 and self.state.global_step > 0 and self.state.global_step % every == 0:
+                self._choose_noise_intervals()
             self.num_steps_trained += 1
             sizes = draws.block_sizes(
                 config.block_sizes,
@@ -174,13 +228,15 @@ class BlockGenTrainer(PublishingTrainer):
                 num_slots * rows if per_row else num_slots,
                 args.block_size_sampling,
             )
+        intervals = self.noise_intervals
         for step, batch in enumerate(batches):
             slot = step * num_ranks + rank
             first, count = slot * rows, len(batch["input_ids"])
             places = first + torch.arange(count, device=batch["input_ids"].device)
             batch["block_size"] = block_size = tuple(sizes[first : first + count]) if per_row else sizes[slot]
             if not config.next_token_prediction:
-                noise = corrupt_batch(batch, self.diffusion, draws, places, block_size, args.noise_level_sampling)
+                sampling = args.noise_level_sampling
+                noise = corrupt_batch(batch, self.diffusion, draws, places, block_size, sampling, intervals)
                 batch.update(noise)
         return batches, num_items_in_batch
 
