@@ -25,6 +25,7 @@ stands behind every prefix, and the one behind the prefix that is kept is the ne
 """
 
 import copy
+import time
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ class DraftLengths:
     Args:
         num_rows (`int`): rows of the batch.
         longest (`int`): bound of a draft.
-        needed (`float`): accepted tokens a round below which a draft does not pay.
+        needed (`float`): accepted tokens a round below which a draft does not pay; 0: it always does.
     """
 
     _MEMORY = 0.85
@@ -69,10 +70,10 @@ class DraftLengths:
         """The length for all of them: what is verified of one costs little for the others."""
         return max(map(self.of_row, rows), default=0)
 
-    def record(self, row: int, drafted: int, accepted: int) -> None:
+    def record(self, row: int, drafted: int, accepted: float) -> None:
         """After a round, which ended with one token more than it accepted."""
         if self.waiting[row] > 0:
-            self.waiting[row] = max(0, self.waiting[row] - accepted - 1)
+            self.waiting[row] = max(0, self.waiting[row] - int(accepted) - 1)
             return
         if drafted == 0:
             return
@@ -80,12 +81,41 @@ class DraftLengths:
         reached = accepted + 1 if accepted == drafted else accepted
         self.accepted[row] = self._MEMORY * self.accepted[row] + (1 - self._MEMORY) * reached
         self.failures[row] = 0 if accepted else self.failures[row] + 1
-        if self.accepted[row] < self.needed or self.failures[row] == 3:
+        if self.needed > 0 and (self.accepted[row] < self.needed or self.failures[row] == 3):
             self.waiting[row] = self.next_wait[row]
             self.next_wait[row] = min(2 * self.next_wait[row], self._LONGEST_WAIT)
             self.accepted[row], self.failures[row] = 1.1 * self.needed, 0  # one failure sends it back
         elif reached > self.needed:
             self.next_wait[row] = self._FIRST_WAIT
+
+
+class RoundCosts:
+    """
+    What a round with a draft costs on this machine, in rounds without one: hardly more on accelerators; on CPUs more
+    the more rows there are. Only where the text does not depend on what is drafted may a clock decide.
+    """
+
+    _MEMORY = 0.8
+
+    def __init__(self, device: torch.device) -> None:
+        # Of the process on CPUs, which other jobs on the machine disturb less; every round waits for its tokens.
+        self._clock = time.process_time if device.type == "cpu" else time.perf_counter
+        self._started = 0.0
+        self._seconds: dict[bool, float] = {}
+
+    def start(self) -> None:
+        self._started = self._clock()
+
+    def stop(self, drafted: bool) -> None:
+        seconds = self._clock() - self._started
+        before = self._seconds.get(drafted, seconds)
+        self._seconds[drafted] = self._MEMORY * before + (1 - self._MEMORY) * seconds
+
+    def needed(self, default: float) -> float:
+        """How many accepted tokens a round must bring on average, or the default as long as nothing is known."""
+        if len(self._seconds) < 2 or not self._seconds[False]:
+            return default
+        return max(0.1, self._seconds[True] / self._seconds[False] - 1)
 
 
 class SpeculativeDecoder(BlockDecoder):
@@ -123,8 +153,13 @@ class SpeculativeDecoder(BlockDecoder):
             is_fused = input_ids.device.type != "cpu"
         self.is_fused = is_fused and not self.has_steps
         rows, device = input_ids.shape[0], input_ids.device
-        needed = self._NEEDED_FUSED if self.is_fused else self._NEEDED_APART
-        self.lengths = DraftLengths(rows, max(1, self.block_size - self.is_fused), needed)
+        self.needed = self._NEEDED_FUSED if self.is_fused else self._NEEDED_APART
+        longest = max(1, self.block_size - self.is_fused)
+        # A row that does not draft saves nothing as long as another one does: the batch stops drafting as one. Where
+        # the text depends on what is drafted, each row decides for itself, as it would alone.
+        self.lengths = DraftLengths(rows, longest, self.needed if self.rejects else 0.0)
+        self.batch = DraftLengths(1, longest, self.needed)
+        self.costs = RoundCosts(device)
         self.num_drafted_tokens = torch.zeros(rows, dtype=torch.long, device=device)
         self.num_accepted_tokens = torch.zeros(rows, dtype=torch.long, device=device)
         # Rows whose last round made them a draft, where that is part of a verification.
@@ -135,23 +170,34 @@ class SpeculativeDecoder(BlockDecoder):
 
     @torch.no_grad()
     def run(self) -> None:
-        seeded = 0
+        # The first round reads the prompt, the second tells what a round without a draft costs.
+        num_plain = max(self.num_seeded, 0 if self.rejects else 2)
+        num_rounds = 0
         while not self.state.is_finished:
-            self._round(may_draft=seeded >= self.num_seeded)
-            seeded += 1
+            self.costs.start()
+            drafted = self._round(may_draft=num_rounds >= num_plain)
+            if num_rounds:
+                self.costs.stop(drafted)
+            num_rounds += 1
         if self.streamer is not None:
             self.streamer.end()
 
-    def _round(self, may_draft: bool) -> None:
-        """Verifies a draft, or draws the next token where there is none; at least one token of every row."""
+    def _round(self, may_draft: bool) -> bool:
+        """
+        Verifies a draft, or draws the next token where there is none; at least one token of every row.
+
+        Returns:
+            whether drafts were made or verified.
+        """
         state = self.state
         rows = state.active.tolist()
         room = state.room()
         # The last token of a row is never drafted: the verification ends with it.
+        may_draft = may_draft and (self.rejects or self.batch.waiting[0] == 0)
         length = min(self.lengths.of_rows(rows), int(room.max()) - 1) if may_draft else 0
         if length == 0 and len(rows) == 1:
-            self._autoregressive_round(rows[0], may_draft)
-            return
+            self._autoregressive_round(rows[0])
+            return False
         # What is proposed depends on the length of the block. Where the text depends on that, it is the same for all.
         width = self.lengths.longest if self.rejects else length
         if not self.is_fused and length > 0:
@@ -177,9 +223,12 @@ class SpeculativeDecoder(BlockDecoder):
         self.num_accepted_tokens[before] += accepted_now
         for row, drafted, kept in zip(rows, verified.tolist(), accepted_now.tolist(), strict=True):
             self.lengths.record(row, drafted, kept)
+        self.batch.needed = self.costs.needed(self.needed)
+        self.batch.record(0, num_drafted, float(accepted_now.double().mean()))
         if self.streamer is not None and new_tokens.shape[1]:
             self.streamer.put((new_tokens[0] if new_tokens.shape[0] == 1 else new_tokens).cpu())
         self._next_draft(drafts, counts - 1, torch.isin(before, state.active))
+        return length > 0
 
     def _own_lengths(self, rows: list[int], room: torch.Tensor, num_drafted: int) -> torch.Tensor:
         """
@@ -196,7 +245,7 @@ class SpeculativeDecoder(BlockDecoder):
             own = drafted
         return torch.minimum(room.new_tensor(own), room - 1).clamp(max=num_drafted)
 
-    def _autoregressive_round(self, row: int, may_draft: bool) -> None:
+    def _autoregressive_round(self, row: int) -> None:
         """A token of the only row, at the price that it has with `decoding="ar"`."""
         self.draft, self.draft_probs, self.has_draft[row] = self.draft[:, :0], None, False
         drafting, self.logits_processor = self.logits_processor, self.verifying_processors
@@ -204,8 +253,8 @@ class SpeculativeDecoder(BlockDecoder):
         self.logits_processor = drafting
         self._record([row], token[:, :0], token, torch.ones_like(token[:, 0]))
         self._accept(token)
-        if may_draft:
-            self.lengths.record(row, 0, 0)
+        self.lengths.record(row, 0, 0)
+        self.batch.record(0, 0, 0)
 
     # drafts
 
