@@ -256,7 +256,9 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
             inputs = replace(inputs, use_cache=self._causal_use_cache(use_cache))
             return self._causal_forward(inputs, query_input_ids, logits_to_keep, **kwargs)
         if labels is not None:
-            size = None if block_size is None else checked_block_size(self.config, block_size, clean_input_ids.shape[0])
+            size = (
+                None if block_size is None else checked_block_size(self.config, block_size, clean_input_ids.shape[0])
+            )
             draws = self._training_draws(inputs, labels, size, objective)
             return self._training_forward(inputs, draws, num_items_in_batch, skip_logits, **kwargs)
         inputs = replace(inputs, block_size=checked_block_size(self.config, block_size, clean_input_ids.shape[0]))
