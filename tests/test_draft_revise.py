@@ -256,7 +256,13 @@ WAYS = [
 
 def assert_same_alone(model: BlockGenForDiffusionLM, **settings: Any) -> None:
     """Texts and evaluations of a padded batch, whose rows end at different lengths, are those of each row alone."""
-    settings = {**REVISED, "max_new_tokens": 13, "eos_token_id": [3, 7], "return_dict_in_generate": True, **settings}
+    settings = {
+        **REVISED,
+        "max_new_tokens": 13,
+        "eos_token_id": [3, 7, 9, 14],
+        "return_dict_in_generate": True,
+        **settings,
+    }
     batch = generate(model, None, seed=3, **PADDED, **settings)
     assert batch.num_new_tokens.unique().numel() > 1
     for row, mask in enumerate(PADDED["attention_mask"].bool()):
@@ -367,9 +373,9 @@ class StopsAt(StoppingCriteria):
 
 def test_stopping_criteria_of_the_callers_stop_as_an_end_of_text_does() -> None:
     model, settings = tiny_model(), dict(REVISED, max_new_tokens=12, pad_token_id=PAD)
-    expected = generate(model, words(4, 4), eos_token_id=3, **settings)
+    expected = generate(model, words(4, 4), eos_token_id=16, **settings)
     assert torch.equal(
-        generate(model, words(4, 4), stopping_criteria=StoppingCriteriaList([StopsAt(3)]), **settings), expected
+        generate(model, words(4, 4), stopping_criteria=StoppingCriteriaList([StopsAt(16)]), **settings), expected
     )
 
 
@@ -446,8 +452,7 @@ def test_drafts_are_shown_whole_and_final_tokens_once(variant: str, recorder: ty
     assert [length for length, _ in itertools.groupby(lengths)] == [4, 8, 12, 6]
     assert found.num_function_evaluations.item() == len(lengths)
     draft, revised = found.drafts[0][0], found.revised[0][0]
-    first = torch.tensor(streamer.drafts[lengths.index(12) :])
-    first = first[[i for i in range(len(first)) if len(first[i]) == 12]]
+    first = torch.tensor([text for text in streamer.drafts if len(text) == 12])
     assert (first[:, ~revised] == draft[~revised]).all(-1).any()
     if recorder is MaskRecorder and variant == "masked":
         assert any((text[revised] == MASK).all() for text in first)
