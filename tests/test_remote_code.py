@@ -21,6 +21,7 @@ DECODINGS = {
     "ar": {"decoding": "ar"},
     "block_diffusion": {"decoding": "block_diffusion", "block_size": 4},
     "arpc": {"decoding": "arpc", "block_size": 8, "nfe_per_block": 8, "corrector_period": 3, "ar_seed_tokens": 3},
+    "draft_revise": {"decoding": "draft_revise", "block_size": 2, "revise_block_size": [4, 8], "revise_ratio": 0.5},
     "model's own": {},
 }
 

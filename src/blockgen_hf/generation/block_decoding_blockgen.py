@@ -18,6 +18,7 @@ verify, re-noise, commit.
 Draws are keyed by (seed, row, new token, step, purpose), see `sampling_blockgen`.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,18 +84,20 @@ class BlockDecoder:
         cache = cache if use_cache else None
         max_new_tokens = generation_config.max_length - input_ids.shape[1]
         mask_length = attention_mask.shape[1] if attention_mask is not None else generation_config._mask_length
-        self.state = DecodingState(
+        self._new_state = partial(
+            DecodingState,
             input_ids,
             attention_mask,
             cache,
             num_cached=0 if cache is None else int(cache.get_seq_length()),
             prompt_is_cached=mask_length == input_ids.shape[1],
-            max_new_tokens=max_new_tokens,
-            spare=self.block_size,
             pad_token_id=self._pad_token_id(input_ids.shape[0]),
             grid=self.block_grid,
             keep_all_rows=getattr(cache, "_is_user_defined", False) or self._may_have_row_adapters(model),
         )
+        self.state = self._new_state(max_new_tokens=max_new_tokens, spare=self.block_size)
+        # Log-probabilities with which the new tokens were drawn, `[B, new]`, where they are asked for.
+        self.confidence: torch.Tensor | None = None
         self.logits_processor = without_padding(logits_processor, input_ids, self.state.padding)
         # Drawn from torch's default generator, so that `torch.manual_seed` and `set_seed` reproduce the text.
         seed = int(torch.randint(2**62, ()))
@@ -143,14 +146,17 @@ class BlockDecoder:
 
     @torch.no_grad()
     def run(self) -> None:
+        self._generate_blocks()
+        if self.streamer is not None:
+            self.streamer.end()
+
+    def _generate_blocks(self) -> None:
         for _ in range(min(self.num_seeded, self.state.max_new_tokens)):
             if self.state.is_finished:
                 break
             self._accept(self._autoregressive_token())
         while not self.state.is_finished:
             self._accept(self._denoise_block(self._block_length()))
-        if self.streamer is not None:
-            self.streamer.end()
 
     def _block_length(self) -> int:
         """The last block is as long as what is left; on the grid of a block-causal model every block is whole."""
@@ -181,7 +187,12 @@ class BlockDecoder:
         canvas = state.tokens[state.active[:, None], state.columns(1)]
         everywhere = torch.ones_like(canvas, dtype=torch.bool)
         prediction = self._predicted(outputs.logits.flatten(0, 1), everywhere, canvas)
-        return prediction.sample(generator.fold_in(Purpose.AR_TOKEN).uniform().flatten())[:, None]
+        tokens = prediction.sample(generator.fold_in(Purpose.AR_TOKEN).uniform().flatten())
+        if self.confidence is not None:
+            self.confidence[state.active[:, None], state.columns(1) - state.prompt_width] = prediction.log_prob(
+                tokens
+            )[:, None]
+        return tokens[:, None]
 
     def _queries(self, positions: torch.Tensor) -> torch.Tensor:
         """
@@ -197,24 +208,43 @@ class BlockDecoder:
 
     def _denoise_block(self, length: int) -> torch.Tensor:
         """Algorithm 1: from a fully noised block to a clean one, `[A, length]`."""
-        state, settings = self.state, self.settings
+        state = self.state
         columns = state.columns(length)
         fixed = state.fixed(columns)
         # Rows that are done, and stay for the sake of their cache, need no pass: their pads are fixed too.
         free = (~state.done[:, None]).expand_as(columns) if fixed is None else ~(fixed | state.done[:, None])
-        generator = self._generator(length)
-        z_t = self.process.prior(columns.shape, columns.device, generator.fold_in(Purpose.PRIOR))
-        z_t = torch.where(free, z_t, state.tokens[state.active[:, None], columns])
+        return self._denoise_canvas(state.tokens[state.active[:, None], columns], free)
+
+    def _denoise_canvas(self, tokens: torch.Tensor, free: torch.Tensor) -> torch.Tensor:
+        """The next tokens `[A, n]`, of which those that are `free` are replaced by noise and denoised."""
+        state, settings = self.state, self.settings
+        generator = self._generator(tokens.shape[1])
+        z_t = self.process.prior(tokens.shape, tokens.device, generator.fold_in(Purpose.PRIOR))
+        z_t = torch.where(free, z_t, tokens)
         states = [z_t] if settings.output_trajectory else None
         greedy_end = settings.noise_removal == "greedy"
         time_conditioning = self.model.config.time_conditioning
-        block = Block(self.process, self.grid, self._denoise, generator, free, greedy_end, time_conditioning, states)
+        where = state.active[:, None], state.columns(tokens.shape[1]) - state.prompt_width
+        confidence = None if self.confidence is None else self.confidence[where]
+        block = Block(
+            self.process,
+            self.grid,
+            self._denoise,
+            generator,
+            free,
+            greedy_end,
+            time_conditioning,
+            states,
+            confidence=confidence,
+        )
         if settings.sampler == "first_hitting":
             z_t = hit_first(block, z_t)
         elif settings.sampler != "ancestral":
             z_t = denoise_adaptively(block, z_t, settings.sampler, settings.acceptance_bound())
         else:
             z_t = self._denoise_by_steps(block, z_t)
+        if self.confidence is not None and confidence is not None:
+            self.confidence[where] = confidence
         if states is not None:
             self._trajectory.append(tuple(self._all_rows(z) for z in states))
         return z_t
@@ -244,13 +274,17 @@ class BlockDecoder:
             logits = prediction.logits.unflatten(0, z_t.shape)
             diffusion_log_probs = self.process.log_probs(logits.double(), z_t)
         if corrector in AR_CORRECTORS:
-            verification = self._verify(proposal, generator.fold_in(Purpose.AR_QUERY))
+            verification = self._verify(proposal, generator.fold_in(Purpose.AR_QUERY), block.free.any(-1))
         numbers = generator.fold_in(Purpose.SCORE)
         penalty = penalties(corrector, proposal, diffusion_log_probs, verification, numbers.uniform())
-        count = max(1, round((1 - float(self.grid.alphas[step + 1])) * proposal.shape[1]))
+        count = ((1 - self.grid.alphas[step + 1]) * self._num_proposed(block)).round().clamp(min=1)
         worst = worst_positions(penalty, count, ~block.free, numbers.uniform(1))
         noise = self.process.prior(proposal.shape, proposal.device, generator.fold_in(Purpose.RENOISE))
         return torch.where(worst, noise, proposal)
+
+    def _num_proposed(self, block: Block) -> int | torch.Tensor:
+        """L' of which the k worst tokens are a share: one number, or one of each row, `[A, 1]`."""
+        return block.free.shape[1]
 
     def _propose(
         self, block: Block, z_t: torch.Tensor, step: int, needs_whole: bool
@@ -258,7 +292,7 @@ class BlockDecoder:
         """A draw at alpha_s = 1, `[A, n]`, and what it was drawn from: at the masked positions, or everywhere."""
         everywhere = torch.ones_like(block.free)
         is_masked = isinstance(self.process, MaskedDiffusion)
-        rows = everywhere[:, 0]
+        rows = block.free.any(-1)
         masked = block.masked(z_t)
         where = everywhere
         if is_masked and not needs_whole:
@@ -269,7 +303,9 @@ class BlockDecoder:
         generator = block.generator.fold_in(step, Purpose.PROPOSE)
         if is_masked:
             tokens = prediction if where is masked else prediction[masked.flatten()]
-            return z_t.masked_scatter(masked, tokens.sample(generator.uniform()[masked])), prediction
+            drawn = tokens.sample(generator.uniform()[masked])
+            block.keep_confidence(masked, tokens, drawn)
+            return z_t.masked_scatter(masked, drawn), prediction
         z_prob = prediction.prob(z_t.flatten()).view_as(z_t)
         proposal = self.process.sample_transition(
             z_prob, prediction.sample_at, z_t, 1.0, self.grid.alphas[step], generator
@@ -289,10 +325,13 @@ class BlockDecoder:
         is_compiled = self.model._compiled_call_impl is not None or hasattr(
             self.model.forward, "_torchdynamo_orig_callable"
         )
+        blocks = self._noisy_blocks(z_t.shape[1])
+        has_positions = state.pending.shape[1] > 0 or blocks is not None
         outputs = self.model(
             input_ids=state.pending,
             noisy_input_ids=z_t,
-            noisy_position_ids=state.next_positions(z_t.shape[1]) if state.pending.shape[1] else None,
+            noisy_position_ids=state.next_positions(z_t.shape[1]) if has_positions else None,
+            noisy_block_ids=blocks,
             block_size=self.block_size,
             attention_mask=state.context_mask,
             cache=state.cache,
@@ -312,8 +351,14 @@ class BlockDecoder:
             prediction = prediction[where.flatten()]
         return prediction
 
-    def _verify(self, proposal: torch.Tensor, generator: CounterGenerator) -> Prediction:
-        """One AR pass over the proposal: p_AR at each of its positions."""
+    def _noisy_blocks(self, length: int) -> torch.Tensor | None:
+        """The blocks of the next tokens, `[A, length]`, where they are not simply one."""
+        return None
+
+    def _verify(
+        self, proposal: torch.Tensor, generator: CounterGenerator, rows: torch.Tensor | None = None
+    ) -> Prediction:
+        """One AR pass over the proposal, for these rows `[A]`: p_AR at each of its positions."""
         state = self.state
         length = proposal.shape[1]
         outputs = self.model(
@@ -326,7 +371,7 @@ class BlockDecoder:
             noise_level=1.0,
             modulations=self._modulations,
         )
-        state.count_evaluation()
+        state.count_evaluation(rows)
         return self._predicted(outputs.logits.flatten(0, 1), torch.ones_like(proposal, dtype=torch.bool), proposal)
 
     def _commit_what_cannot_ride(self) -> None:
@@ -377,14 +422,18 @@ class BlockDecoder:
         fixed = self.state.fixed(self.state.columns(z_t.shape[1]))
         known = 0 if fixed is None else int(fixed.all(0).sum())
         log_probs = self.process.log_probs(prediction.logits.unflatten(0, z_t.shape), z_t)[:, known:]
+        config = self.model.config
+        is_mask = (z_t == config.mask_token_id)[:, known:].cpu() if config.diffusion_type == "masked" else None
+        self._show_block(streamer, log_probs.cpu(), is_mask)
+
+    def _show_block(self, streamer: Any, log_probs: torch.Tensor, is_mask: torch.Tensor | None) -> None:
+        """As much as the streamer takes: log-probabilities `[A, n, V]`, with or without the masks, or the tokens."""
         if getattr(streamer, "_takes_masks", False):
-            config = self.model.config
-            is_mask = (z_t == config.mask_token_id)[:, known:].cpu() if config.diffusion_type == "masked" else None
-            streamer.put_draft(logits=log_probs.cpu(), is_mask=is_mask)
+            streamer.put_draft(logits=log_probs, is_mask=is_mask)
         elif getattr(streamer, "_takes_logits", False):
-            streamer.put_draft(logits=log_probs.cpu())
+            streamer.put_draft(logits=log_probs)
         else:
-            streamer.put_draft(value=log_probs.argmax(-1).cpu())
+            streamer.put_draft(value=log_probs.argmax(-1))
 
     def _all_rows(self, tokens: torch.Tensor) -> torch.Tensor:
         """`[A, n]` to `[B, n]`, pads in the rows that are done."""

@@ -90,16 +90,16 @@ def _divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
 
 
 def worst_positions(
-    penalty: torch.Tensor, count: int, fixed: torch.Tensor | None, uniform: torch.Tensor
+    penalty: torch.Tensor, count: int | torch.Tensor, fixed: torch.Tensor | None, uniform: torch.Tensor
 ) -> torch.Tensor:
     """
-    The `count` positions of highest penalty as a mask `[B, n]`. Fixed positions never are among them; which of equal
-    ones are is drawn by `uniform`, random numbers in [0, 1) of shape `[B, n]`.
+    The `count` positions of highest penalty, one number or `[B, 1]`, as a mask `[B, n]`. Fixed positions never are
+    among them; which of equal ones are is drawn by `uniform`, random numbers in [0, 1) of shape `[B, n]`.
     """
     if fixed is not None:
         penalty = penalty.masked_fill(fixed, -torch.inf)
-    order = argsort_at_random(-penalty, uniform)[:, :count]
-    worst = torch.zeros_like(penalty, dtype=torch.bool).scatter_(-1, order, True)
+    rank = argsort_at_random(-penalty, uniform).argsort(-1)
+    worst = rank < count
     return worst if fixed is None else worst & ~fixed
 
 

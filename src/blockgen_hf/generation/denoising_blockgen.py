@@ -57,6 +57,7 @@ class Purpose(IntEnum):
     DRAFT = 8
     ACCEPT = 9
     RESIDUAL = 10
+    REVISE = 11
 
 
 class Predict(Protocol):
@@ -116,6 +117,8 @@ class Block:
         states (`list[torch.Tensor]`, *optional*): is given the state `[A, n]` after each step.
         numbers (`torch.DoubleTensor` of shape `[A, n]`, *optional*): what the tokens of a masked model are drawn with,
             in place of numbers of the generator's.
+        confidence (`torch.DoubleTensor` of shape `[A, n]`, *optional*): is given the log-probability of each token in
+            the prediction that it was drawn from last.
     """
 
     process: DiffusionProcess
@@ -127,6 +130,12 @@ class Block:
     time_conditioning: bool
     states: list[torch.Tensor] | None
     numbers: torch.Tensor | None = None
+    confidence: torch.Tensor | None = None
+
+    def keep_confidence(self, where: torch.Tensor, prediction: Prediction, tokens: torch.Tensor) -> None:
+        """Of the M tokens that were drawn at the positions `where`, `[A, n]`."""
+        if self.confidence is not None:
+            self.confidence[where] = prediction.log_prob(tokens)
 
     def masked(self, z_t: torch.Tensor) -> torch.Tensor:
         """Where a token is masked, `[A, n]`; nowhere in uniform models."""
@@ -200,6 +209,7 @@ def _reveal(
         tokens = prediction.sample(number[revealed])
         if block.greedy_end:
             tokens = torch.where(is_end[revealed], prediction.best(), tokens)
+        block.keep_confidence(revealed, prediction, tokens)
         z_t = z_t.masked_scatter(revealed, tokens)
         upcoming = upcoming.masked_fill(revealed, last)
     if block.states is not None:
@@ -213,7 +223,8 @@ def _denoise_uniform(
     """A row goes through its steps with one prediction, until a step has changed it."""
     grid = block.grid
     everywhere = torch.ones_like(block.free)
-    step = torch.full((len(z_t), 1), first, device=z_t.device)
+    # A row of fixed tokens alone needs no step.
+    step = torch.where(block.free.any(-1, keepdim=True), first, last)
     stale = torch.ones_like(step, dtype=torch.bool)
     states: dict[int, torch.Tensor] = {}
     while True:
@@ -233,6 +244,9 @@ def _denoise_uniform(
         if block.greedy_end and is_end.any():
             z_s = torch.where(is_end, prediction.best().view_as(z_t), z_s)
         z_s = torch.where(ready & block.free, z_s, z_t)
+        ends = ready & block.free & is_end
+        if block.confidence is not None and ends.any():
+            block.keep_confidence(ends, prediction[ends.flatten()], z_s[ends])
         stale = stale | (ready & ((z_s != z_t).any(-1, keepdim=True) | block.time_conditioning))
         z_t = z_s
         if block.states is not None:
@@ -240,7 +254,7 @@ def _denoise_uniform(
                 states[index] = torch.where(ready & (step == index), z_t, states.get(index, z_t))
         step = step + ready
     if block.states is not None:
-        block.states.extend(states[index] for index in range(first, last))
+        block.states.extend(states.get(index, z_t) for index in range(first, last))
     return z_t
 
 
@@ -269,8 +283,10 @@ def denoise_adaptively(block: Block, z_t: torch.Tensor, sampler: str, bound: flo
         wanted = open_tokens if is_masked else block.free & rows[:, None]
         prediction = block.predict(z_t, wanted, rows, grid.times[step].expand(len(z_t)))
         tokens = z_t.masked_scatter(wanted, prediction.sample(generator.fold_in(Purpose.DENOISE).uniform()[wanted]))
+        if step == grid.num_steps - 1 and block.greedy_end:
+            tokens = z_t.masked_scatter(wanted, prediction.best())
+        block.keep_confidence(wanted, prediction, tokens[wanted])
         if step == grid.num_steps - 1:
-            tokens = z_t.masked_scatter(wanted, prediction.best()) if block.greedy_end else tokens
             accepted = wanted
         else:
             accepted = _accepted(prediction, wanted, sampler, bound, generator.fold_in(Purpose.SCORE).uniform())

@@ -120,6 +120,27 @@ def keep_rows(cache: Cache, rows: torch.Tensor, num_cached: int) -> None:
             layer.is_initialized = False
 
 
+def restart(cache: Cache, num_cached: int) -> None:
+    """
+    Forgets all but the first tokens, `num_cached` of each row. Without any the cache may hold other rows from then on.
+
+    Raises:
+        ValueError: tokens are to stay in a cache that cannot be cropped.
+    """
+    if num_cached == 0:
+        for layer in cache.layers:
+            layer.reset()
+            layer.is_initialized = False
+        return
+    if not can_gather(cache):
+        raise ValueError(
+            f"`cache` holds {num_cached} tokens, and a {type(cache).__name__} cannot be cropped to them when the text "
+            "is revised: pass an empty one with the whole text, or a DynamicCache or StaticCache."
+        )
+    keys = next(layer.keys for layer in cache.layers)
+    gather_tokens(cache, torch.arange(num_cached, device=keys.device).expand(len(keys), num_cached))
+
+
 def can_gather(cache: Cache) -> bool:
     """Whether [`gather_tokens`] knows all layers of the cache."""
     known = (DynamicLayer, GrowingLayer, StaticLayer)
@@ -149,4 +170,4 @@ def gather_tokens(cache: Cache, index: torch.Tensor) -> None:
             layer.cumulative_length.fill_(length)
 
 
-__all__ = ["GrowingLayer", "can_gather", "commit_and_read", "gather_tokens", "keep_rows", "make_growing"]
+__all__ = ["GrowingLayer", "can_gather", "commit_and_read", "gather_tokens", "keep_rows", "make_growing", "restart"]

@@ -36,11 +36,18 @@ from .generation_configuration_blockgen import (
     BlockGenGenerationConfig,
 )
 from .logits_blockgen import STATEFUL_PROCESSORS, looks_at_neighbours
+from .revision_blockgen import RevisionDecoder
 from .speculation_blockgen import SpeculativeDecoder
 
 
 # Outputs that only GenerationMixin's own loop collects.
+# Decodings that are not those of the block loop alone.
+_DECODERS: dict[str, type[BlockDecoder]] = {"speculative": SpeculativeDecoder, "draft_revise": RevisionDecoder}
 _STEPWISE_OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+
+
+# The least that a draft has by default (Diffusion in Diffusion: B(1) = 4).
+_DRAFT_BLOCK_SIZE = 4
 
 
 @dataclass
@@ -62,10 +69,15 @@ class BlockGenGenerateOutput(BothCacheNames, GenerateDecoderOnlyOutput):
         num_drafted_tokens, num_accepted_tokens (`torch.LongTensor` of shape `[B]`, *optional*):
             With `decoding="speculative"`: tokens of each row that were drafted and verified, and those of them that
             stand in the text. The difference was rejected.
+        drafts (`tuple(torch.LongTensor)`, *optional*):
+            With `decoding="draft_revise"`: the new tokens `[B, n]` before each revision; pads behind.
+        revised (`tuple(torch.BoolTensor)`, *optional*):
+            With `decoding="draft_revise"`: which of them went back to noise, `[B, n]`.
         trajectory (`tuple(tuple(torch.LongTensor))`, *optional*, returned with `output_trajectory=True`):
             For each block the states of its tokens, `[B, n]`: fully noised, then after every denoising step. With
             `decoding="speculative"` for each round the draft, and what was accepted of it with the token that follows;
-            pads behind.
+            pads behind. With `decoding="draft_revise"` the blocks of the draft, then those of each revision in which a
+            token is revised: first with noise in its place.
         cache (`Cache`, *optional*, `past_key_values` too):
             The cache, for a following call: prompt and new tokens but for the last block, which no one needed yet.
             None if rows ended early and left the batch (pass a cache of your own to keep them in).
@@ -77,6 +89,8 @@ class BlockGenGenerateOutput(BothCacheNames, GenerateDecoderOnlyOutput):
     trajectory: tuple[tuple[torch.Tensor, ...], ...] | None = None
     num_drafted_tokens: torch.Tensor | None = None
     num_accepted_tokens: torch.Tensor | None = None
+    drafts: tuple[torch.Tensor, ...] | None = None
+    revised: tuple[torch.Tensor, ...] | None = None
 
 
 class BlockGenGenerationMixin(GenerationMixin):
@@ -138,8 +152,16 @@ class BlockGenGenerationMixin(GenerationMixin):
             )
         if generation_config.decoding is None:
             generation_config.decoding = "ar" if self.config.block_sizes == [1] else "block_diffusion"
+        largest = max(self.config.block_sizes)
+        if generation_config.decoding == "draft_revise":
+            if generation_config.block_size is None:
+                generation_config.block_size = min(
+                    (size for size in self.config.block_sizes if size >= _DRAFT_BLOCK_SIZE), default=largest
+                )
+            if generation_config.revise_block_size is None:
+                generation_config.revise_block_size = largest
         if generation_config.block_size is None:
-            generation_config.block_size = max(self.config.block_sizes)
+            generation_config.block_size = largest
         return generation_config, model_kwargs
 
     def _validate_generation_mode(
@@ -173,11 +195,17 @@ class BlockGenGenerationMixin(GenerationMixin):
             )
         self._validate_adapter()
         positions = self.config.max_position_embeddings
-        if generation_config.decoding != "ar" and generation_config.block_size > positions:
-            raise ValueError(
-                f"`block_size` must be at most {positions}, the positions of the model (`max_position_embeddings`), "
-                f"but is {generation_config.block_size}."
+        sizes = {} if generation_config.decoding == "ar" else {"block_size": generation_config.block_size}
+        if generation_config.decoding == "draft_revise":
+            sizes["revise_block_size"] = max(
+                stage.block_size for stage in generation_config.revisions(longest=positions)
             )
+        for name, size in sizes.items():
+            if size > positions:
+                raise ValueError(
+                    f"`{name}` must be at most {positions}, the positions of the model (`max_position_embeddings`), "
+                    f"but is {size}."
+                )
         self._validate_corrector(generation_config)
         self._validate_sampler(generation_config)
         self._validate_clean_attention(generation_config)
@@ -216,6 +244,11 @@ class BlockGenGenerationMixin(GenerationMixin):
         grid = self.config.block_sizes[0]
         if self.config.clean_attention == "causal" or grid == 1:
             return
+        if generation_config.decoding == "draft_revise":
+            raise ValueError(
+                "`decoding='draft_revise'` needs a model with `clean_attention='causal'`, whose blocks may end where "
+                "each text does: with 'block_causal' they keep the grid of training."
+            )
         needs_ar = generation_config.decoding in ("ar", "speculative") or generation_config.ar_seed_tokens > 0
         if needs_ar or (generation_config.decoding == "arpc" and generation_config.corrector in AR_CORRECTORS):
             raise ValueError(
@@ -391,8 +424,7 @@ class BlockGenGenerationMixin(GenerationMixin):
                 streamer,
                 **model_kwargs,
             )
-        decoder_class = SpeculativeDecoder if generation_config.decoding == "speculative" else BlockDecoder
-        decoder = decoder_class(
+        decoder = _DECODERS.get(generation_config.decoding, BlockDecoder)(
             self,
             input_ids,
             logits_processor,
@@ -413,6 +445,8 @@ class BlockGenGenerationMixin(GenerationMixin):
             trajectory=decoder.trajectory(),
             num_drafted_tokens=getattr(decoder, "num_drafted_tokens", None),
             num_accepted_tokens=getattr(decoder, "num_accepted_tokens", None),
+            drafts=getattr(decoder, "drafts", None),
+            revised=getattr(decoder, "revised", None),
             **named_cache(decoder.returned_cache()),
         )
 
@@ -423,7 +457,8 @@ class BlockGenGenerationMixin(GenerationMixin):
             if isinstance(processor, STATEFUL_PROCESSORS):
                 raise ValueError(f"{name} works token by token: it needs `decoding='ar'`.")
             is_exact = generation_config.decoding == "speculative"  # each position has the text before it
-            if generation_config.block_size > 1 and not is_exact and looks_at_neighbours(processor):
+            has_blocks = generation_config.block_size > 1 or generation_config.decoding == "draft_revise"
+            if has_blocks and not is_exact and looks_at_neighbours(processor):
                 raise ValueError(
                     f"{name} looks at the tokens just before, which a block draws at the same time: it needs "
                     "`decoding='ar'` or `block_size=1`."

@@ -16,14 +16,16 @@
 import copy
 from bisect import bisect_right
 from collections.abc import Collection
-from typing import Any
+from math import ceil
+from typing import Any, NamedTuple
 
 from transformers import GenerationConfig
 
 
-DECODINGS = ("ar", "block_diffusion", "arpc", "speculative")
+DECODINGS = ("ar", "block_diffusion", "arpc", "speculative", "draft_revise")
 ACCEPTANCES = ("match", "rejection")
 DRAFT_DECODINGS = ("block_diffusion", "arpc")
+REVISE_SCORES = ("snapshot", "ar_surprisal", "posthoc", "random")
 SAMPLERS = ("ancestral", "first_hitting", "confidence", "entropy_bound")
 NOISE_REMOVALS = ("ancestral", "greedy")
 AR_CORRECTORS = ("ar_surprisal", "ar_gap", "ar_entropy", "ar_kl", "ar_reverse_kl", "ar_tv")
@@ -48,6 +50,8 @@ _DEFAULTS: dict[str, Any] = {
     "acceptance": "match",
     "draft_steps": 1,
     "draft_decoding": "block_diffusion",
+    "revise_ratio": 0.25,
+    "revise_score": "snapshot",
     "output_trajectory": False,
     # A diffusion model is sampled from, and from its whole distribution: transformers' default top_k=50 cuts it
     # silently.
@@ -64,8 +68,18 @@ _SETTINGS = (
     "denoising_steps",
     "nfe_per_block",
     "fused_drafts",
+    "revise_block_size",
+    "revise_steps",
     *(name for name in _DEFAULTS if name not in ("do_sample", "top_k")),
 )
+
+
+class Revision(NamedTuple):
+    """A stage of `decoding="draft_revise"` behind the draft: block size B(k), share gamma(k), and denoising steps."""
+
+    block_size: int
+    ratio: float
+    num_steps: int
 
 
 class BlockGenGenerationConfig(GenerationConfig):
@@ -76,10 +90,12 @@ class BlockGenGenerationConfig(GenerationConfig):
     Args:
         decoding (`str`, *optional*):
             `"ar"`, `"block_diffusion"`, `"arpc"` (AR-informed predictor-corrector, Algorithm 1; the paper calls it
-            AIPC) or `"speculative"` (the text of `"ar"` in fewer passes). Default: block diffusion, or `"ar"` if the
-            model knows block size 1 only.
+            AIPC), `"speculative"` (the text of `"ar"` in fewer passes) or `"draft_revise"` (a draft of small blocks
+            whose least certain tokens are denoised again in large ones, Diffusion in Diffusion). Default: block
+            diffusion, or `"ar"` if the model knows block size 1 only.
         block_size (`int`, *optional*):
-            L', tokens denoised together. Default: the largest that the model was trained for.
+            L', tokens denoised together. Default: the largest that the model was trained for; of a draft that is
+            revised, the smallest of at least 4.
         denoising_steps (`int`, *optional*):
             T, denoiser steps a block. Default: `block_size`.
         nfe_per_block (`int`, *optional*):
@@ -114,10 +130,23 @@ class BlockGenGenerationConfig(GenerationConfig):
             Of `decoding="speculative"`: denoising steps a draft. More than one needs `acceptance="match"`.
         draft_decoding (`str`, defaults to `"block_diffusion"`):
             Of `decoding="speculative"`: how a draft of several steps is made; `"arpc"` takes the corrector settings.
+            Of `decoding="draft_revise"`: how the draft and its revisions are denoised.
         fused_drafts (`bool`, *optional*):
             Of `decoding="speculative"`: whether one pass verifies a draft and makes the next one, behind every token
             that the verification may end with. That takes fewer passes of more tokens. Default: on accelerators, where
             tokens hardly cost, and not on CPUs. Drafts of several steps have passes of their own.
+        revise_block_size (`int` or `list[int]`, *optional*):
+            Of `decoding="draft_revise"`: B(k), tokens of the text that are revised together. A list has one for each
+            stage behind the draft. Default: the largest that the model was trained for.
+        revise_ratio (`float` or `list[float]`, defaults to 0.25):
+            Of `decoding="draft_revise"`: gamma(k), the share of the generated tokens that goes back to noise.
+        revise_steps (`int` or `list[int]`, *optional*):
+            Of `decoding="draft_revise"`: denoising steps a block of the revision. Default: as many as tokens of a
+            block are revised in the mean.
+        revise_score (`str`, defaults to `"snapshot"`):
+            Of `decoding="draft_revise"`: which tokens are revised. `"snapshot"`: those whose probability was lowest
+            when they were committed. For comparison: `"ar_surprisal"` and `"posthoc"`, the least likely under an AR
+            pass, or a denoising pass in blocks of `revise_block_size`, over the finished draft; and `"random"`.
         output_trajectory (`bool`, defaults to `False`):
             Whether to return the states of each step, with `return_dict_in_generate=True`.
         kwargs:
@@ -204,6 +233,7 @@ class BlockGenGenerationConfig(GenerationConfig):
             ("sampler", SAMPLERS),
             ("acceptance", ACCEPTANCES),
             ("draft_decoding", DRAFT_DECODINGS),
+            ("revise_score", REVISE_SCORES),
             ("fused_drafts", (True, False)),
             ("output_trajectory", (True, False)),
         ):
@@ -228,6 +258,7 @@ class BlockGenGenerationConfig(GenerationConfig):
                 raise ValueError(f"`{name}` must be at most {largest:,}, but is {value}.")
         self._validate_sampler()
         self._validate_drafts()
+        self._validate_revisions()
         if self.denoising_steps is not None and self.nfe_per_block is not None:
             raise ValueError(
                 f"`denoising_steps` ({self.denoising_steps}) and `nfe_per_block` ({self.nfe_per_block}) contradict "
@@ -268,6 +299,56 @@ class BlockGenGenerationConfig(GenerationConfig):
                 f"`sampler={self.sampler!r}` does not go with `decoding='speculative'`, whose drafts are ancestral."
             )
 
+    def _validate_revisions(self) -> None:
+        lengths = {}
+        for name, smallest, largest in (("revise_block_size", 1, None), ("revise_steps", 1, _MOST_STEPS)):
+            for value in _listed(getattr(self, name)):
+                is_number = isinstance(value, int) and not isinstance(value, bool)
+                if not is_number or value < smallest or (largest is not None and value > largest):
+                    bound = f"of at least {smallest}" if largest is None else f"from {smallest} to {largest:,}"
+                    raise ValueError(
+                        f"`{name}` must be an integer {bound}, or a list of them, one for each stage, but is "
+                        f"{getattr(self, name)!r}."
+                    )
+        for value in _listed(self.revise_ratio):
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= 1:
+                raise ValueError(
+                    "`revise_ratio` must be a number from 0 to 1, or a list of them, one for each stage, but is "
+                    f"{self.revise_ratio!r}."
+                )
+        for name in ("revise_block_size", "revise_ratio", "revise_steps"):
+            if isinstance(getattr(self, name), (list, tuple)):
+                lengths[name] = len(getattr(self, name))
+        if 0 in lengths.values() or len(set(lengths.values())) > 1:
+            listed = ", ".join(f"`{name}={getattr(self, name)!r}`" for name in lengths)
+            raise ValueError(
+                f"Lists of stages must have one number for each stage, all of them as many, but are {listed}."
+            )
+        if (
+            self.decoding == "draft_revise"
+            and self.draft_decoding == "arpc"
+            and self.sampler not in (None, "ancestral")
+        ):
+            raise ValueError(
+                f"`sampler={self.sampler!r}` does not go with `draft_decoding='arpc'`, whose steps are ancestral."
+            )
+
+    def drafting(self) -> "BlockGenGenerationConfig":
+        """The settings of the draft of `decoding="draft_revise"`."""
+        settings = copy.copy(self)
+        settings.decoding = self.draft_decoding
+        return settings
+
+    def revisions(self, longest: int) -> list[Revision]:
+        """The stages behind a draft of so many tokens at most; `revise_block_size` is known by now."""
+        given = (self.revise_block_size, self.revise_ratio, self.revise_steps)
+        count = max(len(value) if isinstance(value, (list, tuple)) else 1 for value in given)
+        columns = [value if isinstance(value, (list, tuple)) else [value] * count for value in given]
+        return [
+            Revision(size, ratio, max(1, ceil(ratio * min(size, longest))) if num_steps is None else num_steps)
+            for size, ratio, num_steps in zip(*columns, strict=True)
+        ]
+
     def to_diff_dict(self) -> dict[str, Any]:
         """What is saved: settings of ours that are unset say nothing."""
         return {
@@ -290,9 +371,11 @@ class BlockGenGenerationConfig(GenerationConfig):
         return num_steps + len(range(self.corrector_start, num_steps - 1, self.corrector_period))
 
     def num_denoising_steps(self) -> int:
-        """T: given, or the largest that `nfe_per_block` pays for, or the block size; of a draft, `draft_steps`."""
+        """T: given, or the largest that `nfe_per_block` pays for, or the block size; to speculate, `draft_steps`."""
         if self.decoding == "speculative":
             return int(self.draft_steps)
+        if self.decoding == "draft_revise":
+            return self.drafting().num_denoising_steps()
         if self.nfe_per_block is None:
             return self.denoising_steps if self.denoising_steps is not None else self.block_size
         first_informed = self.corrector_start + 2  # the last step never is, so that T must be larger
@@ -307,4 +390,10 @@ class BlockGenGenerationConfig(GenerationConfig):
         return bisect_right(affordable, self.nfe_per_block, key=self.function_evaluations)
 
 
-__all__ = ["BlockGenGenerationConfig"]
+def _listed(value: Any) -> list[Any] | tuple[Any, ...]:
+    if value is None:
+        return []
+    return value if isinstance(value, (list, tuple)) else [value]
+
+
+__all__ = ["BlockGenGenerationConfig", "Revision"]
