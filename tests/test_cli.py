@@ -27,6 +27,7 @@ from blockgen_hf.generation.generation_configuration_blockgen import (
     DECODINGS,
     DRAFT_DECODINGS,
     NOISE_REMOVALS,
+    REVISE_SCORES,
     SAMPLERS,
 )
 
@@ -533,6 +534,7 @@ def test_choices_are_those_of_the_generation_config() -> None:
         "sampler": SAMPLERS,
         "acceptance": ACCEPTANCES,
         "draft_decoding": DRAFT_DECODINGS,
+        "revise_score": REVISE_SCORES,
     }
     assert accepted == CHOICES
 

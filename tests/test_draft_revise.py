@@ -254,8 +254,8 @@ WAYS = [
 ]
 
 
-def assert_same_alone(model: BlockGenForDiffusionLM, **settings: Any) -> None:
-    """Texts and evaluations of a padded batch, whose rows end at different lengths, are those of each row alone."""
+def assert_same_alone(model: BlockGenForDiffusionLM, **settings: Any) -> Any:
+    """Texts and evaluations of a padded batch are those of each row alone."""
     settings = {
         **REVISED,
         "max_new_tokens": 13,
@@ -264,7 +264,6 @@ def assert_same_alone(model: BlockGenForDiffusionLM, **settings: Any) -> None:
         **settings,
     }
     batch = generate(model, None, seed=3, **PADDED, **settings)
-    assert batch.num_new_tokens.unique().numel() > 1
     for row, mask in enumerate(PADDED["attention_mask"].bool()):
         alone = generate(model, PADDED["input_ids"][row : row + 1, mask], seed=3, **settings)
         length = int(batch.num_new_tokens[row])
@@ -275,6 +274,11 @@ def assert_same_alone(model: BlockGenForDiffusionLM, **settings: Any) -> None:
         for name in ("drafts", "revised"):
             for together, single in zip(getattr(batch, name), getattr(alone, name), strict=True):
                 assert torch.equal(together[row, : single.shape[1]], single[0])
+    return batch
+
+
+def test_rows_that_end_at_different_lengths_get_the_text_that_they_have_alone() -> None:
+    assert assert_same_alone(tiny_model().double()).num_new_tokens.unique().numel() > 1
 
 
 @pytest.mark.parametrize("variant, manner", WAYS)

@@ -43,6 +43,10 @@ _SETTINGS = (
     "draft_steps",
     "draft_decoding",
     "fused_drafts",
+    "revise_block_size",
+    "revise_ratio",
+    "revise_steps",
+    "revise_score",
     "max_new_tokens",
     "temperature",
     "top_k",
@@ -53,7 +57,7 @@ _SETTINGS = (
 
 # Those of BlockGenGenerationConfig, known here without importing transformers.
 CHOICES = {
-    "decoding": ("ar", "block_diffusion", "arpc", "speculative"),
+    "decoding": ("ar", "block_diffusion", "arpc", "speculative", "draft_revise"),
     "corrector": (
         *("ar_surprisal", "ar_gap", "ar_entropy", "ar_kl", "ar_reverse_kl", "ar_tv"),
         *("entropy", "confidence", "margin", "random"),
@@ -62,6 +66,7 @@ CHOICES = {
     "sampler": ("ancestral", "first_hitting", "confidence", "entropy_bound"),
     "acceptance": ("match", "rejection"),
     "draft_decoding": ("block_diffusion", "arpc"),
+    "revise_score": ("snapshot", "ar_surprisal", "posthoc", "random"),
 }
 
 
@@ -170,6 +175,10 @@ def _add_decoding_arguments(group: argparse._ArgumentGroup) -> None:
         action=argparse.BooleanOptionalAction,
         help="speculative: one pass verifies a draft and makes the next (default: on a GPU)",
     )
+    group.add_argument("--revise-block-size", type=int, metavar="N", help="draft_revise: tokens revised together")
+    group.add_argument("--revise-ratio", type=float, metavar="X", help="draft_revise: share of the text to revise")
+    group.add_argument("--revise-steps", type=int, metavar="N", help="draft_revise: denoising steps per block")
+    group.add_argument("--revise-score", choices=CHOICES["revise_score"], help="draft_revise: which tokens to revise")
     group.add_argument("--max-new-tokens", type=int, metavar="N", help="length of the continuation (default: 64)")
     group.add_argument(
         "--stop",
