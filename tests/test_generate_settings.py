@@ -165,7 +165,7 @@ def test_no_sampling_is_deterministic_where_nothing_else_is_drawn() -> None:
 # ---- wrong input
 VALUES: list[tuple[str, Any]] = [
     ("decoding", "diffusion"),
-    ("decoding", "draft_revise"),  # comes with a later version
+    ("decoding", "revise_draft"),
     ("decoding", 1),
     ("block_size", 0),
     ("block_size", -4),
@@ -296,7 +296,7 @@ def test_contradictory_settings_are_refused() -> None:
 
 @pytest.mark.parametrize(
     "unknown",
-    [dict(decodng="ar"), dict(steps=4), dict(revise_ratio=0.5), dict(blocksize=4), dict(noise_level=0.5)],
+    [dict(decodng="ar"), dict(steps=4), dict(revise_part=0.5), dict(blocksize=4), dict(noise_level=0.5)],
     ids=str,
 )
 @pytest.mark.parametrize("with_config", [False, True])

@@ -60,9 +60,9 @@ def test_with_and_without_skipping_the_text_is_the_same(monkeypatch: pytest.Monk
     settings = dict(decoding="arpc", block_size=8, denoising_steps=20, corrector_period=7, max_new_tokens=16)
     skipped = generate(model, None, **prompts, return_dict_in_generate=True, **settings)
 
-    def block_that_never_skips(*arguments: Any) -> Block:
+    def block_that_never_skips(*arguments: Any, **others: Any) -> Block:
         *before, _, states = arguments
-        return Block(*before, True, states)
+        return Block(*before, True, states, **others)
 
     monkeypatch.setattr(block_decoding_blockgen, "Block", block_that_never_skips)
     whole = generate(model, None, **prompts, return_dict_in_generate=True, **settings)
