@@ -199,17 +199,15 @@ class DecodingState:
 
     def _close_gaps(self) -> None:
         """
-        Takes the padding out that stands between the tokens of rows which go at their own pace, where there is no room
-        for it, or when it is a quarter of what is cached.
+        Takes the padding out that stands between the tokens of rows which go at their own pace, when it is more than a
+        quarter of what is cached.
         """
         if self.context_mask is None or not self.is_ragged or self.is_finished:
             return
         mask, cached = self.context_mask.bool(), self.num_cached
         if self.cache is not None:
             longest = int(mask[:, :cached].sum(-1).max())
-            capacity = self.cache.get_max_length() if self.cache.is_compileable else None
-            is_full = capacity is not None and cached + self.pending.shape[1] > capacity
-            if not is_full and cached - longest < 64 + longest // 4:
+            if cached - longest < 64 + longest // 4:
                 return
             order = (~mask[:, :cached]).long().argsort(dim=-1, stable=True)[:, :longest]
             gather_tokens(self.cache, order)
@@ -222,14 +220,8 @@ class DecodingState:
             self.context_mask = self.context_mask.gather(1, order)
 
     def room(self) -> torch.Tensor:
-        """How many tokens each row may take at once, `[A]`: up to its end, and as many as the cache has place for."""
-        left = self.prompt_width + self.max_new_tokens - self.start.squeeze(-1)
-        if self.is_ragged and self.cache is not None and self.cache.is_compileable and self.context_mask is not None:
-            goes_on = left > 1
-            held = self.context_mask.long().sum(-1)
-            longest = torch.where(goes_on, held, 0).max()
-            left = torch.minimum(left, (self.cache.get_max_length() - longest).clamp(min=1))
-        return left
+        """How many tokens each row may take until its end, `[A]`."""
+        return self.prompt_width + self.max_new_tokens - self.start.squeeze(-1)
 
     @property
     def is_ragged(self) -> bool:
