@@ -16,7 +16,7 @@
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
 
 
 class GrowingLayer(DynamicLayer):
@@ -142,8 +142,8 @@ def restart(cache: Cache, num_cached: int) -> None:
 
 
 def can_gather(cache: Cache) -> bool:
-    """Whether [`gather_tokens`] knows all layers of the cache, and gaps between its tokens find room."""
-    known = (DynamicLayer, GrowingLayer)
+    """Whether [`gather_tokens`] knows all layers of the cache."""
+    known = (DynamicLayer, GrowingLayer, StaticLayer)
     return not cache.offloading and all(type(layer) in known for layer in cache.layers)
 
 
@@ -162,7 +162,12 @@ def gather_tokens(cache: Cache, index: torch.Tensor) -> None:
             states = getattr(layer, name)
             rows, heads, _, width = states.shape
             kept = states.gather(2, index[:, None, :, None].expand(rows, heads, length, width))
-            setattr(layer, name, kept)
+            if isinstance(layer, StaticLayer):
+                states[:, :, :length] = kept
+            else:
+                setattr(layer, name, kept)
+        if isinstance(layer, StaticLayer):
+            layer.cumulative_length.fill_(length)
 
 
 __all__ = ["GrowingLayer", "can_gather", "commit_and_read", "gather_tokens", "keep_rows", "make_growing", "restart"]

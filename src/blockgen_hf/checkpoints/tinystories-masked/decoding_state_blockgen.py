@@ -225,8 +225,13 @@ class DecodingState:
 
     @property
     def is_ragged(self) -> bool:
-        """Whether rows may go at their own pace: where they leave the batch when done, and gaps can be closed."""
-        return not self.keep_all_rows and (self.cache is None or can_gather(self.cache))
+        """
+        Whether rows may go at their own pace: where they leave the batch when done, and the gaps between their tokens
+        have room in the cache and can be closed.
+        """
+        if self.keep_all_rows or self.cache is None:
+            return not self.keep_all_rows
+        return not self.cache.is_compileable and can_gather(self.cache)
 
     def _find_ends(
         self, columns: torch.Tensor, taken: torch.Tensor, first: int, stopping_criteria: StoppingCriteriaList
