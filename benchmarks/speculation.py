@@ -5,7 +5,7 @@ Speculation against autoregressive decoding of the same model: tokens per CPU se
 
 The contenders take turns (A B C A B C ...); figures are medians over the repeats, which have different seeds. On a CPU
 seconds are those of the process, which other jobs on the machine disturb less than the clock on the wall. `random` is
-a model of the same size with random weights, whose drafts are worthless.
+a model of the same size with random weights: no draft predicts what is drawn from it.
 """
 
 import argparse

@@ -10,9 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
-from ..generation.block_decoding_blockgen import BlockDecoder
-from ..generation.generation_blockgen import BlockGenGenerateOutput
-from ..generation.speculation_blockgen import SpeculativeDecoder
+from ..generation.generation_blockgen import BlockGenGenerateOutput, decoder_class
 from ..modeling.releases_blockgen import take_cache
 from ..modeling.sampling_blockgen import CounterGenerator
 from ..prompts import PromptEncoder
@@ -154,8 +152,7 @@ def _decode_rows(
 ) -> BlockGenGenerateOutput:
     """What `generate` does, with a key for each row, `[B, 1]`, instead of one seed for all."""
     cache = take_cache(model_kwargs)
-    decoder_class = SpeculativeDecoder if generation_config.decoding == "speculative" else BlockDecoder
-    decoder = decoder_class(
+    decoder = decoder_class(generation_config)(
         model, input_ids, logits_processor, stopping_criteria, generation_config, cache=cache, **model_kwargs
     )
     decoder.rows = rows

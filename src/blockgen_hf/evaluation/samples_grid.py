@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterator, Sequence
-from copy import deepcopy
 from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
@@ -169,9 +168,7 @@ def _evaluations_per_round(config: BlockGenGenerationConfig) -> int:
     """Of speculation, at most: a draft, and its verification, which gives a token at least."""
     if config.fused_drafts:
         return 1
-    drafting = deepcopy(config)
-    drafting.decoding = config.draft_decoding
-    return drafting.function_evaluations(config.draft_steps) + 1
+    return config.drafting().function_evaluations(config.draft_steps) + 1
 
 
 def _cell(

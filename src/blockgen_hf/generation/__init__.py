@@ -6,7 +6,8 @@ prompt -> `generation_blockgen`: checks, and transformers' own preparation of `g
        -> `block_decoding_blockgen`: the block loop. Seed autoregressively, then for each block
               canvas -> denoise -> propose -> verify -> re-noise (`correctors_blockgen`) -> commit
           with the steps in `denoising_blockgen`, the rows, their cache and their ends in `decoding_state_blockgen`,
-          and logits processors in `logits_blockgen`
+          and logits processors in `logits_blockgen`; `speculation_blockgen` and `revision_blockgen` are block loops
+          of their own
        -> text, and its cost
 
 Like the files of `modeling/`, those named `*_blockgen.py` travel with a saved model.

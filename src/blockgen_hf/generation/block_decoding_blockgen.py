@@ -163,18 +163,35 @@ class BlockDecoder:
         return min(self.block_size, self.state.columns_left) if self.block_grid == 1 else self.block_size
 
     def _accept(self, tokens: torch.Tensor) -> None:
-        new_tokens = self.state.accept(tokens, self.stopping_criteria)
+        self._put(self.state.accept(tokens, self.stopping_criteria))
+
+    def _put(self, new_tokens: torch.Tensor) -> None:
+        """Streams new tokens `[B, n]`."""
         if self.streamer is not None:
             self.streamer.put((new_tokens[0] if new_tokens.shape[0] == 1 else new_tokens).cpu())
 
     def _autoregressive_token(self) -> torch.Tensor:
         """The next token of every row by block size 1, `[A, 1]`."""
-        state, config = self.state, self.model.config
+        state = self.state
         generator = self._generator(1)
-        queries = None if config.next_token_prediction else self._queries(state.next_positions(1))
+        logits = self._next_token_logits()
+        canvas = state.tokens[state.active[:, None], state.columns(1)]
+        everywhere = torch.ones_like(canvas, dtype=torch.bool)
+        prediction = self._predicted(logits.flatten(0, 1), everywhere, canvas)
+        tokens = prediction.sample(generator.fold_in(Purpose.AR_TOKEN).uniform().flatten())
+        if self.confidence is not None:
+            self.confidence[state.active[:, None], state.columns(1) - state.prompt_width] = prediction.log_prob(
+                tokens
+            )[:, None]
+        return tokens[:, None]
+
+    def _next_token_logits(self) -> torch.Tensor:
+        """One pass of the causal language model, `[A, 1, V]`; it commits the tokens before."""
+        state = self.state
+        is_dense = self.model.config.next_token_prediction
         outputs = self.model(
             input_ids=state.pending,
-            query_input_ids=queries,
+            query_input_ids=None if is_dense else self._queries(state.next_positions(1)),
             attention_mask=state.context_mask,
             cache=state.cache,
             use_cache=state.cache is not None,
@@ -182,17 +199,8 @@ class BlockDecoder:
             modulations=self._modulations,
         )
         state.count_evaluation()
-        if state.cache is not None:
-            state.mark_committed(state.pending.shape[1])
-        canvas = state.tokens[state.active[:, None], state.columns(1)]
-        everywhere = torch.ones_like(canvas, dtype=torch.bool)
-        prediction = self._predicted(outputs.logits.flatten(0, 1), everywhere, canvas)
-        tokens = prediction.sample(generator.fold_in(Purpose.AR_TOKEN).uniform().flatten())
-        if self.confidence is not None:
-            self.confidence[state.active[:, None], state.columns(1) - state.prompt_width] = prediction.log_prob(
-                tokens
-            )[:, None]
-        return tokens[:, None]
+        state.mark_pending_committed()
+        return outputs.logits
 
     def _queries(self, positions: torch.Tensor) -> torch.Tensor:
         """
@@ -222,21 +230,9 @@ class BlockDecoder:
         z_t = self.process.prior(tokens.shape, tokens.device, generator.fold_in(Purpose.PRIOR))
         z_t = torch.where(free, z_t, tokens)
         states = [z_t] if settings.output_trajectory else None
-        greedy_end = settings.noise_removal == "greedy"
-        time_conditioning = self.model.config.time_conditioning
         where = state.active[:, None], state.columns(tokens.shape[1]) - state.prompt_width
         confidence = None if self.confidence is None else self.confidence[where]
-        block = Block(
-            self.process,
-            self.grid,
-            self._denoise,
-            generator,
-            free,
-            greedy_end,
-            time_conditioning,
-            states,
-            confidence=confidence,
-        )
+        block = self._block(generator, free, states, confidence=confidence)
         if settings.sampler == "first_hitting":
             z_t = hit_first(block, z_t)
         elif settings.sampler != "ancestral":
@@ -248,6 +244,15 @@ class BlockDecoder:
         if states is not None:
             self._trajectory.append(tuple(self._all_rows(z) for z in states))
         return z_t
+
+    def _block(
+        self, generator: CounterGenerator, free: torch.Tensor, states: list[torch.Tensor] | None = None, **others: Any
+    ) -> Block:
+        """A [`Block`] of this model and these settings."""
+        greedy_end, time_conditioning = self.settings.noise_removal == "greedy", self.model.config.time_conditioning
+        return Block(
+            self.process, self.grid, self._denoise, generator, free, greedy_end, time_conditioning, states, **others
+        )
 
     def _denoise_by_steps(self, block: Block, z_t: torch.Tensor) -> torch.Tensor:
         """Ancestral steps, and between them the informed ones."""
@@ -340,8 +345,7 @@ class BlockDecoder:
             logits_to_keep=0 if is_compiled or num_wanted == wanted.numel() else wanted,
             modulations=self._modulations,
         )
-        if state.cache is not None:
-            state.mark_committed(state.pending.shape[1])
+        state.mark_pending_committed()
         state.count_evaluation(rows)
         logits = outputs.logits.flatten(0, -2)
         logits = logits[wanted.flatten()] if len(logits) > num_wanted else logits
@@ -434,6 +438,12 @@ class BlockDecoder:
             streamer.put_draft(logits=log_probs)
         else:
             streamer.put_draft(value=log_probs.argmax(-1))
+
+    @staticmethod
+    def _one_hot(tokens: torch.Tensor, vocab_size: int) -> torch.Tensor:
+        """Tokens `[A, n]` as log-probabilities `[A, n, V]` on the CPU, for streamers that take these."""
+        tokens = tokens.cpu()
+        return torch.full((*tokens.shape, vocab_size), -torch.inf).scatter_(-1, tokens[..., None], 0.0)
 
     def _all_rows(self, tokens: torch.Tensor) -> torch.Tensor:
         """`[A, n]` to `[B, n]`, pads in the rows that are done."""

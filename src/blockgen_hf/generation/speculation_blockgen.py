@@ -24,7 +24,6 @@ Drafts have a pass of their own, or are made by the verification of the draft be
 stands behind every prefix, and the one behind the prefix that is kept is the next draft (`fused_drafts`).
 """
 
-import copy
 import time
 from typing import Any
 
@@ -34,7 +33,7 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from ..modeling.sampling_blockgen import sample_categorical
 from .block_decoding_blockgen import BlockDecoder
-from .denoising_blockgen import Block, Purpose
+from .denoising_blockgen import Purpose
 from .generation_configuration_blockgen import BlockGenGenerationConfig
 from .logits_blockgen import ROW_PROCESSORS, BlockText, Prediction, process_logits
 
@@ -137,9 +136,7 @@ class SpeculativeDecoder(BlockDecoder):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        drafting = copy.copy(generation_config)
-        drafting.decoding, drafting.nfe_per_block = generation_config.draft_decoding, None
-        drafting.denoising_steps = generation_config.draft_steps
+        drafting = generation_config.drafting()
         super().__init__(model, input_ids, logits_processor, stopping_criteria, drafting, *args, **kwargs)
         # Drafts need not be right: processors that look at the text before a token have their say in the verification.
         self.verifying_processors = self.logits_processor
@@ -225,8 +222,8 @@ class SpeculativeDecoder(BlockDecoder):
             self.lengths.record(row, drafted, kept)
         self.batch.needed = self.costs.needed(self.needed)
         self.batch.record(0, num_drafted, float(accepted_now.double().mean()))
-        if self.streamer is not None and new_tokens.shape[1]:
-            self.streamer.put((new_tokens[0] if new_tokens.shape[0] == 1 else new_tokens).cpu())
+        if new_tokens.shape[1]:
+            self._put(new_tokens)
         self._next_draft(drafts, counts - 1, torch.isin(before, state.active))
         return length > 0
 
@@ -260,27 +257,17 @@ class SpeculativeDecoder(BlockDecoder):
 
     def _make_draft(self, length: int) -> None:
         """A draft in passes of its own, by one denoising step or by several."""
-        state = self.state
-        where = torch.ones(state.active.numel(), length, dtype=torch.bool, device=state.tokens.device)
-        numbers = self._generator(length).fold_in(self._purpose).uniform()
+        generator, goes_on = self._generator(length), ~self.state.done
+        numbers = generator.fold_in(self._purpose).uniform()
+        noise = self.process.prior(numbers.shape, numbers.device, generator.fold_in(Purpose.PRIOR))
         if self.has_steps:
-            self.draft = self._draft_in_steps(length, numbers)
+            block = self._block(generator, goes_on[:, None].expand_as(noise), numbers=numbers)
+            self.draft = self._denoise_by_steps(block, noise)
         else:
-            prior = self._generator(length).fold_in(Purpose.PRIOR)
-            noise = self.process.prior(where.shape, where.device, prior)
-            time = torch.ones(len(where), dtype=torch.float64, device=where.device)
-            self._draw_draft(self._denoise(noise, where, ~state.done, time), numbers)
+            everywhere = torch.ones_like(noise, dtype=torch.bool)
+            start = torch.ones(len(noise), dtype=torch.float64, device=noise.device)
+            self._draw_draft(self._denoise(noise, everywhere, goes_on, start), numbers)
         self._show_draft()
-
-    def _draft_in_steps(self, length: int, numbers: torch.Tensor) -> torch.Tensor:
-        generator = self._generator(length)
-        z_t = self.process.prior(numbers.shape, numbers.device, generator.fold_in(Purpose.PRIOR))
-        free = (~self.state.done[:, None]).expand_as(z_t)
-        greedy_end, time_conditioning = self.settings.noise_removal == "greedy", self.model.config.time_conditioning
-        block = Block(
-            self.process, self.grid, self._denoise, generator, free, greedy_end, time_conditioning, None, numbers
-        )
-        return self._denoise_by_steps(block, z_t)
 
     @property
     def _purpose(self) -> Purpose:
@@ -316,14 +303,8 @@ class SpeculativeDecoder(BlockDecoder):
         self._show_draft()
 
     def _show_draft(self) -> None:
-        streamer: Any = self.streamer
-        if not hasattr(streamer, "put_draft") or not self.draft.shape[1]:
-            return
-        if not getattr(streamer, "_takes_masks", False) and not getattr(streamer, "_takes_logits", False):
-            streamer.put_draft(value=self.draft.cpu())
-            return
-        log_probs = torch.full((*self.draft.shape, self.model.config.vocab_size), -torch.inf)
-        streamer.put_draft(logits=log_probs.scatter_(-1, self.draft.cpu()[..., None], 0.0))
+        if hasattr(self.streamer, "put_draft") and self.draft.shape[1]:
+            self._show_block(self.streamer, self._one_hot(self.draft, self.model.config.vocab_size), None)
 
     # verification
 
@@ -385,20 +366,10 @@ class SpeculativeDecoder(BlockDecoder):
         # The block starts with the token that the verification draws: it is not predicted, and makes the block longer.
         width = next_length + 1 if next_length else 0
         self._commit_what_cannot_ride()
+        if num_queries == 1 and not width:  # as `decoding="ar"`, whose mask is simpler
+            return self._next_token_logits(), None
         positions = state.next_positions(num_queries + width)
         queries = self._queries(positions[:, :num_queries])
-        if num_queries == 1 and not width:  # as `decoding="ar"`, whose mask is simpler
-            outputs = model(
-                input_ids=state.pending,
-                query_input_ids=queries,
-                attention_mask=state.context_mask,
-                cache=state.cache,
-                use_cache=state.cache is not None,
-                logits_to_keep=1,
-                modulations=self._modulations,
-            )
-            self._count_pass()
-            return outputs.logits, None
         noisy, where, blocks = [queries], [positions[:, :num_queries]], [self._range(num_queries)[None]]
         if width:
             keys = self._generator(num_queries + width).fold_in(Purpose.PRIOR)
@@ -420,17 +391,13 @@ class SpeculativeDecoder(BlockDecoder):
             noise_level=1.0,
             modulations=self._modulations,
         )
-        self._count_pass()
+        state.count_evaluation()
+        state.mark_pending_committed()
         logits = outputs.logits
         if not width:
             return logits, None
         behind = logits[:, num_queries:].unflatten(1, (num_queries, width))
         return logits[:, :num_queries], behind[:, :, 1:]
-
-    def _count_pass(self) -> None:
-        self.state.count_evaluation()
-        if self.state.cache is not None:
-            self.state.mark_committed(self.state.pending.shape[1])
 
     def _range(self, length: int) -> torch.Tensor:
         return torch.arange(length, device=self.state.tokens.device)

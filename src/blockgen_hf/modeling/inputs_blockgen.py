@@ -239,7 +239,7 @@ def denoising_pass(config: BlockGenConfig, inputs: ForwardInputs) -> TrunkInputs
                 "`document_ids` must have the shape of `input_ids`, with as many `noisy_input_ids`, and without "
                 "`position_ids`, `noisy_position_ids` and a cache: positions restart with each document."
             )
-        inputs, documents = _by_documents(inputs)
+        inputs, documents = _by_documents(inputs, documents)
     else:
         documents = inputs.restarting_documents()
         if documents is not None and not aligned and num_noisy:
@@ -326,7 +326,7 @@ def next_token_pass(inputs: ForwardInputs) -> TrunkInputs:
                 "`document_ids` must have the shape of `input_ids`, without `position_ids` and a cache: positions "
                 "restart with each document."
             )
-        inputs, documents = _by_documents(inputs)
+        inputs, documents = _by_documents(inputs, documents)
     position_ids = inputs.clean_positions()
     return TrunkInputs(
         inputs.input_ids,
@@ -363,11 +363,9 @@ def noisy_tokens(inputs: ForwardInputs) -> torch.Tensor:
     return inputs.input_ids[:, :0] if inputs.noisy_input_ids is None else inputs.noisy_input_ids
 
 
-def _by_documents(inputs: ForwardInputs) -> tuple[ForwardInputs, torch.Tensor]:
+def _by_documents(inputs: ForwardInputs, document_ids: torch.Tensor) -> tuple[ForwardInputs, torch.Tensor]:
     """With positions that restart with each document, and the documents: an id that comes back is another one."""
-    if inputs.document_ids is None:
-        raise ValueError("`document_ids` must be given.")
-    positions = document_positions(inputs.document_ids, inputs.attention_mask)
+    positions = document_positions(document_ids, inputs.attention_mask)
     return replace(inputs, position_ids=positions), (positions == 0).cumsum(1)
 
 

@@ -149,6 +149,11 @@ class DecodingState:
         self.pending = self.pending[:, count:]
         self.num_cached += count
 
+    def mark_pending_committed(self) -> None:
+        """After a pass that read all pending tokens: where there is a cache, they are in it now."""
+        if self.cache is not None:
+            self.mark_committed(self.pending.shape[1])
+
     def accept(
         self, tokens: torch.Tensor, stopping_criteria: StoppingCriteriaList, counts: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -229,9 +234,9 @@ class DecodingState:
         Whether rows may go at their own pace: where they leave the batch when done, and the gaps between their tokens
         have room in the cache and can be closed.
         """
-        if self.keep_all_rows or self.cache is None:
-            return not self.keep_all_rows
-        return not self.cache.is_compileable and can_gather(self.cache)
+        if self.keep_all_rows:
+            return False
+        return self.cache is None or (not self.cache.is_compileable and can_gather(self.cache))
 
     def _find_ends(
         self, columns: torch.Tensor, taken: torch.Tensor, first: int, stopping_criteria: StoppingCriteriaList

@@ -43,6 +43,12 @@ from .speculation_blockgen import SpeculativeDecoder
 # Outputs that only GenerationMixin's own loop collects.
 # Decodings that are not those of the block loop alone.
 _DECODERS: dict[str, type[BlockDecoder]] = {"speculative": SpeculativeDecoder, "draft_revise": RevisionDecoder}
+
+
+def decoder_class(generation_config: GenerationConfig) -> type[BlockDecoder]:
+    return _DECODERS.get(generation_config.decoding, BlockDecoder)
+
+
 _STEPWISE_OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 
 
@@ -424,7 +430,7 @@ class BlockGenGenerationMixin(GenerationMixin):
                 streamer,
                 **model_kwargs,
             )
-        decoder = _DECODERS.get(generation_config.decoding, BlockDecoder)(
+        decoder = decoder_class(generation_config)(
             self,
             input_ids,
             logits_processor,
@@ -465,4 +471,4 @@ class BlockGenGenerationMixin(GenerationMixin):
                 )
 
 
-__all__ = ["BlockGenGenerateOutput", "BlockGenGenerationMixin"]
+__all__ = ["BlockGenGenerateOutput", "BlockGenGenerationMixin", "decoder_class"]

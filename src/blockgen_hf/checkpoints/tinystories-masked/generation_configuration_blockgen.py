@@ -334,9 +334,11 @@ class BlockGenGenerationConfig(GenerationConfig):
             )
 
     def drafting(self) -> "BlockGenGenerationConfig":
-        """The settings of the draft of `decoding="draft_revise"`."""
+        """The settings of the drafts of `decoding="draft_revise"` and `"speculative"`."""
         settings = copy.copy(self)
         settings.decoding = self.draft_decoding
+        if self.decoding == "speculative":
+            settings.denoising_steps, settings.nfe_per_block = self.draft_steps, None
         return settings
 
     def revisions(self, longest: int) -> list[Revision]:
@@ -372,9 +374,7 @@ class BlockGenGenerationConfig(GenerationConfig):
 
     def num_denoising_steps(self) -> int:
         """T: given, or the largest that `nfe_per_block` pays for, or the block size; to speculate, `draft_steps`."""
-        if self.decoding == "speculative":
-            return int(self.draft_steps)
-        if self.decoding == "draft_revise":
+        if self.decoding in ("speculative", "draft_revise"):
             return self.drafting().num_denoising_steps()
         if self.nfe_per_block is None:
             return self.denoising_steps if self.denoising_steps is not None else self.block_size

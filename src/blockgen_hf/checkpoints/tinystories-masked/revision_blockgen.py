@@ -30,6 +30,7 @@ from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import MaxTimeCriteria, StoppingCriteria, StoppingCriteriaList
 
 from .cache_blockgen import restart
+from .sampling_blockgen import CounterGenerator
 from .block_decoding_blockgen import BlockDecoder
 from .correctors_blockgen import worst_positions
 from .denoising_blockgen import Block, Purpose, TimeGrid
@@ -81,23 +82,24 @@ class RevisionDecoder(BlockDecoder):
         if self.stages:
             new_tokens = self.state.tokens[:, self.state.prompt_width :]
             self.confidence = torch.zeros(new_tokens.shape, dtype=torch.float64, device=new_tokens.device)
-        self._draft_rows = self.rows
         self._longest = self.state.max_new_tokens
         self._num_cached = self.state.num_cached
         self._clocks = [criterion for criterion in stopping_criteria if isinstance(criterion, MaxTimeCriteria)]
 
     @torch.no_grad()
     def run(self) -> None:
+        draft_rows = self.rows
         self._generate_blocks()
         for stage in self.stages:
             if self._is_time_up():
                 break
-            self._begin(stage)
+            self._begin(stage, draft_rows)
             while not self.state.is_finished:
                 self._accept(self._revise_block(self._block_length()))
         if self.streamer is not None:
-            if not self.is_last_stage:
-                self._put(self._text())
+            text = self._text()
+            if not self.is_last_stage and text.shape[1]:
+                self._put(text)
             self.streamer.end()
 
     def _accept(self, tokens: torch.Tensor) -> None:
@@ -116,8 +118,8 @@ class RevisionDecoder(BlockDecoder):
 
     # a revision
 
-    def _begin(self, stage: Revision) -> None:
-        """Starts again behind the prompts, with the text so far as the draft."""
+    def _begin(self, stage: Revision, draft_rows: CounterGenerator) -> None:
+        """Starts again behind the prompts, with the text so far as the draft. Its rows had the keys `draft_rows`."""
         before, index = self.state, len(self.drafts)
         draft, self.lengths = self._text(), before.num_new_tokens
         if before.cache is not None:
@@ -126,7 +128,7 @@ class RevisionDecoder(BlockDecoder):
         self.state = self._new_state(max_new_tokens=draft.shape[1], spare=stage.block_size)
         self.state.num_function_evaluations = before.num_function_evaluations
         self.grid = TimeGrid.of(self.process.schedule, stage.num_steps, draft.device)
-        self.rows = self._draft_rows.fold_in(-Purpose.REVISE, index)  # negative: the index of no token
+        self.rows = draft_rows.fold_in(-Purpose.REVISE, index)  # negative: the index of no token
         # Time that is up ends the revision, not the text.
         criteria = [criterion for criterion in self.stopping_criteria if not isinstance(criterion, MaxTimeCriteria)]
         end = EndOfDraft(self.state.prompt_width + self.lengths)
@@ -206,10 +208,6 @@ class RevisionDecoder(BlockDecoder):
 
     # streaming
 
-    def _put(self, tokens: torch.Tensor) -> None:
-        if self.streamer is not None and tokens.shape[1]:
-            self.streamer.put((tokens[0] if tokens.shape[0] == 1 else tokens).cpu())
-
     def _show_block(self, streamer: Any, log_probs: torch.Tensor, is_mask: torch.Tensor | None) -> None:
         """With the text around the block that is not streamed yet: before it the new one, behind it the draft."""
         state, length = self.state, log_probs.shape[1]
@@ -224,15 +222,12 @@ class RevisionDecoder(BlockDecoder):
         masks = None if is_mask is None else torch.cat([mask for _, mask in parts if mask is not None], dim=1)
         super()._show_block(streamer, torch.cat([part for part, _ in parts], dim=1), masks)
 
-    @staticmethod
     def _known(
-        tokens: torch.Tensor, log_probs: torch.Tensor, is_mask: torch.Tensor | None
+        self, tokens: torch.Tensor, log_probs: torch.Tensor, is_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Tokens `[A, m]` as log-probabilities `[A, m, V]`, and that none of them is a mask."""
-        tokens = tokens.cpu()
-        one_hot = torch.full((*tokens.shape, log_probs.shape[-1]), -torch.inf, dtype=log_probs.dtype)
-        known = one_hot.scatter_(-1, tokens[..., None], 0.0)
-        return known, None if is_mask is None else torch.zeros_like(tokens, dtype=torch.bool)
+        known = self._one_hot(tokens, log_probs.shape[-1]).to(log_probs.dtype)
+        return known, None if is_mask is None else torch.zeros(tokens.shape, dtype=torch.bool)
 
 
 __all__ = ["RevisionDecoder"]
