@@ -198,6 +198,20 @@ def test_speculation_draws_the_texts_of_ar_and_has_no_blocks(decoding: str, most
     assert max(text.num_function_evaluations for text in texts) <= cell.max_evaluations
 
 
+@pytest.mark.parametrize("settings", ["", ":revise_score=ar_surprisal", ":draft_decoding=arpc:revise_steps=4"])
+def test_drafts_are_revised_with_the_keys_of_their_rows(settings: str) -> None:
+    """Each text is the same whoever is drawn beside it, and not the draft."""
+    model = tiny_model()
+    cell = cell_of(f"draft_revise:block_size=4:revise_ratio=0.5{settings}", model)
+    texts = draw(model, cell, range(6))
+    torch.manual_seed(5)
+    assert texts == draw(model, cell, range(2)) + draw(model, cell, range(2, 6))
+    drafts = draw(model, cell_of(f"draft_revise:block_size=4:revise_ratio=0{settings}", model), range(6))
+    for text, draft in zip(texts, drafts, strict=True):
+        assert text.token_ids != draft.token_ids
+        assert draft.num_function_evaluations < text.num_function_evaluations <= cell.max_evaluations
+
+
 @pytest.mark.parametrize(
     ("variant", "decoding", "prompts"),
     [  # every two of the three together

@@ -244,7 +244,7 @@ def _figures(
     costs: dict[str, tuple[int | None, int | None]] = {}
     for decoding in decodings:
         config = decoding.in_effect(model)
-        has_budget = config.decoding not in ("ar", "speculative")
+        has_budget = config.decoding not in ("ar", "speculative", "draft_revise")
         costs[decoding.name] = (
             None if config.decoding == "ar" else config.block_size,
             config.function_evaluations(config.num_denoising_steps()) if has_budget else None,

@@ -171,6 +171,16 @@ def _evaluations_per_round(config: BlockGenGenerationConfig) -> int:
     return config.drafting().function_evaluations(config.draft_steps) + 1
 
 
+def _revising_evaluations(config: BlockGenGenerationConfig, max_new_tokens: int) -> int:
+    """Of all revisions of a text, at most: the steps of every block, and a pass where the finished draft is scored."""
+    scoring = int(config.revise_score in ("ar_surprisal", "posthoc"))
+    return sum(
+        scoring + -(-max_new_tokens // stage.block_size) * config.drafting().function_evaluations(stage.num_steps)
+        for stage in config.revisions(longest=max_new_tokens)
+        if stage.ratio > 0
+    )
+
+
 def _cell(
     model: PreTrainedModel,
     name: str,
@@ -198,8 +208,11 @@ def _cell(
                 f"behind {seeded} AR seed tokens."
             )
         num_blocks = -(-left // block_size)
-        per_block = config.function_evaluations(config.num_denoising_steps())
-        if config.sampler == "first_hitting":  # an evaluation a token, whatever the steps
+        drafting = config.drafting() if config.decoding == "draft_revise" else config
+        per_block = drafting.function_evaluations(drafting.num_denoising_steps())
+        if config.decoding == "draft_revise":
+            nfe, evaluations = None, seeded + num_blocks * per_block + _revising_evaluations(config, max_new_tokens)
+        elif config.sampler == "first_hitting":  # an evaluation a token, whatever the steps
             nfe, evaluations = None, max_new_tokens
         else:
             nfe, evaluations = budget or per_block, seeded + num_blocks * per_block
