@@ -13,10 +13,17 @@ from transformers import DynamicCache, QuantizedCache, StaticCache, TextStreamer
 
 from blockgen_hf import BlockGenForDiffusionLM
 from blockgen_hf.generation import speculation_blockgen
-from blockgen_hf.generation.speculation_blockgen import DraftLengths
+from blockgen_hf.generation.speculation_blockgen import DraftLengths, RoundCosts
 
 
 PADDED = left_padded([words(3), words(6, seed=1), words(1, seed=2), words(4, seed=7)])
+
+
+@pytest.fixture(autouse=True)
+def fixed_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How much is drafted does not depend on the clock here."""
+    monkeypatch.setattr(RoundCosts, "needed", lambda self, default: default)
+
 
 HOW = {
     "greedy": {"do_sample": False},
@@ -315,6 +322,17 @@ def test_drafts_are_as_long_as_they_may_be_and_stop_where_they_do_not_pay(accept
         tried += lengths.of_row(0) > 0
         lengths.record(0, lengths.of_row(0), 0)
     assert tried <= 8  # after 16, 32, 64, 128, 256, 256, ... tokens
+
+
+def test_what_a_draft_must_bring_is_what_its_round_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    costs, now = RoundCosts(torch.device("cpu")), iter([0.0, 2.0, 10.0, 15.0, 20.0, 25.0])
+    monkeypatch.setattr(costs, "_clock", lambda: next(now))
+    assert costs.needed(1.4) == 1.4
+    for drafted in (False, True, True):
+        costs.start()
+        costs.stop(drafted)
+    assert costs.needed(1.4) == pytest.approx(5 / 2 - 1)
 
 
 # ---- the forward pass
