@@ -15,22 +15,25 @@ Kind = str  # "clean" or "noisy"
 Token = tuple[Kind, int]  # and its position
 
 
-def sees(query: Token, key: Token, block_size: int, first_noisy: int, clean_block_size: int) -> bool:
+def sees(query: Token, key: Token, block_size: int, first_noisy: int, clean_block_size: int, window: int = 99) -> bool:
     """The attention rule of docs/model.md, written naively; `clean_block_size` is 1 for causal clean attention."""
     (query_kind, q), (key_kind, k) = query, key
     if query_kind == "clean":
-        return key_kind == "clean" and k // clean_block_size <= q // clean_block_size
+        block_end = (q // clean_block_size + 1) * clean_block_size
+        return key_kind == "clean" and block_end - window <= k < block_end
     block_start = first_noisy + (q - first_noisy) // block_size * block_size
     if key_kind == "clean":
-        return k < block_start
+        return block_start - window <= k < block_start
     return block_start <= k < block_start + block_size
 
 
-def visibility(queries: list[Token], keys: list[Token], block_size: int, clean_block_size: int) -> torch.Tensor:
+def visibility(
+    queries: list[Token], keys: list[Token], block_size: int, clean_block_size: int, window: int = 99
+) -> torch.Tensor:
     """`[queries, keys]`, by a double loop."""
     noisy_positions = [position for kind, position in queries if kind == "noisy"]
     first = min(noisy_positions, default=0)
-    rows = [[sees(query, key, block_size, first, clean_block_size) for key in keys] for query in queries]
+    rows = [[sees(query, key, block_size, first, clean_block_size, window) for key in keys] for query in queries]
     return torch.tensor(rows)
 
 
@@ -54,13 +57,14 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("clean_block_size", [1, 4])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_rendered_mask_is_the_rule(layout: str, clean_block_size: int) -> None:
+def test_rendered_mask_is_the_rule(layout: str, clean_block_size: int, window: int | None) -> None:
     """The boolean mask of sdpa and the float mask of eager, entry for entry; own noisy block, or clean before it."""
     clean, noisy, block_size = LAYOUTS[layout]
     everyone = tokens("clean", clean) + tokens("noisy", noisy)
-    expected = visibility(everyone, everyone, block_size, clean_block_size)
+    expected = visibility(everyone, everyone, block_size, clean_block_size, window or 99)
     built = build_layout(
         torch.tensor([*clean], dtype=torch.long)[None],
         torch.tensor([*noisy], dtype=torch.long)[None],
@@ -68,6 +72,7 @@ def test_rendered_mask_is_the_rule(layout: str, clean_block_size: int) -> None:
         clean_block_size,
         torch.zeros(1, 0, dtype=torch.long),
         num_committed=0,
+        window=window,
     )
     boolean = make_attention_mask(built, "sdpa", torch.float32)
     assert boolean.dtype == torch.bool

@@ -185,6 +185,8 @@ VALUES: list[tuple[str, Any]] = [
     ("sampler", "gibbs"),
     ("sampler", "euler"),
     ("output_trajectory", "yes"),
+    ("cache_window", 0),
+    ("cache_window", 2.5),
 ]
 
 

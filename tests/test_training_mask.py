@@ -1,5 +1,6 @@
 """The training mask in chunks of queries (CPUs with sdpa): against the rule by hand, the dense mask, and eager."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -95,8 +96,10 @@ def by_rule(
     clean_block_size: int,
     valid: torch.Tensor,
     documents: torch.Tensor,
+    window: int | None = None,
 ) -> torch.Tensor:
     """`[B, 2 L, 2 L]`: the attention rule token by token, with padding that sees itself only."""
+    reach = math.inf if window is None else window
     length = valid.shape[1]
     masks = []
     for size, place, real, document in zip(sizes, *(t.tolist() for t in (positions, valid, documents)), strict=True):
@@ -109,9 +112,10 @@ def by_rule(
             if document[i] != document[j]:  # noqa: B023
                 return False
             if query < length:
-                return key < length and k // clean_block_size <= q // clean_block_size
-            block = q // size  # noqa: B023
-            return k < block * size if key < length else k // size == block  # noqa: B023
+                end = (q // clean_block_size + 1) * clean_block_size
+                return (i == j and key < length) or (key < length and end - reach <= k < end)
+            start = q // size * size  # noqa: B023
+            return start - reach <= k < start if key < length else k // size == q // size  # noqa: B023
 
         masks.append([[sees(query, key) for key in range(2 * length)] for query in range(2 * length)])
     return torch.tensor(masks)
@@ -125,6 +129,7 @@ def check_chunks(
     valid: torch.Tensor | None = None,
     documents: torch.Tensor | None = None,
     num_rows: int = 1,
+    window: int | None = None,
 ) -> Chunks:
     """The chunks of a mask are the rule, and the predicate that the other implementations render."""
     positions = torch.arange(length)[None]
@@ -134,11 +139,11 @@ def check_chunks(
         positions = (valid.long().cumsum(-1) - 1).clamp(min=0)
     with chunk_size(chunk):
         chunks = make_training_mask(
-            positions, block_size, clean_block_size, "sdpa", torch.float32, valid=valid, document_ids=documents
+            positions, block_size, clean_block_size, "sdpa", torch.float32, valid, documents, window=window
         )
     layout = build_layout(
         positions, positions, block_size, clean_block_size, torch.zeros(1, 0, dtype=torch.long), False,
-        clean_valid=valid, noisy_valid=valid, document_ids=documents,
+        clean_valid=valid, noisy_valid=valid, document_ids=documents, window=window,
     )  # fmt: skip
     index = torch.arange(2 * length)
     grid = layout.sees(torch.arange(len(layout.clean_limit))[:, None, None], 0, index[:, None], index)
@@ -152,6 +157,7 @@ def check_chunks(
         clean_block_size,
         everything if valid is None else valid,
         torch.zeros(num_rows, length) if documents is None else documents,
+        window,
     )
     assert torch.equal(mask, expected)
     return chunks
@@ -171,7 +177,7 @@ def test_chunks_of_a_plain_row_are_the_rule(block_size: int, length: int, clean_
 
 @st.composite
 def masks(draw: st.DrawFn) -> dict[str, Any]:
-    """A chunk size and a batch: block sizes, padding and documents, each or none."""
+    """A chunk size and a batch: block sizes, padding, documents and a window, each or none."""
     length, num_rows = draw(st.integers(1, 14)), draw(st.integers(1, 3))
     rows = [draw(st.lists(st.booleans(), min_size=length, max_size=length)) for _ in range(num_rows)]
     padding = draw(st.sampled_from(["none", "left", "right", "anywhere"]))
@@ -188,13 +194,14 @@ def masks(draw: st.DrawFn) -> dict[str, Any]:
         valid=valid,
         documents=torch.tensor(starts).long().cumsum(-1) if draw(st.booleans()) else None,
         num_rows=num_rows,
+        window=draw(st.none() | st.integers(1, 16)),
     )
 
 
 @settings(max_examples=60)
 @given(masks())
 def test_chunks_are_the_rule(mask: dict[str, Any]) -> None:
-    """Whatever the chunks, lengths, block sizes, padding and documents."""
+    """Whatever the chunks, lengths, block sizes, padding, documents and window."""
     check_chunks(**mask)
 
 
@@ -224,6 +231,8 @@ def test_a_chunk_reads_few_keys() -> None:
     assert read_keys(check_chunks(8, 32, 3, 1), 32) == [10, 12, 12, 10]  # blocks reach over both ends
     chunks = check_chunks(8, 32, 4, 4)
     assert [chunk.keys[0].stop for chunk in chunks[:4]] == [11, 19, 27, 32]
+    chunks = check_chunks(8, 32, 4, 1, window=6)  # nor clean keys that have left the window
+    assert [chunk.keys[0] for chunk in chunks[:4]] == [slice(max(0, end - 14), end) for end in (8, 16, 24, 32)]
 
 
 @pytest.mark.parametrize("padding", ["none", "left", "right"])

@@ -47,6 +47,7 @@ _SETTINGS = (
     "revise_ratio",
     "revise_steps",
     "revise_score",
+    "cache_window",
     "max_new_tokens",
     "temperature",
     "top_k",
@@ -179,6 +180,9 @@ def _add_decoding_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--revise-ratio", type=float, metavar="X", help="draft_revise: share of the text to revise")
     group.add_argument("--revise-steps", type=int, metavar="N", help="draft_revise: denoising steps per block")
     group.add_argument("--revise-score", choices=CHOICES["revise_score"], help="draft_revise: which tokens to revise")
+    group.add_argument(
+        "--cache-window", type=int, metavar="N", help="sliding window of N tokens, for texts of any length"
+    )
     group.add_argument("--max-new-tokens", type=int, metavar="N", help="length of the continuation (default: 64)")
     group.add_argument(
         "--stop",

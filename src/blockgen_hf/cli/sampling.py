@@ -148,6 +148,7 @@ class Sampler:
             raise CommandError(error) from error
         names = ["max_new_tokens", "do_sample", "repetition_penalty"]
         names += ["stop_strings"] if config.stop_strings else []
+        names += ["cache_window"] if config.cache_window is not None else []
         if config.do_sample:
             names += ["temperature", "top_k", "top_p"]
         drafts_by_arpc = config.decoding == "speculative" and config.draft_decoding == "arpc"
@@ -220,6 +221,8 @@ def describe(settings: dict[str, Any]) -> str:
             words.append(f"{settings['noise_removal']} last step")
     if settings.get("ar_seed_tokens"):
         words.append(f"{settings['ar_seed_tokens']} AR seed tokens")
+    if settings.get("cache_window"):
+        words.append(f"window {settings['cache_window']}")
     if not settings["do_sample"]:
         words.append("greedy")
     for name, neutral in (("temperature", 1.0), ("top_k", 0), ("top_p", 1.0), ("repetition_penalty", 1.0)):

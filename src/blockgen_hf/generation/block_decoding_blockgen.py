@@ -94,6 +94,7 @@ class BlockDecoder:
             pad_token_id=self._pad_token_id(input_ids.shape[0]),
             grid=self.block_grid,
             keep_all_rows=getattr(cache, "_is_user_defined", False) or self._may_have_row_adapters(model),
+            window=generation_config.cache_window,
         )
         self.state = self._new_state(max_new_tokens=max_new_tokens, spare=self.block_size)
         # Log-probabilities with which the new tokens were drawn, `[B, new]`, where they are asked for.
@@ -140,7 +141,8 @@ class BlockDecoder:
         return tuple(self._trajectory) if self.settings.output_trajectory else None
 
     def returned_cache(self) -> Any:
-        return None if self.state.dropped_rows and not self.state.keep_all_rows else self.state.cache
+        lost_rows = self.state.dropped_rows and not self.state.keep_all_rows
+        return None if lost_rows or self.state.cache_start is not None else self.state.cache
 
     # the loop
 
@@ -189,14 +191,12 @@ class BlockDecoder:
         """One pass of the causal language model, `[A, 1, V]`; it commits the tokens before."""
         state = self.state
         is_dense = self.model.config.next_token_prediction
-        outputs = self.model(
+        outputs = self._forward(
             input_ids=state.pending,
             query_input_ids=None if is_dense else self._queries(state.next_positions(1)),
             attention_mask=state.context_mask,
-            cache=state.cache,
             use_cache=state.cache is not None,
             logits_to_keep=1,
-            modulations=self._modulations,
         )
         state.count_evaluation()
         state.mark_pending_committed()
@@ -319,6 +319,17 @@ class BlockDecoder:
 
     # forward passes
 
+    def _forward(self, **arguments: Any) -> Any:
+        """A pass of the model over the tokens of the call, behind those of the cache."""
+        state = self.state
+        return self.model(
+            cache=state.cache,
+            cache_window=state.window,
+            cache_start=state.cache_start,
+            modulations=self._modulations,
+            **arguments,
+        )
+
     def _denoise(self, z_t: torch.Tensor, where: torch.Tensor, rows: torch.Tensor, time: torch.Tensor) -> Prediction:
         """One denoiser pass, as [`Predict`] says; the first of a block commits the tokens before it."""
         state = self.state
@@ -332,18 +343,16 @@ class BlockDecoder:
         )
         blocks = self._noisy_blocks(z_t.shape[1])
         has_positions = state.pending.shape[1] > 0 or blocks is not None
-        outputs = self.model(
+        outputs = self._forward(
             input_ids=state.pending,
             noisy_input_ids=z_t,
             noisy_position_ids=state.next_positions(z_t.shape[1]) if has_positions else None,
             noisy_block_ids=blocks,
             block_size=self.block_size,
             attention_mask=state.context_mask,
-            cache=state.cache,
             use_cache=state.cache is not None,
             noise_level=time if self.model.config.time_conditioning else None,
             logits_to_keep=0 if is_compiled or num_wanted == wanted.numel() else wanted,
-            modulations=self._modulations,
         )
         state.mark_pending_committed()
         state.count_evaluation(rows)
@@ -365,15 +374,13 @@ class BlockDecoder:
         """One AR pass over the proposal, for these rows `[A]`: p_AR at each of its positions."""
         state = self.state
         length = proposal.shape[1]
-        outputs = self.model(
+        outputs = self._forward(
             input_ids=torch.cat([state.pending, proposal], dim=1),
             noisy_input_ids=self.process.prior(proposal.shape, proposal.device, generator),
             noisy_position_ids=state.next_positions(length) if state.pending.shape[1] else None,
             block_size=1,
             attention_mask=state.mask_with(length),
-            cache=state.cache,
             noise_level=1.0,
-            modulations=self._modulations,
         )
         state.count_evaluation(rows)
         return self._predicted(outputs.logits.flatten(0, 1), torch.ones_like(proposal, dtype=torch.bool), proposal)
@@ -390,14 +397,12 @@ class BlockDecoder:
         while state.pending.shape[1] > riders:
             tokens = state.pending[:, : chunk or state.pending.shape[1]]
             length = state.num_cached + tokens.shape[1]
-            self.model(
+            self._forward(
                 input_ids=tokens,
                 noisy_input_ids=tokens[:, :0],
                 attention_mask=None if state.context_mask is None else state.context_mask[:, :length],
-                cache=state.cache,
                 use_cache=True,
                 noise_level=1.0,
-                modulations=self._modulations,
             )
             state.mark_committed(tokens.shape[1])
 

@@ -20,6 +20,7 @@ from transformers.generation.stopping_criteria import MaxTimeCriteria, StoppingC
 from ..modeling.cache_blockgen import can_gather, gather_tokens, keep_rows
 from ..modeling.inputs_blockgen import last_columns
 from ..modeling.sampling_blockgen import CounterGenerator
+from .sliding_window_blockgen import slack_of_window
 
 
 class DecodingState:
@@ -41,6 +42,7 @@ class DecodingState:
         grid (`int`): blocks of a block-causal model start at multiples of it, 1: anywhere.
         keep_all_rows (`bool`): whether rows that are done stay in the batch: the caller owns the cache, or the model
             knows the rows by their place.
+        window (`int`, *optional*): how many clean tokens a token sees; older ones leave the cache.
     """
 
     def __init__(
@@ -55,12 +57,16 @@ class DecodingState:
         pad_token_id: int,
         grid: int,
         keep_all_rows: bool,
+        window: int | None = None,
     ) -> None:
         batch_size, self.prompt_width = input_ids.shape
         self.max_new_tokens = max_new_tokens
         self.pad_token_id = pad_token_id
         self.cache = cache
         self.keep_all_rows = keep_all_rows
+        self.window = window
+        # Position of the first token in the cache, `[A, 1]`, as soon as older ones have left it.
+        self.cache_start: torch.Tensor | None = None
         self.dropped_rows = False
         device = input_ids.device
 
@@ -135,9 +141,10 @@ class DecodingState:
     def next_positions(self, length: int) -> torch.Tensor:
         """Positions of the next `length` tokens, `[A or 1, length]`."""
         offsets = torch.arange(length, device=self.start.device)
+        first = 0 if self.cache_start is None else self.cache_start
         if self.context_mask is None:
-            return (offsets + self.num_cached + self.pending.shape[1])[None]
-        return self.context_mask.long().sum(-1, keepdim=True) + offsets
+            return (offsets + self.num_cached + self.pending.shape[1])[None] + first
+        return self.context_mask.long().sum(-1, keepdim=True) + offsets + first
 
     def count_evaluation(self, rows: torch.Tensor | None = None) -> None:
         """A pass that these active rows `[A]` needed; default: all of them."""
@@ -148,6 +155,30 @@ class DecodingState:
         """The first `count` pending tokens are in the cache now."""
         self.pending = self.pending[:, count:]
         self.num_cached += count
+        if self.window is not None and self.num_cached >= self.window + slack_of_window(self.window):
+            self._slide(self.window)
+
+    def _slide(self, window: int) -> None:
+        """
+        Takes the tokens out of the cache that no later one sees: of each row all but the last W. The keys of the
+        others keep the rotation of their position, as only differences of positions matter.
+        """
+        if self.cache is None:
+            return
+        cached = self.num_cached
+        mask = self.pending.new_ones(len(self.pending), cached)
+        if self.context_mask is not None:
+            mask = self.context_mask[:, :cached].long()
+        lengths = mask.sum(-1, keepdim=True)
+        width = min(window, int(lengths.max()))
+        order = mask.argsort(dim=-1, stable=True)[:, cached - width :]  # padding first
+        gather_tokens(self.cache, order)
+        if self.context_mask is not None:
+            kept = self.context_mask[:, :cached].gather(1, order)
+            self.context_mask = torch.cat([kept, self.context_mask[:, cached:]], dim=1)
+        left = (lengths - window).clamp(min=0)
+        self.cache_start = left if self.cache_start is None else self.cache_start + left
+        self.num_cached = width
 
     def mark_pending_committed(self) -> None:
         """After a pass that read all pending tokens: where there is a cache, they are in it now."""
@@ -282,6 +313,8 @@ class DecodingState:
             self.pending = self.pending[kept]
             if self.context_mask is not None:
                 self.context_mask = self.context_mask[kept]
+            if self.cache_start is not None:
+                self.cache_start = self.cache_start[kept]
             if self.cache is not None:
                 keep_rows(self.cache, kept, self.num_cached)
 

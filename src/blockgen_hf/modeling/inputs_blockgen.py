@@ -51,6 +51,8 @@ class ForwardInputs:
         num_committed (`int`, *optional*): how many of them, from the first on; default: all.
         noisy_block_ids (`torch.LongTensor` of shape `[B or 1, N]`, *optional*): the blocks of the noisy tokens.
         noise_level (`torch.Tensor` or `float`, *optional*): time t of the noisy tokens.
+        cache_window (`int`, *optional*): how many clean tokens each token sees, the nearest ones.
+        cache_start (`torch.LongTensor` of shape `[B or 1, 1]`, *optional*): position of the first cached token.
     """
 
     input_ids: torch.Tensor
@@ -65,6 +67,8 @@ class ForwardInputs:
     num_committed: int | None = None
     noise_level: torch.Tensor | float | None = None
     noisy_block_ids: torch.Tensor | None = None
+    cache_window: int | None = None
+    cache_start: torch.Tensor | None = None
 
     @property
     def num_clean(self) -> int:
@@ -74,6 +78,11 @@ class ForwardInputs:
     def past_length(self) -> int | torch.Tensor:
         """How many tokens are cached; a tensor for static caches, whose value would cost a synchronisation."""
         return 0 if self.cache is None else self.cache.get_seq_length()
+
+    @property
+    def first_position(self) -> int | torch.Tensor:
+        """That of the first token of the cache, or of the call where nothing is cached; `[B or 1, 1]` if not 0."""
+        return 0 if self.cache_start is None else self.cache_start
 
     def clean_mask(self) -> torch.Tensor | None:
         """The columns of the attention mask that belong to the clean tokens of the call, `[B, C]`."""
@@ -102,18 +111,21 @@ class ForwardInputs:
                 )
             return self.position_ids
         if mask is not None:
-            return last_columns((mask.long().cumsum(-1) - 1).clamp(min=0), self.num_clean)
-        return torch.arange(self.num_clean, device=self.input_ids.device)[None] + past
+            return last_columns((mask.long().cumsum(-1) - 1).clamp(min=0), self.num_clean) + self.first_position
+        return torch.arange(self.num_clean, device=self.input_ids.device)[None] + past + self.first_position
 
     def following_position(self, clean_positions: torch.Tensor) -> torch.Tensor:
         """The position behind the last clean token, `[B or 1, 1]`."""
         if self.attention_mask is not None:
             length = self.attention_mask.long().sum(-1, keepdim=True)
+            if self.num_clean == 0:
+                return length + self.first_position
             # An empty row of a padded batch starts at 0, whatever the position of its padding.
-            return length if self.num_clean == 0 else torch.where(length > 0, clean_positions[:, -1:] + 1, 0)
+            return torch.where(length > 0, clean_positions[:, -1:] + 1, 0)
         if self.num_clean > 0:
             return clean_positions[:, -1:] + 1
-        return torch.zeros(1, 1, dtype=torch.long, device=self.input_ids.device) + self.past_length
+        zero = torch.zeros(1, 1, dtype=torch.long, device=self.input_ids.device)
+        return zero + self.past_length + self.first_position
 
     def restarting_documents(self) -> torch.Tensor | None:
         """
@@ -163,6 +175,8 @@ class TrunkInputs:
     noise_level: torch.Tensor | float | None = None
     noisy_block_ids: torch.Tensor | None = None
     document_ids: torch.Tensor | None = None
+    cache_window: int | None = None
+    cache_start: torch.Tensor | None = None
     is_causal: bool = False
     is_full: bool = False
     is_aligned: bool = False
@@ -215,6 +229,8 @@ def causal_pass(
         use_cache=inputs.use_cache,
         noise_level=1.0,
         document_ids=documents,
+        cache_window=inputs.cache_window,
+        cache_start=inputs.cache_start,
         is_causal=isinstance(logits_to_keep, int) and query_positions.shape[1] == 1,
     )
 
@@ -281,6 +297,8 @@ def denoising_pass(config: BlockGenConfig, inputs: ForwardInputs) -> TrunkInputs
         noise_level=inputs.noise_level,
         noisy_block_ids=inputs.noisy_block_ids,
         document_ids=documents,
+        cache_window=inputs.cache_window,
+        cache_start=inputs.cache_start,
         is_causal=num_noisy == 0 and config.clean_attention == "causal",
         is_full=follows and num_clean == 0 and isinstance(inputs.block_size, int) and num_noisy <= inputs.block_size,
         is_aligned=ordered,
@@ -337,6 +355,8 @@ def next_token_pass(inputs: ForwardInputs) -> TrunkInputs:
         cache=inputs.cache,
         use_cache=inputs.use_cache,
         document_ids=documents,
+        cache_window=inputs.cache_window,
+        cache_start=inputs.cache_start,
         is_causal=True,
         is_full=inputs.num_clean == 1,
     )
@@ -416,6 +436,19 @@ def checked_block_size(config: BlockGenConfig, block_size: int | Sequence[int] |
     return sizes[0] if len(set(sizes)) == 1 else tuple(sizes)
 
 
+def check_window(config: BlockGenConfig, window: int | None) -> None:
+    """
+    Raises:
+        ValueError: a window that is no number of tokens, or that hides a part of a token's own block.
+    """
+    if window is None:
+        return
+    smallest = 1 if config.clean_attention == "causal" else config.block_sizes[0]
+    if not isinstance(window, int) or isinstance(window, bool) or window < smallest:
+        reason = "" if smallest == 1 else ", a block of a model with `clean_attention='block_causal'`"
+        raise ValueError(f"`cache_window` must be an integer of at least {smallest}{reason}, but is {window!r}.")
+
+
 def check_leak(config: BlockGenConfig, block_size: BlockSize, noisy_position_ids: torch.Tensor | None = None) -> None:
     """
     Block-causal clean tokens see their whole block: no noisy block may start inside of one.
@@ -449,6 +482,7 @@ __all__ = [
     "TrunkInputs",
     "causal_pass",
     "check_leak",
+    "check_window",
     "checked_block_size",
     "denoising_pass",
     "document_positions",

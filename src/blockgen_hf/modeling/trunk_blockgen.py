@@ -115,6 +115,8 @@ class BlockGenModel(BlockGenPreTrainedModel):
         noise_level: torch.Tensor | None = None,
         noisy_block_ids: torch.Tensor | None = None,
         document_ids: torch.Tensor | None = None,
+        cache_window: int | None = None,
+        cache_start: torch.Tensor | None = None,
         is_causal: bool = False,
         is_full: bool = False,
         is_aligned: bool = False,
@@ -125,8 +127,8 @@ class BlockGenModel(BlockGenPreTrainedModel):
         Args:
             input_ids (`torch.LongTensor` of shape `[B, C]`): clean tokens of the call; C may be 0.
             noisy_input_ids (`torch.LongTensor` of shape `[B, N]`): noisy tokens; N may be 0, to fill the cache.
-            block_size, position_ids, attention_mask, cache, use_cache, num_committed, noise_level, noisy_block_ids:
-                as in [`BlockGenForDiffusionLM.forward`]; the positions are not optional here.
+            block_size, position_ids, attention_mask, cache, use_cache, num_committed, noise_level, noisy_block_ids,
+            cache_window, cache_start: as in [`BlockGenForDiffusionLM.forward`]; the positions are not optional here.
             noisy_mask (`torch.Tensor` of shape `[B, N]`, *optional*): zero where a noisy token is padding.
             is_causal (`bool`): the caller knows that the mask is causal over cache, clean and noisy tokens in this
             order.
@@ -153,24 +155,28 @@ class BlockGenModel(BlockGenPreTrainedModel):
             num_committed = num_clean if use_cache else 0
         read_cache = cache if self._reads(cache, num_committed) else None
         if is_aligned:
-            mask, is_causal = self._training_mask(position_ids, block_size, attention_mask, document_ids), False
+            mask = self._training_mask(position_ids, block_size, attention_mask, document_ids, cache_window)
+            is_causal = False
         else:
             layout = build_layout(
                 position_ids,
                 noisy_position_ids,
                 block_size,
                 self._clean_block_size,
-                self._cached_positions(read_cache, num_committed, position_ids, attention_mask),
+                self._cached_positions(read_cache, num_committed, position_ids, attention_mask, cache_start),
                 num_committed=num_committed,
                 clean_valid=None if attention_mask is None else last_columns(attention_mask, num_clean).bool(),
                 noisy_valid=None if noisy_mask is None else noisy_mask.bool(),
                 noisy_block_ids=noisy_block_ids,
                 document_ids=document_ids,
+                window=cache_window,
             )
-            # Padding, documents, and the free slots of a static cache have to be masked in any case.
+            # Padding, documents, tokens outside of a window and free slots of static caches have to be masked.
             static = read_cache is not None and read_cache.is_compileable
-            unpadded = attention_mask is None and document_ids is None and not static
-            mask, is_causal = self._render(layout, is_causal and unpadded, is_full and unpadded)
+            num_clean_keys = layout.key_position.shape[-1] - noisy_input_ids.shape[1]
+            has_all = attention_mask is None and document_ids is None and not static
+            has_all = has_all and (cache_window is None or num_clean_keys <= cache_window)
+            mask, is_causal = self._render(layout, is_causal and has_all, is_full and has_all)
 
         hidden_states = self.embed_tokens(torch.cat([input_ids, noisy_input_ids], dim=1))
         position_embeddings = self.rotary_emb(hidden_states, concat(position_ids, noisy_position_ids))
@@ -263,6 +269,7 @@ class BlockGenModel(BlockGenPreTrainedModel):
         num_committed: int,
         position_ids: torch.Tensor,
         attention_mask: torch.Tensor | None,
+        cache_start: torch.Tensor | None,
     ) -> torch.Tensor:
         """Positions of the tokens in the slots that the cache will return, `[B or 1, slots]`."""
         if cache is None:
@@ -275,6 +282,8 @@ class BlockGenModel(BlockGenPreTrainedModel):
         if attention_mask is not None:
             valid = nn.functional.pad(attention_mask, (0, slots - attention_mask.shape[1])).bool()
             positions = torch.where(valid, valid.long().cumsum(-1) - 1, unreachable(valid.long()))
+        if cache_start is not None:
+            positions = positions + cache_start
         if num_committed:  # they may have been given
             inside = (index - past).clamp(0, num_committed - 1)
             given = position_ids.gather(-1, inside.expand(position_ids.shape[0], -1))
@@ -291,6 +300,7 @@ class BlockGenModel(BlockGenPreTrainedModel):
         block_size: BlockSize,
         attention_mask: torch.Tensor | None,
         document_ids: torch.Tensor | None,
+        cache_window: int | None,
     ) -> Any:
         self._check_attention(needs_mask=True)
         return make_training_mask(
@@ -301,6 +311,7 @@ class BlockGenModel(BlockGenPreTrainedModel):
             self.dtype,
             valid=None if attention_mask is None else attention_mask.bool(),
             document_ids=document_ids,
+            window=cache_window,
         )
 
     def _check_attention(self, needs_mask: bool) -> None:
@@ -314,8 +325,8 @@ class BlockGenModel(BlockGenPreTrainedModel):
             raise ValueError(
                 f"`attn_implementation={implementation!r}` serves forward passes that need no mask: autoregressive "
                 "decoding and block-diffusion denoising of unpadded prompts with a dynamic cache. Training, "
-                "verification (ARPC), padding and static caches need one: use `attn_implementation='sdpa'` or "
-                "'flex_attention'."
+                "verification (ARPC), padding, sliding windows and static caches need one: use "
+                "`attn_implementation='sdpa'` or 'flex_attention'."
             )
 
     def _render(self, layout: AttentionLayout, is_causal: bool, is_full: bool) -> tuple[Any, bool]:

@@ -22,7 +22,7 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.logits_process import LogitsProcessorList
-from transformers.generation.stopping_criteria import StoppingCriteriaList
+from transformers.generation.stopping_criteria import MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
@@ -37,10 +37,10 @@ from .generation_configuration_blockgen import (
 )
 from .logits_blockgen import STATEFUL_PROCESSORS, looks_at_neighbours
 from .revision_blockgen import RevisionDecoder
+from .sliding_window_blockgen import check_sliding_window, largest_blocks, most_cached
 from .speculation_blockgen import SpeculativeDecoder
 
 
-# Outputs that only GenerationMixin's own loop collects.
 # Decodings that are not those of the block loop alone.
 _DECODERS: dict[str, type[BlockDecoder]] = {"speculative": SpeculativeDecoder, "draft_revise": RevisionDecoder}
 
@@ -49,6 +49,7 @@ def decoder_class(generation_config: GenerationConfig) -> type[BlockDecoder]:
     return _DECODERS.get(generation_config.decoding, BlockDecoder)
 
 
+# Outputs that only GenerationMixin's own loop collects.
 _STEPWISE_OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 
 
@@ -86,7 +87,8 @@ class BlockGenGenerateOutput(BothCacheNames, GenerateDecoderOnlyOutput):
             token is revised: first with noise in its place.
         cache (`Cache`, *optional*, `past_key_values` too):
             The cache, for a following call: prompt and new tokens but for the last block, which no one needed yet.
-            None if rows ended early and left the batch (pass a cache of your own to keep them in).
+            None if rows ended early and left the batch (pass a cache of your own to keep them in), or if tokens left
+            a sliding window.
     """
 
     num_function_evaluations: torch.Tensor | None = None
@@ -201,12 +203,7 @@ class BlockGenGenerationMixin(GenerationMixin):
             )
         self._validate_adapter()
         positions = self.config.max_position_embeddings
-        sizes = {} if generation_config.decoding == "ar" else {"block_size": generation_config.block_size}
-        if generation_config.decoding == "draft_revise":
-            sizes["revise_block_size"] = max(
-                stage.block_size for stage in generation_config.revisions(longest=positions)
-            )
-        for name, size in sizes.items():
+        for name, size in largest_blocks(generation_config).items():
             if size > positions:
                 raise ValueError(
                     f"`{name}` must be at most {positions}, the positions of the model (`max_position_embeddings`), "
@@ -215,6 +212,10 @@ class BlockGenGenerationMixin(GenerationMixin):
         self._validate_corrector(generation_config)
         self._validate_sampler(generation_config)
         self._validate_clean_attention(generation_config)
+        if generation_config.cache_window is not None:
+            stepwise = [name for name in _STEPWISE_OUTPUTS if getattr(generation_config, name)]
+            stepwise += ["synced_gpus"] if generation_mode_kwargs.get("synced_gpus") else []
+            check_sliding_window(self.config, generation_config, generation_mode, stepwise)
         super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
 
     def _validate_adapter(self) -> None:
@@ -360,16 +361,18 @@ class BlockGenGenerationMixin(GenerationMixin):
         self, generation_config: GenerationConfig, input_ids_length: int, has_default_max_length: bool
     ) -> None:
         positions = self.config.max_position_embeddings
-        if input_ids_length >= positions:
+        has_window = generation_config.cache_window is not None
+        if input_ids_length >= positions and not has_window:
             raise ValueError(
                 f"`inputs` have {input_ids_length} tokens, but the model has {positions} positions "
-                "(`max_position_embeddings`), at least one of them for new text."
+                "(`max_position_embeddings`), at least one of them for new text. With `cache_window` a text may be "
+                "longer."
             )
-        if generation_config.max_length > positions:
+        if generation_config.max_length > positions and not has_window:
             raise ValueError(
                 f"`max_new_tokens` must be at most {positions - input_ids_length} with a prompt of {input_ids_length} "
                 f"tokens: the model has {positions} positions. It is "
-                f"{generation_config.max_length - input_ids_length}."
+                f"{generation_config.max_length - input_ids_length}. With `cache_window` a text may be longer."
             )
         super()._validate_generated_length(generation_config, input_ids_length, has_default_max_length)
 
@@ -383,6 +386,14 @@ class BlockGenGenerationMixin(GenerationMixin):
                 "model's device, but the model is on the CPU: leave it out, or use 'static'."
             )
         given = model_kwargs.get(CACHE_NAME)
+        if given is not None and generation_config.cache_window is not None:
+            raise ValueError(
+                f"`cache` cannot be passed with `cache_window={generation_config.cache_window}`: tokens leave it, and "
+                "a later call could not tell which. Pass the whole text."
+            )
+        if generation_config.cache_window is not None and args:
+            *others, longest = args
+            args = (*others, min(longest, most_cached(generation_config)))
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         if given is None:
             make_growing(model_kwargs.get(CACHE_NAME))
@@ -419,6 +430,16 @@ class BlockGenGenerationMixin(GenerationMixin):
         stateful = any(isinstance(item, STATEFUL_PROCESSORS) for item in logits_processor)
         if generation_config.decoding != "ar":
             self._validate_processors(logits_processor, generation_config)
+        if stateful and generation_config.cache_window is not None:
+            names = [type(item).__name__ for item in logits_processor if isinstance(item, STATEFUL_PROCESSORS)]
+            raise ValueError(
+                f"`cache_window={generation_config.cache_window}` does not go with {names[0]}, which has a loop of "
+                "its own."
+            )
+        if generation_config.cache_window is not None:
+            for criterion in stopping_criteria:
+                if isinstance(criterion, MaxLengthCriteria):
+                    criterion.max_position_embeddings = None  # it would warn of a text that is longer
         stepwise = synced_gpus or any(getattr(generation_config, name) for name in _STEPWISE_OUTPUTS)
         if generation_config.decoding == "ar" and (stepwise or stateful):
             return super()._sample(

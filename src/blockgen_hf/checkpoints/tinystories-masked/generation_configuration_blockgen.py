@@ -70,6 +70,7 @@ _SETTINGS = (
     "fused_drafts",
     "revise_block_size",
     "revise_steps",
+    "cache_window",
     *(name for name in _DEFAULTS if name not in ("do_sample", "top_k")),
 )
 
@@ -147,6 +148,9 @@ class BlockGenGenerationConfig(GenerationConfig):
             Of `decoding="draft_revise"`: which tokens are revised. `"snapshot"`: those whose probability was lowest
             when they were committed. For comparison: `"ar_surprisal"` and `"posthoc"`, the least likely under an AR
             pass, or a denoising pass in blocks of `revise_block_size`, over the finished draft; and `"random"`.
+        cache_window (`int`, *optional*):
+            A sliding window: every token sees the last so many clean tokens before its block, and older ones leave the
+            cache. A text may then be longer than the model has positions. Default: all tokens are seen.
         output_trajectory (`bool`, defaults to `False`):
             Whether to return the states of each step, with `return_dict_in_generate=True`.
         kwargs:
@@ -248,6 +252,7 @@ class BlockGenGenerationConfig(GenerationConfig):
             ("ar_seed_tokens", 0, None),
             ("corrector_start", 0, _MOST_STEPS),
             ("corrector_period", 1, _MOST_STEPS),
+            ("cache_window", 1, None),
         ):
             value = getattr(self, name)
             if value is None:

@@ -17,8 +17,9 @@ Who sees whom: one rule for training, verification, generation and the causal la
 A forward pass reads keys of up to three kinds, in this order: the slots of the cache, the clean tokens of the call,
 its noisy tokens. Clean tokens see clean tokens only, causally or by blocks. A noisy query at position q sees the
 clean tokens before the start s(q) of its block, and the noisy tokens of its own block; blocks are counted from the
-first noisy position in steps of the block size. Positions, not places in the tensor, decide: so the rule holds with
-left padding, with a cache and when clean and noisy half stand at the same positions.
+first noisy position in steps of the block size. With a window, every token sees the last W of these clean tokens only.
+Positions, not places in the tensor, decide: so the rule holds with left padding, with a cache and when clean and noisy
+half stand at the same positions.
 
 Three quarters of the training mask of [x0 ; z_t] are empty. FlexAttention skips them on GPUs; on CPUs, which have no
 such kernel, the queries are cut into chunks, each of which is attended to the few keys that it can see at all.
@@ -53,6 +54,7 @@ class AttentionLayout:
         key_group (`torch.LongTensor` of shape `[B or 1, K]`): the groups of the keys.
         query_document, key_document (`torch.LongTensor` of shapes `[B, Q]` and `[B, K]`, *optional*): documents packed
             into a row see their own tokens only.
+        window (`int`, *optional*): W, a query sees the clean tokens at the last W positions below its limit.
     """
 
     clean_limit: torch.Tensor
@@ -61,10 +63,14 @@ class AttentionLayout:
     key_group: torch.Tensor
     query_document: torch.Tensor | None = None
     key_document: torch.Tensor | None = None
+    window: int | None = None
 
     def sees(self, batch: Any, head: Any, query: Any, key: Any) -> Any:
         """The mask predicate, by index, as transformers' mask interface and FlexAttention take it."""
-        before = self.key_position[batch, key] < self.clean_limit[batch, query]
+        position, limit = self.key_position[batch, key], self.clean_limit[batch, query]
+        before = position < limit
+        if self.window is not None:
+            before = before & (position >= limit - self.window)
         visible = before | (self.key_group[batch, key] == self.query_group[batch, query])
         if self.query_document is None or self.key_document is None:
             return visible
@@ -89,6 +95,7 @@ def build_layout(
     noisy_valid: torch.Tensor | None = None,
     noisy_block_ids: torch.Tensor | None = None,
     document_ids: torch.Tensor | None = None,
+    window: int | None = None,
 ) -> AttentionLayout:
     """
     Lays out one forward pass.
@@ -107,6 +114,7 @@ def build_layout(
         document_ids (`torch.LongTensor` of shape `[B, C]` or `[B, C + N]`, *optional*): the documents of the clean
             tokens, and of the noisy ones, which are as many or none where they are left out; the positions restart
             with each document, and nothing is cached.
+        window (`int`, *optional*): how many clean tokens each token sees, the nearest ones.
     """
     num_clean = clean_positions.shape[-1]
     sizes: torch.Tensor | int
@@ -150,6 +158,7 @@ def build_layout(
         key_group=concat(unreachable(cached_positions), key_group),
         query_document=documents,
         key_document=documents,
+        window=window,
     )
 
 
@@ -193,7 +202,7 @@ class AttentionChunk:
 
     Args:
         queries (`slice`): the queries.
-        keys (`tuple[slice]`): clean keys, from the first on, and a run of noisy keys if they see any.
+        keys (`tuple[slice]`): a run of clean keys, and one of noisy keys if they see any.
         mask (`torch.BoolTensor` of shape `[B or 1, 1, queries, keys]`, *optional*): which of these keys each query
             sees. None: causal, queries and keys being the same.
     """
@@ -215,13 +224,14 @@ def make_training_mask(
     dtype: torch.dtype,
     valid: torch.Tensor | None = None,
     document_ids: torch.Tensor | None = None,
+    window: int | None = None,
 ) -> Any:
     """
     The mask of a clean and a noisy half at the same positions, which follow the order of the tokens.
 
     Args:
         position_ids (`torch.LongTensor` of shape `[B or 1, L]`): of both halves.
-        block_size, clean_block_size, document_ids: as in [`build_layout`].
+        block_size, clean_block_size, document_ids, window: as in [`build_layout`].
         attn_implementation (`str`): a name of transformers' attention interface.
         dtype (`torch.dtype`): of the mask of eager attention.
         valid (`torch.BoolTensor` of shape `[B, L]`, *optional*): False for padding.
@@ -230,11 +240,13 @@ def make_training_mask(
         what the implementation takes as mask, or [`AttentionChunk`]s on CPUs with `sdpa`. Without padding, documents
         and block sizes a row it is built once for each length, block size and device.
     """
+    if window is not None and window >= position_ids.shape[-1]:
+        window = None
     # A compiled graph builds its mask itself: it cannot call what keeps masks.
     if valid is None and document_ids is None and isinstance(block_size, int) and not torch.compiler.is_compiling():
         length, device = position_ids.shape[-1], position_ids.device
-        return _plain_training_mask(length, block_size, clean_block_size, attn_implementation, dtype, device)
-    return _render(position_ids, block_size, clean_block_size, attn_implementation, dtype, valid, document_ids)
+        return _plain_training_mask(length, block_size, clean_block_size, attn_implementation, dtype, device, window)
+    return _render(position_ids, block_size, clean_block_size, attn_implementation, dtype, valid, document_ids, window)
 
 
 @lru_cache(maxsize=32)
@@ -245,10 +257,11 @@ def _plain_training_mask(
     attn_implementation: str,
     dtype: torch.dtype,
     device: torch.device,
+    window: int | None,
 ) -> Any:
     with torch.inference_mode(False):  # a mask made while evaluating serves the next training step too
         positions = torch.arange(length, device=device)[None]
-        return _render(positions, block_size, clean_block_size, attn_implementation, dtype, None, None)
+        return _render(positions, block_size, clean_block_size, attn_implementation, dtype, None, None, window)
 
 
 def _render(
@@ -259,6 +272,7 @@ def _render(
     dtype: torch.dtype,
     valid: torch.Tensor | None,
     document_ids: torch.Tensor | None,
+    window: int | None,
 ) -> Any:
     layout = build_layout(
         position_ids,
@@ -270,6 +284,7 @@ def _render(
         clean_valid=valid,
         noisy_valid=valid,
         document_ids=document_ids,
+        window=window,
     )
     if attn_implementation != "sdpa" or position_ids.device.type != "cpu":
         return make_attention_mask(layout, attn_implementation, dtype)
@@ -277,7 +292,7 @@ def _render(
     largest = block_size if isinstance(block_size, int) else max(block_size)
     if valid is None and document_ids is None:  # blocks start at the start of the row
         overlap = 0 if isinstance(block_size, int) and CHUNK_SIZE % block_size == 0 else largest - 1
-        return _chunks(layout, length, overlap, clean_block_size - 1, clean_block_size == 1)
+        return _chunks(layout, length, overlap, clean_block_size - 1, clean_block_size == 1 and window is None)
     # Where padding stands between tokens, a block may be spread over the row.
     has_gaps = valid is not None and _has_gaps(valid)
     overlap, clean_overlap = (length, length) if has_gaps else (largest - 1, clean_block_size - 1)
@@ -301,14 +316,17 @@ def _chunks(
     """
     chunks = []
     bounds = [(start, min(start + CHUNK_SIZE, length)) for start in range(0, length, CHUNK_SIZE)]
+    reach = length if layout.window is None else layout.window + noisy_overlap  # how far back a chunk sees
     if is_causal:
         chunks.append(AttentionChunk(slice(0, length), (slice(0, length),), None))
     else:
         for start, end in bounds:
-            chunks.append(_chunk(layout, slice(start, end), (slice(0, min(end + clean_overlap, length)),)))
+            keys = slice(max(start - reach, 0), min(end + clean_overlap, length))
+            chunks.append(_chunk(layout, slice(start, end), (keys,)))
     for start, end in bounds:
         block = slice(length + max(start - noisy_overlap, 0), length + min(end + noisy_overlap, length))
-        chunks.append(_chunk(layout, slice(length + start, length + end), (slice(0, end), block)))
+        keys = slice(max(start - reach, 0), end)
+        chunks.append(_chunk(layout, slice(length + start, length + end), (keys, block)))
     return tuple(chunks)
 
 
@@ -348,7 +366,7 @@ def attend_in_chunks(
 
 
 def _select_keys(states: torch.Tensor, chunks: AttentionChunks) -> list[torch.Tensor]:
-    """The keys (or values) of every chunk: the first of the clean half, and a run of the noisy half if it has one."""
+    """The keys (or values) of every chunk: a run of the clean half, and one of the noisy half if it has one."""
     length = states.shape[2] // 2
     clean, noisy = states.split(length, dim=2)
     runs = [chunk.keys[1] for chunk in chunks if len(chunk.keys) > 1]
@@ -359,8 +377,8 @@ def _select_keys(states: torch.Tensor, chunks: AttentionChunks) -> list[torch.Te
         noisy_parts = iter([noisy[:, :, run.start - length : run.stop - length] for run in runs])
     selected = []
     for chunk in chunks:
-        stop = chunk.keys[0].stop
-        clean_part = clean if stop == length else clean[:, :, :stop]
+        run = chunk.keys[0]
+        clean_part = clean if run == slice(0, length) else clean[:, :, run]
         selected.append(clean_part if len(chunk.keys) == 1 else torch.cat([clean_part, next(noisy_parts)], dim=2))
     return selected
 

@@ -34,6 +34,7 @@ from .inputs_blockgen import (
     ForwardInputs,
     TrunkInputs,
     causal_pass,
+    check_window,
     checked_block_size,
     denoising_pass,
     kept_logits,
@@ -148,6 +149,8 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         num_committed: int | None = None,
+        cache_window: int | None = None,
+        cache_start: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         noise_level: torch.Tensor | float | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -190,6 +193,13 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
             num_committed (`int`, *optional*):
                 With noisy tokens and `use_cache=True`: how many of the clean tokens to commit, from the first on; the
                 others, a draft for instance, are only read. Default: all.
+            cache_window (`int`, *optional*):
+                A sliding window of W clean tokens: a clean token sees the last W up to itself (with block-causal
+                attention up to the end of its block), a noisy token the last W before its block, and its block.
+                Older ones may leave the cache. Default: all clean tokens are seen.
+            cache_start (`torch.LongTensor` of shape `[B or 1, 1]`, *optional*):
+                With a window: position of the first token in the cache, that is, how many tokens have left it. The
+                positions of the others go on from there. Default: 0.
             labels (`torch.LongTensor` of shape `[B, C]`, *optional*):
                 The clean tokens to learn (not shifted). Where they are -100 the noisy half is clean and costs nothing.
                 In training mode the loss is one draw of the mixture bound. In evaluation mode it is the bound, by two
@@ -227,6 +237,7 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
             ValueError: arguments that contradict one another, or attention that the implementation cannot compute.
         """
         cache = given_cache(cache, past_key_values)
+        check_window(self.config, cache_window)
         # CODEPATH: the paper's AR baseline has neither noise nor blocks.
         if self.config.next_token_prediction:
             _refuse_noise(noisy_input_ids=noisy_input_ids, query_input_ids=query_input_ids, objective=objective)
@@ -251,6 +262,8 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
             num_committed=num_committed,
             noise_level=noise_level,
             noisy_block_ids=noisy_block_ids,
+            cache_window=cache_window,
+            cache_start=cache_start,
         )
         if labels is None and noisy_input_ids is None:
             inputs = replace(inputs, use_cache=self._causal_use_cache(use_cache))

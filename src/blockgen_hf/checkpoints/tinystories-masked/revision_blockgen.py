@@ -166,16 +166,14 @@ class RevisionDecoder(BlockDecoder):
     def _reread(self, draft: torch.Tensor) -> Any:
         """One denoising pass over the finished draft, without noise and in the blocks of the revision."""
         state, length = self.state, draft.shape[1]
-        outputs = self.model(
+        outputs = self._forward(
             input_ids=torch.cat([state.pending, draft], dim=1),
             noisy_input_ids=draft,
             noisy_position_ids=state.next_positions(length),
             noisy_block_ids=self._noisy_blocks(length),
             block_size=self.block_size,
             attention_mask=state.mask_with(length),
-            cache=state.cache,
             noise_level=0.0,
-            modulations=self._modulations,
         )
         state.count_evaluation()
         return self._predicted(outputs.logits.flatten(0, 1), torch.ones_like(draft, dtype=torch.bool), draft)

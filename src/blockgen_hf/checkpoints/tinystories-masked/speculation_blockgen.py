@@ -361,7 +361,7 @@ class SpeculativeDecoder(BlockDecoder):
 
     def _verification_pass(self, draft: torch.Tensor, next_length: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Logits of the queries behind every prefix, `[A, n + 1, V]`, and of blocks behind them."""
-        state, model = self.state, self.model
+        state = self.state
         num_rows, num_queries = len(draft), draft.shape[1] + 1
         # The block starts with the token that the verification draws: it is not predicted, and makes the block longer.
         width = next_length + 1 if next_length else 0
@@ -378,18 +378,16 @@ class SpeculativeDecoder(BlockDecoder):
             noisy.append(prior[:, place.flatten()])
             where.append(positions[:, place.flatten()])
             blocks.append((num_queries + self._range(num_queries)).repeat_interleave(width)[None])
-        outputs = model(
+        outputs = self._forward(
             input_ids=torch.cat([state.pending, draft], dim=1),
             noisy_input_ids=torch.cat(noisy, dim=1),
             noisy_position_ids=torch.cat(where, dim=1),
             noisy_block_ids=torch.cat(blocks, dim=1),
             block_size=self.block_size,
             attention_mask=state.mask_with(draft.shape[1]),
-            cache=state.cache,
             use_cache=state.cache is not None,
             num_committed=state.pending.shape[1] if state.cache is not None else None,
             noise_level=1.0,
-            modulations=self._modulations,
         )
         state.count_evaluation()
         state.mark_pending_committed()
