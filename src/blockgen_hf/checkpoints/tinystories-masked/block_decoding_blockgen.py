@@ -100,9 +100,7 @@ class BlockDecoder:
         # Log-probabilities with which the new tokens were drawn, `[B, new]`, where they are asked for.
         self.confidence: torch.Tensor | None = None
         self.logits_processor = without_padding(logits_processor, input_ids, self.state.padding)
-        # Drawn from torch's default generator, so that `torch.manual_seed` and `set_seed` reproduce the text.
-        seed = int(torch.randint(2**62, ()))
-        self.rows = row_generator(seed, input_ids, attention_mask)
+        self.rows = row_generator(model.draw_seed(), input_ids, attention_mask)
         self.num_seeded = max_new_tokens if generation_config.decoding == "ar" else generation_config.ar_seed_tokens
         self._trajectory: list[tuple[torch.Tensor, ...]] = []
         self._modulations = model.base_model.constant_modulations(input_ids.device)

@@ -408,6 +408,13 @@ class BlockGenGenerationMixin(GenerationMixin):
 
     # 4. decoding
 
+    def draw_seed(self) -> int:
+        """
+        The seed of all random numbers of one `generate`: drawn from torch's default generator, so that
+        `torch.manual_seed` and `set_seed` reproduce the text.
+        """
+        return int(torch.randint(2**62, ()))
+
     def _sample(
         self,
         input_ids: torch.Tensor,

@@ -1,0 +1,1 @@
+"""Serving: many requests share the forward passes of one model (extra `serve`)."""

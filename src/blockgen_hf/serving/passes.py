@@ -1,0 +1,276 @@
+"""
+Forward passes that rows share.
+
+A generation of one row asks for a pass of the trunk, or of the output layer, and waits. Passes that wait are joined to
+one batch: tokens are padded, positions and blocks say who sees whom, and each row gets back what a pass of its own
+would have given. So the rows may be anything: at other steps, in other blocks, of other decodings and settings.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from ..modeling.releases_blockgen import named_cache
+from .cache_slots import CacheSlots, RowCache
+
+
+# Logits are large: so many positions are projected to the vocabulary at once.
+_MOST_PROJECTED = 512
+# A pass costs as much as so many tokens before it computes the first. Passes are joined where the padding costs less.
+_TOKENS_OF_A_PASS = 64
+_MOST_PADDING = 0.5
+_NO_BLOCK = -1
+
+
+@dataclass
+class TrunkCall:
+    """
+    A pass of the trunk for one row: the arguments of [`BlockGenModel.forward`] for a batch of one.
+
+    Args:
+        cache: of the row.
+        arguments: all others.
+        result: hidden states, when the pass is done.
+        turn: when it began to wait.
+    """
+
+    cache: RowCache
+    arguments: dict[str, Any]
+    result: Any = None
+    turn: int = 0
+
+    @property
+    def num_clean(self) -> int:
+        return self.arguments["input_ids"].shape[1]
+
+    @property
+    def num_noisy(self) -> int:
+        return self.arguments["noisy_input_ids"].shape[1]
+
+    @property
+    def num_committed(self) -> int:
+        if not self.arguments["use_cache"]:
+            return 0
+        count = self.arguments["num_committed"]
+        return self.num_clean if count is None else count
+
+    def noisy_blocks(self) -> torch.Tensor:
+        """The block of each noisy token, `[1, N]`, from 0 on."""
+        blocks = self.arguments["noisy_block_ids"]
+        positions = self.arguments["noisy_position_ids"]
+        if blocks is not None or not self.num_noisy:
+            return positions if blocks is None else blocks
+        return (positions - positions.amin()) // self.arguments["block_size"]
+
+    def first_part(self, num_tokens: int) -> "TrunkCall":
+        """A pass that only commits the first so many tokens."""
+        first = {name: self.arguments[name][:, :num_tokens] for name in ("input_ids", "position_ids")}
+        none = {name: self.arguments[name][:, :0] for name in ("noisy_input_ids", "noisy_position_ids")}
+        others = dict(noisy_block_ids=None, num_committed=None, is_full=False)
+        return TrunkCall(self.cache, {**self.arguments, **first, **none, **others}, turn=self.turn)
+
+    def drop_first_part(self, num_tokens: int) -> None:
+        """They are committed now."""
+        count = self.num_committed - num_tokens
+        rest = {name: self.arguments[name][:, num_tokens:] for name in ("input_ids", "position_ids")}
+        self.arguments = {**self.arguments, **rest, "num_committed": count}
+
+
+@dataclass
+class HeadCall:
+    """Hidden states `[..., d]` of one row that ask for their logits `[..., V]`."""
+
+    hidden_states: torch.Tensor
+    result: Any = None
+    turn: int = 0
+
+    @property
+    def num_positions(self) -> int:
+        return self.hidden_states.shape[:-1].numel()
+
+
+Call = TrunkCall | HeadCall
+
+
+@dataclass
+class PassCounts:
+    """What the passes of a model were: of the trunk, the rows in them, their tokens, and padding beside these."""
+
+    passes: int = 0
+    rows: int = 0
+    tokens: int = 0
+    padding: int = 0
+
+
+@dataclass
+class SharedPasses:
+    """
+    The forward passes of a model, for many rows at once.
+
+    Args:
+        model: it computes them.
+        prefill_chunk: longer prompts are committed in passes of so many tokens, between which others have their turn.
+    """
+
+    model: PreTrainedModel
+    prefill_chunk: int
+    counts: PassCounts = field(default_factory=PassCounts)
+
+    def __post_init__(self) -> None:
+        config = self.model.config
+        self.trunk, self.head = self.model.base_model, self.model.get_output_embeddings()
+        self.slots = CacheSlots(config.num_hidden_layers)
+        # Tokens of a block see one another under block-causal attention: they are committed together.
+        grid = config.block_sizes[0] if config.clean_attention == "block_causal" else 1
+        self.prefill_chunk += -self.prefill_chunk % grid
+
+    def choose(self, calls: Sequence[Call]) -> list[Call]:
+        """Of the calls that wait, those that take part in the next pass."""
+        calls = sorted(calls, key=lambda call: call.turn)
+        projections = [call for call in calls if isinstance(call, HeadCall)]
+        if projections:  # what is half done goes first
+            return list(choose_projections(projections))
+        trunk_calls = [call for call in calls if isinstance(call, TrunkCall)]
+        return list(choose_together(trunk_calls, [self._next_part(call) for call in trunk_calls]))
+
+    def run(self, calls: Sequence[Call]) -> None:
+        """
+        One pass over calls of one kind. They have their `result` then, but for a prompt of which only a part is read.
+        """
+        projections = [call for call in calls if isinstance(call, HeadCall)]
+        if projections:
+            self._project(projections)
+        trunk_calls = [call for call in calls if isinstance(call, TrunkCall)]
+        if trunk_calls:
+            self._run_trunk(trunk_calls)
+
+    def _project(self, calls: list[HeadCall]) -> None:
+        logits = self.head(torch.cat([call.hidden_states.flatten(0, -2) for call in calls]))
+        parts = logits.split([call.num_positions for call in calls])
+        for call, part in zip(calls, parts, strict=True):
+            call.result = part.unflatten(0, call.hidden_states.shape[:-1])
+
+    def _run_trunk(self, calls: list[TrunkCall]) -> None:
+        calls = sorted(calls, key=lambda call: call.cache.slot)
+        parts = [self._next_part(call) for call in calls]
+        for call, part, states in zip(calls, parts, self._forward(parts), strict=True):
+            if part is call:
+                call.result = BaseModelOutputWithPast(last_hidden_state=states, **named_cache(call.cache))
+            else:
+                call.drop_first_part(part.num_clean)
+
+    def _next_part(self, call: TrunkCall) -> TrunkCall:
+        return call.first_part(self.prefill_chunk) if call.num_committed > self.prefill_chunk else call
+
+    def _forward(self, calls: list[TrunkCall]) -> list[torch.Tensor]:
+        """One pass: the hidden states of each row, `[1, n, d]`."""
+        num_clean, num_noisy = max(call.num_clean for call in calls), max(call.num_noisy for call in calls)
+        rows = [call.cache for call in calls]
+        cache, start = self.slots.for_pass(rows, num_clean + num_noisy)
+        arguments = calls[0].arguments if len(calls) == 1 else joined_arguments(calls, start, num_clean, num_noisy)
+        # CODEPATH: the paper's AR baseline has no noisy tokens: clean ones predict.
+        is_dense = self.model.config.next_token_prediction
+        states = self.trunk(cache=cache, **arguments).last_hidden_state
+        self.slots.store(cache, rows, [call.num_committed for call in calls], start)
+        tokens = sum(call.num_clean + call.num_noisy for call in calls)
+        self.counts.passes += 1
+        self.counts.rows += len(calls)
+        self.counts.tokens += tokens
+        self.counts.padding += len(calls) * (num_clean + num_noisy) - tokens
+        return [
+            states[index, None, : call.num_clean if is_dense else call.num_noisy] for index, call in enumerate(calls)
+        ]
+
+
+def choose_projections(calls: list[HeadCall]) -> list[HeadCall]:
+    """As many as may be projected at once, and one at least."""
+    chosen, room = calls[:1], _MOST_PROJECTED - calls[0].num_positions
+    for call in calls[1:]:
+        if call.num_positions <= room:
+            chosen.append(call)
+            room -= call.num_positions
+    return chosen
+
+
+def choose_together(calls: list[TrunkCall], parts: list[TrunkCall]) -> list[TrunkCall]:
+    """
+    The call that waits longest, and with it those whose padding costs less than passes of their own.
+
+    Args:
+        calls: all that wait, the first for the longest time.
+        parts: what each of them needs next.
+    """
+    if not calls:
+        return []
+    num_clean, num_noisy = parts[0].num_clean, parts[0].num_noisy
+
+    def distance(index: int) -> int:
+        return abs(parts[index].num_clean - parts[0].num_clean) + abs(parts[index].num_noisy - parts[0].num_noisy)
+
+    chosen: list[TrunkCall] = []
+    tokens = 0
+    for index in sorted(range(len(calls)), key=distance):  # stable: the first comes first
+        part = parts[index]
+        clean, noisy = max(num_clean, part.num_clean), max(num_noisy, part.num_noisy)
+        needed = tokens + part.num_clean + part.num_noisy
+        if chosen and (len(chosen) + 1) * (clean + noisy) > (1 + _MOST_PADDING) * needed + _TOKENS_OF_A_PASS:
+            continue
+        chosen.append(calls[index])
+        num_clean, num_noisy, tokens = clean, noisy, needed
+    return chosen
+
+
+def joined_arguments(calls: list[TrunkCall], num_cached: int, num_clean: int, num_noisy: int) -> dict[str, Any]:
+    """
+    The arguments of one pass over several rows.
+
+    Args:
+        num_cached: columns of the cache of the pass: each row has its tokens in the first of them.
+        num_clean, num_noisy: columns of clean and of noisy tokens: of each row in the first of them.
+    """
+    arguments = [call.arguments for call in calls]
+
+    def column_wise(name: str, length: int) -> torch.Tensor:
+        return padded([each[name] for each in arguments], length)
+
+    def valid(lengths: list[int], length: int) -> torch.Tensor:
+        return torch.arange(length, device=device) < torch.tensor(lengths, device=device)[:, None]
+
+    device = arguments[0]["input_ids"].device
+    cached = valid([call.cache.length for call in calls], num_cached)
+    clean = valid([call.num_clean for call in calls], num_clean)
+    levels = [each["noise_level"] for each in arguments]
+    noise_level = None
+    if all(level is not None for level in levels):  # where the model looks at it, it is always given
+        levels = [
+            torch.as_tensor(level, dtype=torch.float64, device=device).view(1, -1).expand(1, call.num_noisy)
+            for level, call in zip(levels, calls, strict=True)
+        ]
+        noise_level = padded(levels, num_noisy, 1.0)
+    commits = any(call.num_committed for call in calls)
+    return dict(
+        input_ids=column_wise("input_ids", num_clean),
+        noisy_input_ids=column_wise("noisy_input_ids", num_noisy),
+        position_ids=column_wise("position_ids", num_clean),
+        noisy_position_ids=column_wise("noisy_position_ids", num_noisy),
+        noisy_block_ids=(padded([call.noisy_blocks() for call in calls], num_noisy, _NO_BLOCK) if num_noisy else None),
+        noisy_mask=valid([call.num_noisy for call in calls], num_noisy),
+        attention_mask=torch.cat([cached, clean], dim=1) if num_cached + num_clean else None,
+        # Those that a row does not keep are overwritten by its next ones.
+        use_cache=commits,
+        num_committed=num_clean if commits else None,
+        noise_level=noise_level,
+        modulations=arguments[0].get("modulations"),
+    )
+
+
+def padded(rows: list[torch.Tensor], length: int, value: float = 0) -> torch.Tensor:
+    """`[1, n]` each, to `[B, length]`."""
+    return torch.cat([torch.nn.functional.pad(row, (0, length - row.shape[1]), value=value) for row in rows])
+
+
+__all__ = ["Call", "HeadCall", "PassCounts", "SharedPasses", "TrunkCall"]
