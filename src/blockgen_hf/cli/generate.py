@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,6 +102,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compare", action="store_true", help="continue the prompt with every decoding and print a table"
     )
     group.add_argument("--json", action="store_true", help="print the result as JSON instead of text")
+    _add_replay_arguments(parser.add_argument_group("replay (docs/replay.md)"))
+
+
+def _add_replay_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--save-html",
+        type=Path,
+        metavar="FILE",
+        help="write a page that replays every step; with --compare, two decodings side by side",
+    )
+    group.add_argument("--save-svg", type=Path, metavar="FILE", help="write an animated SVG")
+    group.add_argument("--save-gif", type=Path, metavar="FILE", help="write a GIF (needs Pillow)")
+    group.add_argument(
+        "--trajectory-top-k",
+        type=integer(0, 100),
+        metavar="N",
+        help="--save-html: most likely tokens to show for each position (default: 5)",
+    )
 
 
 def _add_model_arguments(group: argparse._ArgumentGroup) -> None:
@@ -215,10 +234,15 @@ def run(args: argparse.Namespace) -> int:
         settings["do_sample"] = False
     if args.stop:
         settings["stop_strings"] = args.stop
+    if _replay_files(args):
+        top_k = 5 if args.trajectory_top_k is None else args.trajectory_top_k
+        settings |= {"output_trajectory": True, "trajectory_top_k": top_k if args.save_html else 0}
     prompts = _read_prompts(args)
 
     from .loading import one_line_errors, quiet_transformers
 
+    if len(prompts) > 1 and _replay_files(args):
+        raise CommandError(f"{_replay_files(args)[0]} replays a single text: give one prompt.")
     found = []
     with quiet_transformers(), one_line_errors():
         for number, sampler in enumerate(_make_samplers(args, prompts, settings)):
@@ -251,6 +275,10 @@ def _generate(args: argparse.Namespace, sampler: "Sampler", settings: dict[str, 
         generations = [sampler.generate(settings, _make_streamer(args, sampler, settings))]
         if not args.json:
             _print_generation(generations[0], sampler.seed)
+    if _replay_files(args):
+        from .replaying import save_replay
+
+        save_replay(generations, sampler.prompt, html=args.save_html, svg=args.save_svg, gif=args.save_gif)
     return {
         "model": sampler.model.name_or_path,
         "device": str(sampler.model.device),
@@ -279,8 +307,31 @@ def _check_combinations(args: argparse.Namespace) -> None:
                 )
     if args.show_denoising and args.num_samples > 1:
         raise CommandError("--show-denoising shows a single sample: leave --num-samples out.")
+    _check_replay(args)
     if args.prompt_file is not None and args.prompts:
         raise CommandError("--prompt-file stands for the prompts: leave PROMPT out.")
+
+
+def _replay_files(args: argparse.Namespace) -> list[str]:
+    """The options that save a replay."""
+    names = ("save_html", "save_svg", "save_gif")
+    return [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is not None]
+
+
+def _check_replay(args: argparse.Namespace) -> None:
+    files = _replay_files(args)
+    if args.trajectory_top_k is not None and args.save_html is None:
+        raise CommandError("--trajectory-top-k has no meaning without --save-html.")
+    if files and args.num_samples > 1:
+        raise CommandError(f"{files[0]} replays a single text: leave --num-samples out.")
+    pictures = [option for option in files if option != "--save-html"]
+    if pictures and args.compare:
+        raise CommandError(f"{pictures[0]} shows a single decoding: leave --compare out, or use --save-html.")
+    for path in (args.save_html, args.save_svg, args.save_gif):  # before a text is generated in vain
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            raise CommandError(f"{path} cannot be written: it must be a file in a folder that exists.")
+    if args.save_gif is not None and find_spec("PIL") is None:
+        raise CommandError("--save-gif needs Pillow: pip install pillow.")
 
 
 def _make_samplers(args: argparse.Namespace, prompts: list[str], settings: dict[str, Any]) -> "list[Sampler]":

@@ -1,13 +1,14 @@
 """One call of `generate`, and what it cost."""
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from ..default_decoding import CORRECTOR_PERIOD
+from ..generation.frames import frames
 from ..generation.generation_configuration_blockgen import BlockGenGenerationConfig
 from ..prompts import PromptEncoder
 from .parsing import CommandError
@@ -43,6 +44,7 @@ class Generation:
     settings: dict[str, Any]
     samples: list[Sample]
     seconds: float
+    frames: list[dict[str, Any]] = field(default_factory=list)  # of each sample, where they are asked for
 
     @property
     def num_new_tokens(self) -> int:
@@ -199,7 +201,8 @@ class Sampler:
             columns += [outputs.num_drafted_tokens, outputs.num_accepted_tokens]
         costs = zip(*(column.tolist() for column in columns), strict=True)
         samples = [self._sample(row, *cost) for row, cost in zip(sequences, costs, strict=True)]
-        return Generation(effective, samples, seconds)
+        documents = [] if outputs.frames is None else frames(outputs, self.tokenizer)
+        return Generation(effective, samples, seconds, documents)
 
     def _sample(self, token_ids: list[int], *cost: Any) -> Sample:
         prompt_length = self.input_ids.shape[1]
