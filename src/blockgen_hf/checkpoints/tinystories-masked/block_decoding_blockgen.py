@@ -38,6 +38,7 @@ from .sampling_blockgen import CounterGenerator
 from .correctors_blockgen import penalties, worst_positions
 from .decoding_state_blockgen import DecodingState, row_generator
 from .denoising_blockgen import Block, Purpose, TimeGrid, denoise, denoise_adaptively, hit_first
+from .frames_blockgen import FrameRecorder
 from .generation_configuration_blockgen import AR_CORRECTORS, DISTRIBUTION_CORRECTORS
 from .logits_blockgen import BlockText, Prediction, process_logits, without_padding
 
@@ -51,8 +52,8 @@ class BlockDecoder:
     """
     One call of `generate`. The arguments are those of `GenerationMixin._sample`.
 
-    After [`~BlockDecoder.run`], `sequences()`, `num_function_evaluations`, `num_new_tokens`, `trajectory()` and
-    `returned_cache()` hold the result.
+    After [`~BlockDecoder.run`], `sequences()`, `num_function_evaluations`, `num_new_tokens`, `trajectory()`,
+    `frames()` and `returned_cache()` hold the result.
     """
 
     def __init__(
@@ -103,10 +104,19 @@ class BlockDecoder:
         self.rows = row_generator(model.draw_seed(), input_ids, attention_mask)
         self.num_seeded = max_new_tokens if generation_config.decoding == "ar" else generation_config.ar_seed_tokens
         self._trajectory: list[tuple[torch.Tensor, ...]] = []
+        self.recorder = self._frame_recorder(input_ids)
         self._modulations = model.base_model.constant_modulations(input_ids.device)
         if generation_config.decoding != "ar":
             num_steps = generation_config.num_denoising_steps()
             self.grid = TimeGrid.of(self.process.schedule, num_steps, input_ids.device)
+
+    def _frame_recorder(self, input_ids: torch.Tensor) -> FrameRecorder | None:
+        """Where frames are asked for, or the streamer takes them."""
+        listener = getattr(self.streamer, "put_frame", None)
+        if not self.settings.output_trajectory and listener is None:
+            return None
+        mask = self.process.mask_token_id if isinstance(self.process, MaskedDiffusion) else None
+        return FrameRecorder(input_ids, self.state.padding, self.settings, mask, listener)
 
     @staticmethod
     def _may_have_row_adapters(model: PreTrainedModel) -> bool:
@@ -138,6 +148,12 @@ class BlockDecoder:
     def trajectory(self) -> tuple[tuple[torch.Tensor, ...], ...] | None:
         return tuple(self._trajectory) if self.settings.output_trajectory else None
 
+    def frames(self, generation_config: GenerationConfig) -> tuple[dict[str, Any], ...] | None:
+        """Those of a call with these settings, which may be others than those of a draft."""
+        if self.recorder is None or not generation_config.output_trajectory:
+            return None
+        return self.recorder.documents(generation_config)
+
     def returned_cache(self) -> Any:
         lost_rows = self.state.dropped_rows and not self.state.keep_all_rows
         return None if lost_rows or self.state.cache_start is not None else self.state.cache
@@ -154,7 +170,7 @@ class BlockDecoder:
         for _ in range(min(self.num_seeded, self.state.max_new_tokens)):
             if self.state.is_finished:
                 break
-            self._accept(self._autoregressive_token())
+            self._accept(self._autoregressive_token(), "ar")
         while not self.state.is_finished:
             self._accept(self._denoise_block(self._block_length()))
 
@@ -162,8 +178,23 @@ class BlockDecoder:
         """The last block is as long as what is left; on the grid of a block-causal model every block is whole."""
         return min(self.block_size, self.state.columns_left) if self.block_grid == 1 else self.block_size
 
-    def _accept(self, tokens: torch.Tensor) -> None:
-        self._put(self.state.accept(tokens, self.stopping_criteria))
+    def _accept(self, tokens: torch.Tensor, event: str = "commit") -> None:
+        self._put(self._take(tokens, event))
+
+    def _take(self, tokens: torch.Tensor, event: str) -> torch.Tensor:
+        """The next tokens `[A, n]` become text; see [`DecodingState.accept`]."""
+        state = self.state
+        going_on = ~state.done
+        rows, columns = state.active[going_on], state.columns(tokens.shape[1])[going_on]
+        new_tokens = state.accept(tokens, self.stopping_criteria)
+        if self.recorder is not None:
+            self.recorder.take(state, rows, columns, event)
+        return new_tokens
+
+    def _show(self, event: str, tokens: torch.Tensor, **facts: Any) -> None:
+        """A frame of the block in work; see [`FrameRecorder.canvas`]."""
+        if self.recorder is not None:
+            self.recorder.canvas(event, self.state, tokens, **facts)
 
     def _put(self, new_tokens: torch.Tensor) -> None:
         """Streams new tokens `[B, n]`."""
@@ -183,6 +214,8 @@ class BlockDecoder:
             self.confidence[state.active[:, None], state.columns(1) - state.prompt_width] = prediction.log_prob(
                 tokens
             )[:, None]
+        if self.recorder is not None:
+            self.recorder.judge(state, tokens[:, None], prediction)
         return tokens[:, None]
 
     def _next_token_logits(self) -> torch.Tensor:
@@ -227,6 +260,7 @@ class BlockDecoder:
         generator = self._generator(tokens.shape[1])
         z_t = self.process.prior(tokens.shape, tokens.device, generator.fold_in(Purpose.PRIOR))
         z_t = torch.where(free, z_t, tokens)
+        self._show("noise", z_t, noise=free, free=free)
         states = [z_t] if settings.output_trajectory else None
         where = state.active[:, None], state.columns(tokens.shape[1]) - state.prompt_width
         confidence = None if self.confidence is None else self.confidence[where]
@@ -249,7 +283,16 @@ class BlockDecoder:
         """A [`Block`] of this model and these settings."""
         greedy_end, time_conditioning = self.settings.noise_removal == "greedy", self.model.config.time_conditioning
         return Block(
-            self.process, self.grid, self._denoise, generator, free, greedy_end, time_conditioning, states, **others
+            self.process,
+            self.grid,
+            self._denoise,
+            generator,
+            free,
+            greedy_end,
+            time_conditioning,
+            states,
+            show=self._show if self.recorder is not None else None,
+            **others,
         )
 
     def _denoise_by_steps(self, block: Block, z_t: torch.Tensor) -> torch.Tensor:
@@ -272,18 +315,24 @@ class BlockDecoder:
         settings, generator = self.settings, block.generator.fold_in(step)
         needs_whole = settings.corrector in DISTRIBUTION_CORRECTORS
         proposal, prediction = self._propose(block, z_t, step, needs_whole)
+        is_noise = None if isinstance(self.process, MaskedDiffusion) else torch.zeros_like(block.free)
+        self._show("propose", proposal, step=step, noise=is_noise, free=block.free)
         corrector, verification, diffusion_log_probs = settings.corrector, None, None
         if needs_whole and prediction is not None:
             logits = prediction.logits.unflatten(0, z_t.shape)
             diffusion_log_probs = self.process.log_probs(logits.double(), z_t)
         if corrector in AR_CORRECTORS:
             verification = self._verify(proposal, generator.fold_in(Purpose.AR_QUERY), block.free.any(-1))
+            if self.recorder is not None:
+                self.recorder.judge(self.state, proposal, verification)
         numbers = generator.fold_in(Purpose.SCORE)
         penalty = penalties(corrector, proposal, diffusion_log_probs, verification, numbers.uniform())
         count = ((1 - self.grid.alphas[step + 1]) * self._num_proposed(block)).round().clamp(min=1)
         worst = worst_positions(penalty, count, ~block.free, numbers.uniform(1))
         noise = self.process.prior(proposal.shape, proposal.device, generator.fold_in(Purpose.RENOISE))
-        return torch.where(worst, noise, proposal)
+        z_s = torch.where(worst, noise, proposal)
+        self._show("correct", z_s, step=step + 1, noise=worst, free=block.free)
+        return z_s
 
     def _num_proposed(self, block: Block) -> int | torch.Tensor:
         """L' of which the k worst tokens are a share: one number, or one of each row, `[A, 1]`."""
@@ -330,10 +379,11 @@ class BlockDecoder:
 
     def _denoise(self, z_t: torch.Tensor, where: torch.Tensor, rows: torch.Tensor, time: torch.Tensor) -> Prediction:
         """One denoiser pass, as [`Predict`] says; the first of a block commits the tokens before it."""
-        state = self.state
+        state, config = self.state, self.model.config
         self._commit_what_cannot_ride()
         has_drafts = hasattr(self.streamer, "put_draft")
-        wanted = torch.ones_like(where) if has_drafts else where
+        tells_likely = self.recorder is not None and self.recorder.top_k > 0
+        wanted = torch.ones_like(where) if has_drafts or tells_likely else where
         num_wanted = int(wanted.sum())
         # How many tokens are wanted differs from pass to pass, and would be compiled anew each time.
         is_compiled = self.model._compiled_call_impl is not None or hasattr(
@@ -359,6 +409,10 @@ class BlockDecoder:
         prediction = self._predicted(logits, wanted, z_t)
         if has_drafts:
             self._put_draft(self.streamer, prediction, z_t)
+        if self.recorder is not None and tells_likely:
+            is_open = rows[:, None] & (z_t == config.mask_token_id if config.diffusion_type == "masked" else wanted)
+            self.recorder.predict("diffusion", state, is_open, prediction[is_open.flatten()])
+        if has_drafts or tells_likely:
             prediction = prediction[where.flatten()]
         return prediction
 

@@ -28,9 +28,10 @@ The adaptive samplers, at the end, take as many tokens at a step as the model is
 law of the text is theirs, not that of the diffusion.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -119,6 +120,7 @@ class Block:
             in place of numbers of the generator's.
         confidence (`torch.DoubleTensor` of shape `[A, n]`, *optional*): is given the log-probability of each token in
             the prediction that it was drawn from last.
+        show (`Callable`, *optional*): is called as [`FrameRecorder.canvas`] with each state of the block.
     """
 
     process: DiffusionProcess
@@ -131,11 +133,17 @@ class Block:
     states: list[torch.Tensor] | None
     numbers: torch.Tensor | None = None
     confidence: torch.Tensor | None = None
+    show: Callable[..., None] | None = None
 
     def keep_confidence(self, where: torch.Tensor, prediction: Prediction, tokens: torch.Tensor) -> None:
         """Of the M tokens that were drawn at the positions `where`, `[A, n]`."""
         if self.confidence is not None:
             self.confidence[where] = prediction.log_prob(tokens)
+
+    def show_step(self, z_t: torch.Tensor, step: torch.Tensor | int, rows: torch.Tensor, **facts: Any) -> None:
+        """What `step` made of these rows `[A]`."""
+        if self.show is not None:
+            self.show("denoise", z_t, step=step + 1, rows=rows, free=self.free, **facts)
 
     def masked(self, z_t: torch.Tensor) -> torch.Tensor:
         """Where a token is masked, `[A, n]`; nowhere in uniform models."""
@@ -212,6 +220,7 @@ def _reveal(
         block.keep_confidence(revealed, prediction, tokens)
         z_t = z_t.masked_scatter(revealed, tokens)
         upcoming = upcoming.masked_fill(revealed, last)
+        block.show_step(z_t, following.squeeze(-1), due.squeeze(-1))
     if block.states is not None:
         block.states.extend(torch.where(masked & (event > step), noisy, z_t) for step in range(first, last))
     return z_t
@@ -231,7 +240,8 @@ def _denoise_uniform(
         running, now = step < last, step.clamp(max=last - 1)
         if not running.any():
             break
-        if not (running & ~stale).any():
+        has_pass = not (running & ~stale).any()
+        if has_pass:
             prediction = block.predict(z_t, everywhere, running.squeeze(-1), grid.times[now].squeeze(-1))
             z_prob = prediction.prob(z_t.flatten()).view_as(z_t)
             stale = torch.zeros_like(stale)
@@ -247,8 +257,11 @@ def _denoise_uniform(
         ends = ready & block.free & is_end
         if block.confidence is not None and ends.any():
             block.keep_confidence(ends, prediction[ends.flatten()], z_s[ends])
-        stale = stale | (ready & ((z_s != z_t).any(-1, keepdim=True) | block.time_conditioning))
+        has_changed = (z_s != z_t).any(-1, keepdim=True)
+        stale = stale | (ready & (has_changed | block.time_conditioning))
         z_t = z_s
+        if has_pass or has_changed.any():
+            block.show_step(z_t, now.squeeze(-1), (ready & (has_changed | has_pass)).squeeze(-1))
         if block.states is not None:
             for index in step[ready].unique().tolist():
                 states[index] = torch.where(ready & (step == index), z_t, states.get(index, z_t))
@@ -293,6 +306,7 @@ def denoise_adaptively(block: Block, z_t: torch.Tensor, sampler: str, bound: flo
         noise = process.prior(z_t.shape, z_t.device, generator.fold_in(Purpose.RENOISE))
         z_t = torch.where(wanted & ~accepted, noise, tokens)
         open_tokens = wanted & ~accepted
+        block.show_step(z_t, step, rows, noise=open_tokens)
         if block.states is not None:
             block.states.append(z_t)
     return z_t

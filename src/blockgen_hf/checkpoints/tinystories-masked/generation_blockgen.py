@@ -85,6 +85,9 @@ class BlockGenGenerateOutput(BothCacheNames, GenerateDecoderOnlyOutput):
             `decoding="speculative"` for each round the draft, and what was accepted of it with the token that follows;
             pads behind. With `decoding="draft_revise"` the blocks of the draft, then those of each revision in which a
             token is revised: first with noise in its place.
+        frames (`tuple(dict)`, *optional*, returned with `output_trajectory=True`):
+            For each row a frame after every step, of every decoding, as plain data with token ids (docs/replay.md).
+            `blockgen_hf.generation.frames` adds the texts of the tokens.
         cache (`Cache`, *optional*, `past_key_values` too):
             The cache, for a following call: prompt and new tokens but for the last block, which no one needed yet.
             None if rows ended early and left the batch (pass a cache of your own to keep them in), or if tokens left
@@ -99,6 +102,7 @@ class BlockGenGenerateOutput(BothCacheNames, GenerateDecoderOnlyOutput):
     num_accepted_tokens: torch.Tensor | None = None
     drafts: tuple[torch.Tensor, ...] | None = None
     revised: tuple[torch.Tensor, ...] | None = None
+    frames: tuple[dict[str, Any], ...] | None = None
 
 
 class BlockGenGenerationMixin(GenerationMixin):
@@ -477,6 +481,7 @@ class BlockGenGenerationMixin(GenerationMixin):
             num_new_tokens=decoder.num_new_tokens,
             tokens_per_forward=decoder.num_new_tokens / decoder.num_function_evaluations.clamp(min=1),
             trajectory=decoder.trajectory(),
+            frames=decoder.frames(generation_config),
             num_drafted_tokens=getattr(decoder, "num_drafted_tokens", None),
             num_accepted_tokens=getattr(decoder, "num_accepted_tokens", None),
             drafts=getattr(decoder, "drafts", None),

@@ -53,6 +53,7 @@ _DEFAULTS: dict[str, Any] = {
     "revise_ratio": 0.25,
     "revise_score": "snapshot",
     "output_trajectory": False,
+    "trajectory_top_k": 0,
     # A diffusion model is sampled from, and from its whole distribution: transformers' default top_k=50 cuts it
     # silently.
     "do_sample": True,
@@ -152,7 +153,11 @@ class BlockGenGenerationConfig(GenerationConfig):
             A sliding window: every token sees the last so many clean tokens before its block, and older ones leave the
             cache. A text may then be longer than the model has positions. Default: all tokens are seen.
         output_trajectory (`bool`, defaults to `False`):
-            Whether to return the states of each step, with `return_dict_in_generate=True`.
+            Whether to return the states of each step and the frames that show them, with
+            `return_dict_in_generate=True`.
+        trajectory_top_k (`int`, defaults to 0):
+            With `output_trajectory=True`: how many of the most likely tokens the frames give for each position that a
+            pass predicts, under diffusion and under AR. The passes then compute the logits of all noisy tokens.
         kwargs:
             Everything that [`GenerationConfig`] takes.
 
@@ -250,6 +255,7 @@ class BlockGenGenerationConfig(GenerationConfig):
             ("nfe_per_block", 1, _MOST_STEPS),
             ("draft_steps", 1, _MOST_STEPS),
             ("ar_seed_tokens", 0, None),
+            ("trajectory_top_k", 0, 100),
             ("corrector_start", 0, _MOST_STEPS),
             ("corrector_period", 1, _MOST_STEPS),
             ("cache_window", 1, None),

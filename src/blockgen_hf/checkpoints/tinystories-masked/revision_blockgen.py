@@ -102,12 +102,12 @@ class RevisionDecoder(BlockDecoder):
                 self._put(text)
             self.streamer.end()
 
-    def _accept(self, tokens: torch.Tensor) -> None:
+    def _accept(self, tokens: torch.Tensor, event: str = "commit") -> None:
         """Tokens that may still be revised are not streamed."""
         if self.is_last_stage:
-            super()._accept(tokens)
+            super()._accept(tokens, event)
         else:
-            self.state.accept(tokens, self.stopping_criteria)
+            self._take(tokens, event)
 
     def _text(self) -> torch.Tensor:
         """The new tokens, `[B, n]`; pads behind the end of a row."""
@@ -136,6 +136,8 @@ class RevisionDecoder(BlockDecoder):
         self.is_last_stage = index == len(self.stages) - 1
         self.drafts = (*self.drafts, draft)
         self.revised = (*self.revised, self._least_certain(draft, self.lengths, stage.ratio))
+        if self.recorder is not None:
+            self.recorder.revise(self.state, self.revised[-1])
 
     def _least_certain(self, draft: torch.Tensor, lengths: torch.Tensor, ratio: float) -> torch.Tensor:
         """
@@ -159,6 +161,8 @@ class RevisionDecoder(BlockDecoder):
         self._commit_what_cannot_ride()
         if self.score == "ar_surprisal":
             prediction = self._verify(draft, self._generator(draft.shape[1]).fold_in(Purpose.AR_QUERY))
+            if self.recorder is not None:
+                self.recorder.judge(self.state, draft, prediction)
         else:
             prediction = self._reread(draft)
         return prediction.log_prob(draft.flatten()).view(draft.shape)

@@ -205,6 +205,10 @@ class SpeculativeDecoder(BlockDecoder):
         if self.is_fused and length > 0:  # behind the longest prefix there is no more room than that
             next_length = width if self.rejects else min(self.lengths.longest, int(room.max()) - 1)
         limits = self._own_lengths(rows, room, num_drafted)
+        verified = torch.minimum(room - 1, limits)
+        if num_drafted:
+            is_drafted = self._range(num_drafted) < verified[:, None]
+            self._show("draft", draft, noise=torch.zeros_like(is_drafted), free=is_drafted)
         tokens, accepted, drafts = self._verify_draft(draft, next_length, limits)
         counts = torch.minimum(accepted + 1, room)
         if not state.is_ragged:
@@ -214,14 +218,15 @@ class SpeculativeDecoder(BlockDecoder):
         before, known = state.active, state.num_new_tokens.clone()
         new_tokens = state.accept(tokens, self.stopping_criteria, counts)
         taken = (state.num_new_tokens - known)[before]
-        accepted_now = torch.minimum(torch.minimum(accepted, counts), taken)
-        verified = torch.minimum(room - 1, limits)
+        accepted_now = torch.minimum(torch.minimum(accepted, verified), torch.minimum(counts, taken))
         self.num_drafted_tokens[before] += torch.where(taken > 0, verified, 0)
         self.num_accepted_tokens[before] += accepted_now
         for row, drafted, kept in zip(rows, verified.tolist(), accepted_now.tolist(), strict=True):
             self.lengths.record(row, drafted, kept)
         self.batch.needed = self.costs.needed(self.needed)
         self.batch.record(0, num_drafted, float(accepted_now.double().mean()))
+        if self.recorder is not None:
+            self.recorder.verified(state, rows, draft, verified.tolist(), accepted_now.tolist(), taken.tolist())
         if new_tokens.shape[1]:
             self._put(new_tokens)
         self._next_draft(drafts, counts - 1, torch.isin(before, state.active))
@@ -249,7 +254,7 @@ class SpeculativeDecoder(BlockDecoder):
         token = self._autoregressive_token()
         self.logits_processor = drafting
         self._record([row], token[:, :0], token, torch.ones_like(token[:, 0]))
-        self._accept(token)
+        self._accept(token, "ar")
         self.lengths.record(row, 0, 0)
         self.batch.record(0, 0, 0)
 
@@ -262,6 +267,8 @@ class SpeculativeDecoder(BlockDecoder):
         noise = self.process.prior(numbers.shape, numbers.device, generator.fold_in(Purpose.PRIOR))
         if self.has_steps:
             block = self._block(generator, goes_on[:, None].expand_as(noise), numbers=numbers)
+            is_verified = self._range(length) < self.state.room()[:, None] - 1
+            self._show("noise", noise, noise=block.free, free=block.free & is_verified)
             self.draft = self._denoise_by_steps(block, noise)
         else:
             everywhere = torch.ones_like(noise, dtype=torch.bool)
@@ -299,6 +306,8 @@ class SpeculativeDecoder(BlockDecoder):
         numbers = self._generator(logits.shape[1]).fold_in(self._purpose).uniform()
         everywhere = torch.ones_like(numbers, dtype=torch.bool)
         prediction = self._predicted(logits.flatten(0, 1), everywhere, torch.zeros_like(numbers, dtype=torch.long))
+        if self.recorder is not None:
+            self.recorder.predict("diffusion", self.state, everywhere, prediction)
         self._draw_draft(prediction, numbers)
         self._show_draft()
 
@@ -327,6 +336,8 @@ class SpeculativeDecoder(BlockDecoder):
             tokens, agrees = self._test_probabilities(prediction, draft, limits, tokens)
         else:
             agrees = tokens[:, :num_drafted] == draft
+        if self.recorder is not None:
+            self.recorder.judge(state, tokens, prediction)
         accepted = agrees.long().cumprod(-1).sum(-1)
         return torch.where(state.done[:, None], state.pad_token_id, tokens), accepted, drafts
 
