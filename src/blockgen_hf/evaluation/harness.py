@@ -196,7 +196,7 @@ class BlockGenLM(HFLM):
         """
         As [`HFLM.loglikelihood`], but a continuation without context is the beginning of a text: nothing stands before
         it unless the tokenizer or `prefix_token_id` says so, or the model is of the kind that needs it
-        (`next_token_prediction`).
+        (`ar_prediction="clean"`, `next_token_prediction`).
         """
         encoded: list[_Request] = []
         for context, continuation in (request.args for request in requests):
@@ -234,11 +234,11 @@ class BlockGenLM(HFLM):
         if self.custom_prefix_token_id is not None:
             return [self.custom_prefix_token_id]
         begin: list[int] = self.tok_encode("")
-        return begin or ([self.prefix_token_id] if self.model.config.next_token_prediction else [])
+        return begin or ([self.prefix_token_id] if self.model.config.predicts_from_clean else [])
 
     def _fit(self, context: list[int], continuation: list[int]) -> _Text:
         """As many tokens as the model has positions: contexts are cut on the left."""
-        longest = self.max_length - (1 if self.model.config.next_token_prediction else 0)
+        longest = self.max_length - (1 if self.model.config.predicts_from_clean else 0)
         if len(continuation) > longest:
             raise ValueError(
                 f"A continuation of {len(continuation)} tokens cannot be scored: the model takes {longest} at most."

@@ -60,7 +60,9 @@ def sequence_nll(
     tensors = {name: tensor.to(unwrapped.device) for name, tensor in model_columns(batch, "`batch`").items()}
     attention_mask = None if tensors["attention_mask"].all() else tensors["attention_mask"]
     document_ids = tensors.get("document_ids")
-    rows = evaluation_rows(tensors["input_ids"], tensors["labels"], attention_mask, document_ids, seed)
+    rows = evaluation_rows(
+        tensors["input_ids"], tensors["labels"], attention_mask, document_ids, seed, config.is_anchored
+    )
     labels = torch.where(rows.scored, rows.tokens, -100)
     nll = torch.zeros(
         len(rows.tokens), len(sizes), monte_carlo_samples, dtype=torch.float64, device=rows.tokens.device
@@ -152,7 +154,7 @@ def evaluate_likelihood(
     - Block size s: the ELBO (Eq. 15, 16) from K draws per sequence (Eq. 18, 19), summed over the data set and divided
       by its scored tokens (Eq. 13). For block size 1, it is the cross entropy with fully noised inputs: the exact
       likelihood of masked models (Eq. 14), and a mean over random inputs from K draws for uniform ones. Models with
-      `next_token_prediction` are exact, and do not score the first token of a text.
+      `next_token_prediction` or `ar_prediction="clean"` are exact there, and do not score the first token of a text.
     - Mixture: `jensen` (Eq. 7), and the tighter `log_sum_exp` (Eq. 20), reduced for each sequence, with one estimate
       that is corrected for its bias and one that is certainly a bound.
 

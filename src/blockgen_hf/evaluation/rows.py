@@ -119,6 +119,6 @@ def check_batch(batch: Batch, start: int, config: BlockGenConfig) -> torch.Tenso
                 f"Row {start + row} of `dataset` has the mask token {config.mask_token_id} among its scored tokens: a "
                 "masked model never predicts it."
             )
-    if config.next_token_prediction:
+    if config.predicts_from_clean:
         scored = scored & (positions > 0)
     return scored.sum(-1)

@@ -19,8 +19,8 @@ class BlockGenDataCollator:
             end-of-text token works as well: padding is neither attended to nor scored.
         pad_to_multiple_of (`int`, *optional*): makes the length of every batch a multiple of this.
         default_pad_token_id (`int`, *optional*): token for padding if the tokenizer has none.
-        score_first_token (`bool`): False for models with `next_token_prediction`, which cannot predict the first token
-            of a text.
+        score_first_token (`bool`): False for models whose clean tokens predict, which cannot predict the first
+            token of a text.
 
     Raises:
         ValueError: `pad_to_multiple_of` is below 1, or there is no token for padding.

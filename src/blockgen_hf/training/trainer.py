@@ -98,7 +98,7 @@ class BlockGenTrainer(PublishingTrainer):
             self.data_collator = BlockGenDataCollator(
                 self.processing_class,
                 default_pad_token_id=config.pad_token_id or 0,
-                score_first_token=not config.next_token_prediction,
+                score_first_token=not config.predicts_from_clean,
             )
         self._loss_shifts_labels = False  # labels stand where they are scored
         self._check_evaluation()

@@ -96,7 +96,7 @@ class BlockGenSFTTrainer(BlockGenTrainer, _SFTData):
             self.data_collator = BlockGenDataCollator(
                 self.processing_class,
                 pad_to_multiple_of=self.args.pad_to_multiple_of,
-                score_first_token=not config.next_token_prediction,
+                score_first_token=not config.predicts_from_clean,
             )
 
 
