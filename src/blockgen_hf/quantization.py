@@ -23,6 +23,7 @@ _LAYER_MATRICES = (
     "self_attn.k_proj",
     "self_attn.v_proj",
     "self_attn.o_proj",
+    "mlp.gate_proj",
     "mlp.up_proj",
     "mlp.down_proj",
 )
@@ -141,7 +142,8 @@ def quantize_for_cpu(model: PreTrainedModel, weights: str = "int8") -> PreTraine
         raise ValueError(f"`model` must be a BlockGen model, but is a {type(model).__name__}.")
     if model.training:
         raise ValueError("`model` is in training mode, and packed weights cannot be trained: call `model.eval()`.")
-    names = [f"model.layers.{i}.{name}" for i in range(len(model.model.layers)) for name in _LAYER_MATRICES]
+    matrices = [name for name in _LAYER_MATRICES if model.config.gated_mlp or name != "mlp.gate_proj"]
+    names = [f"model.layers.{i}.{name}" for i in range(len(model.model.layers)) for name in matrices]
     names.append("lm_head")
     for name in names:  # all of them before the first is replaced
         _check_linear(name, model.get_submodule(name))

@@ -1,4 +1,4 @@
-"""Convert a published checkpoint to a folder that transformers loads, and back."""
+"""Convert a published checkpoint, or a Llama, Mistral, Qwen or SmolLM model, to a BlockGen folder, and back."""
 
 import argparse
 
@@ -7,13 +7,16 @@ from .figures import noise_name
 from .parsing import integer, list_of
 
 
-EXAMPLE = "blockgen-hf convert hf:kuleshov-group/bd3lm-owt-block_size4 --tokenizer gpt2 --output bd3lm"
+EXAMPLE = (
+    "blockgen-hf convert hf:kuleshov-group/bd3lm-owt-block_size4 --tokenizer gpt2 --output bd3lm\n"
+    "blockgen-hf convert hf:HuggingFaceTB/SmolLM2-135M --family causal-lm --output smollm2"
+)
 USAGE = "source --output DIR"
-_FAMILIES = ("block-dit", "dense-dit", "ar", "bd3lm")
+_FAMILIES = ("block-dit", "dense-dit", "ar", "bd3lm", "causal-lm")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", help="folder, or hf:org/repo or hf:org/repo/folder on the Hub")
+    parser.add_argument("source", help="folder or GGUF file, or hf:org/repo or hf:org/repo/folder")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace the model in DIR; other files stay")
     parser.add_argument("--revision", help="branch, tag or commit of a source on the Hub")
@@ -35,12 +38,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="whether a full-sequence model knows the noise level (default: yes if uniform, no if masked)",
     )
+    group.add_argument(
+        "--noisy-attention",
+        choices=("block", "causal"),
+        help="of a causal language model: what noisy tokens see of their block (default: block)",
+    )
     group = parser.add_argument_group("output")
     group.add_argument(
         "--to",
-        choices=("transformers", "published"),
+        choices=("transformers", "published", "causal-lm"),
         default="transformers",
-        help="published: convert a folder of this package back",
+        help="published, causal-lm: convert a folder of this package back",
     )
     group.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="type of the weights (default: as in the source)"
@@ -62,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
             block_sizes=args.block_sizes,
             block_size_weights=args.block_size_weights,
             time_conditioning=args.time_conditioning,
+            noisy_attention=args.noisy_attention,
             tokenizer=args.tokenizer and find_checkpoint(args.tokenizer),
             family=args.family,
             to=args.to,

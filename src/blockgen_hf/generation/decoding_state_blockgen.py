@@ -40,8 +40,8 @@ class DecodingState:
         spare (`int`): columns behind that room, for blocks that end beyond it.
         pad_token_id (`int`): what stands behind the end of a row.
         grid (`int`): blocks of a block-causal model start at multiples of it, 1: anywhere.
-        is_anchored (`bool`): whether the last token of each row predicts the next one: it is neither pending nor cached
-            then, but the first token of the canvas that follows.
+        is_anchored (`bool`): whether the last token of each row predicts the next one: it is neither pending nor
+            cached then, but the first token of the canvas that follows.
         keep_all_rows (`bool`): whether rows that are done stay in the batch: the caller owns the cache, or the model
             knows the rows by their place.
         window (`int`, *optional*): how many clean tokens a token sees; older ones leave the cache.

@@ -410,12 +410,10 @@ class SpeculativeDecoder(BlockDecoder):
         behind = logits[:, num_queries:].unflatten(1, (num_queries, width))
         return logits[:, :num_queries], behind[:, :, 1:]
 
-    def _anchored_verification_pass(
-        self, draft: torch.Tensor, width: int
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _anchored_verification_pass(self, draft: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
-        As [`~SpeculativeDecoder._verification_pass`], where clean tokens predict: the draft is read as the text that it
-        may become. A canvas behind every prefix begins with its last token, whose prediction is the verification.
+        As [`~SpeculativeDecoder._verification_pass`], where clean tokens predict: the draft is read as the text that
+        it may become. A canvas behind every prefix begins with its last token, whose prediction is the verification.
         """
         state, num_queries = self.state, draft.shape[1] + 1
         clean = state.canvas(torch.nn.functional.pad(draft, (0, 1)))  # the last token of the text, and the draft

@@ -184,7 +184,7 @@ def read_config(folder: Path) -> BlockGenConfig:
 
 def first_prompt(config: BlockGenConfig | None) -> str:
     """Token ids to begin with where there is no tokenizer, as Python."""
-    if config is not None and config.next_token_prediction:
+    if config is not None and config.predicts_from_clean:
         token = config.bos_token_id if config.bos_token_id is not None else config.eos_token_id
         first = token[0] if isinstance(token, list) else token
         return f"torch.tensor([[{0 if first is None else first}]])"

@@ -1,8 +1,12 @@
-"""Published checkpoints become folders that transformers loads, and folders of ours become published checkpoints."""
+"""
+Published checkpoints and causal language models become BlockGen folders that transformers loads, and folders of ours
+become these again.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -12,6 +16,9 @@ from ..default_decoding import default_decoding
 from ..modeling.configuration_blockgen import BlockGenConfig
 from ..modeling.modeling_blockgen import BlockGenForDiffusionLM
 from ..whole_files import write_json
+from .causal_conversion import from_causal_lm, to_causal_lm
+from .causal_lm import FAMILY as CAUSAL_LM
+from .causal_lm import MODEL_TYPES
 from .conversion_back import write_published
 from .conversion_output import check_output, new_folder
 from .conversion_tokenizer import load_fitting_tokenizer
@@ -23,7 +30,7 @@ from .sources import Source, open_source
 from .weights import DTYPES, Weights, check_shapes
 
 
-TARGETS = ("transformers", "published")
+TARGETS = ("transformers", "published", "causal-lm")
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,7 @@ class ConversionReport:
 
     Attributes:
         output: the folder that was written.
-        family: `"block-dit"`, `"dense-dit"`, `"ar"` or `"bd3lm"`.
+        family: `"block-dit"`, `"dense-dit"`, `"ar"`, `"bd3lm"` or `"causal-lm"`.
         config: the configuration for transformers.
         num_parameters: number of parameters of the model.
         dtype: type of the written weights.
@@ -58,6 +65,7 @@ def convert_checkpoint(
     block_sizes: Sequence[int] | None = None,
     block_size_weights: Sequence[float] | None = None,
     time_conditioning: bool | None = None,
+    noisy_attention: str | None = None,
     tokenizer: str | Path | None = None,
     family: str | None = None,
     to: str = "transformers",
@@ -71,17 +79,24 @@ def convert_checkpoint(
     Converts a published checkpoint to a folder for `from_pretrained`, or the other way round. Pass what neither the
     published files nor the path of `source` in the release of BlockGen say.
 
+    A Llama, Mistral, Qwen2, Qwen3 or SmolLM checkpoint, or a GGUF file of one, becomes a BlockGen model that is the
+    original at block size 1 and has blocks that are still to be trained (`blockgen-hf adapt`).
+
     Args:
-        source: a folder, or `hf:org/repo` or `hf:org/repo/folder`: a published checkpoint, or one of this package with
-            `to="published"`.
+        source: a folder, or `hf:org/repo` or `hf:org/repo/folder`: a published checkpoint or a causal language model,
+            or one of this package with `to="published"` or `"causal-lm"`. Of causal language models also a GGUF file.
         output: the folder to write, which must be empty or absent unless `overwrite`.
-        diffusion_type: `"masked"` or `"uniform"`.
-        block_sizes, block_size_weights: the mixture that a BlockGen model was trained on.
+        diffusion_type: `"masked"` or `"uniform"`. Default for causal language models: `"masked"`.
+        block_sizes, block_size_weights: the mixture that a BlockGen model was trained on, or that a causal language
+            model will be; its default is [1, 2, 4, 8], with a weight of 0.77 for block size 1.
         time_conditioning: whether a full-sequence model knows the noise level. Default: uniform ones (Duo) do, masked
             ones (MDLM) do not.
-        tokenizer: a folder or a name on the Hub, to save in `output`. Default: no tokenizer is saved.
-        family: `"block-dit"`, `"dense-dit"`, `"ar"` or `"bd3lm"`, if it cannot be found from the files.
-        to: `"transformers"` or `"published"`.
+        noisy_attention: of a causal language model: `"block"` (default), or `"causal"`: noisy tokens see those before
+            them only.
+        tokenizer: a folder or a name on the Hub, to save in `output`. Default: that of a causal language model; of
+            others no tokenizer is saved.
+        family: `"block-dit"`, `"dense-dit"`, `"ar"`, `"bd3lm"` or `"causal-lm"`, if it cannot be found from the files.
+        to: `"transformers"`, `"published"` or `"causal-lm"`.
         dtype: `"float32"`, `"bfloat16"` or `"float16"`. Default: as in the source, bit by bit.
         revision, cache_dir: of a source on the Hub.
         max_shard_size: weights larger than this are split into several files. Default: 50 GB.
@@ -110,10 +125,50 @@ def convert_checkpoint(
     opened = open_source(source, revision, cache_dir)
     if target.resolve() == opened.folder.resolve():
         raise ValueError(f"`output` {target} is the source: name another folder.")
+    if to == "causal-lm":
+        given = {**vars(chosen), "noisy_attention": noisy_attention, "tokenizer": tokenizer}
+        return _to_causal_lm(opened, target, given, dtype, max_shard_size, overwrite)
+    is_causal = family == CAUSAL_LM or (family is None and opened.config.get("model_type") in MODEL_TYPES)
+    if to == "transformers" and (is_causal or opened.gguf):
+        if family not in (None, CAUSAL_LM):
+            raise ValueError(f"`family` must be {CAUSAL_LM!r} for a GGUF file, but is {family!r}.")
+        made = from_causal_lm(
+            opened,
+            target,
+            chosen,
+            noisy_attention=noisy_attention,
+            tokenizer=tokenizer,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+        )
+        return ConversionReport(target, CAUSAL_LM, **vars(made))
+    if noisy_attention is not None:
+        raise ValueError(f"`noisy_attention` is for causal language models ({CAUSAL_LM!r}): leave it out.")
     if to == "published":
         unused = {"tokenizer": tokenizer, "max_shard_size": max_shard_size}
         return _to_published(opened, target, chosen, unused, dtype, overwrite)
     return _to_transformers(opened, target, chosen, tokenizer, dtype, max_shard_size, overwrite)
+
+
+def _to_causal_lm(
+    source: Source,
+    output: Path,
+    given: dict[str, Any],
+    dtype: str | None,
+    max_shard_size: str | None,
+    overwrite: bool,
+) -> ConversionReport:
+    for name, value in given.items():
+        if value is not None and (name, value) != ("family", CAUSAL_LM):
+            raise ValueError(f"`{name}` has no meaning with `to='causal-lm'`: leave it out.")
+    if source.config.get("model_type") != BlockGenConfig.model_type:
+        raise ValueError(
+            f"{source.name} is no checkpoint of this package, which `to='causal-lm'` starts from: leave `to` (--to) "
+            "out to convert one of transformers."
+        )
+    made = to_causal_lm(source, output, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite)
+    return ConversionReport(output, CAUSAL_LM, **vars(made))
 
 
 def _to_transformers(

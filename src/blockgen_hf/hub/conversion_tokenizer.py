@@ -32,7 +32,7 @@ def load_fitting_tokenizer(
     Raises:
         ValueError: it cannot be loaded, or its tokens are not the rows of the model.
     """
-    tokenizer = _load(str(name), padding_side="left", model_max_length=length)
+    tokenizer = load_any_tokenizer(str(name), padding_side="left", model_max_length=length)
     found = len(tokenizer)
     if diffusion_type is not None:
         lacks_mask = diffusion_type == "masked" and tokenizer.mask_token_id is None
@@ -50,7 +50,13 @@ def load_fitting_tokenizer(
     return tokenizer
 
 
-def _load(name: str, **settings: Any) -> PreTrainedTokenizerBase:
+def load_any_tokenizer(name: str, **settings: Any) -> PreTrainedTokenizerBase:
+    """
+    A tokenizer of a folder or of the Hub, as it is but for these settings.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
     try:
         folder = local_folder(name)
     except FileNotFoundError as error:
@@ -68,4 +74,4 @@ def _load(name: str, **settings: Any) -> PreTrainedTokenizerBase:
         ) from error
 
 
-__all__ = ["load_fitting_tokenizer"]
+__all__ = ["load_any_tokenizer", "load_fitting_tokenizer"]

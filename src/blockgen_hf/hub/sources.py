@@ -14,10 +14,11 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from .files import CONFIG, CONVERSION, INDEX, SHARDS, WEIGHTS, read_json
+from .files import CONFIG, CONVERSION, GENERATION_CONFIG, INDEX, SHARDS, TOKENIZER_FILES, WEIGHTS, read_json
 
 
 HUB_PREFIX = "hf:"
+_GGUF = ".gguf"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -31,7 +32,8 @@ class Source:
         folder: where its files are.
         parts: of the path that may tell what it is.
         commit: of a source on the Hub, None for a folder.
-        config: its config.json.
+        config: its config.json; empty for a GGUF file.
+        gguf: the name of the GGUF file in the folder that the checkpoint is.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Source:
     parts: tuple[str, ...]
     commit: str | None
     config: dict[str, Any]
+    gguf: str | None = None
 
 
 def open_source(source: str | Path, revision: str | None = None, cache_dir: str | Path | None = None) -> Source:
@@ -46,7 +49,7 @@ def open_source(source: str | Path, revision: str | None = None, cache_dir: str 
     Finds a checkpoint, downloads it if it is on the Hub, and reads its config.json.
 
     Args:
-        source: a folder, or `hf:org/repo`, or `hf:org/repo/folder/in/it`.
+        source: a folder, or `hf:org/repo`, or `hf:org/repo/folder/in/it`; or a GGUF file, here or in a repository.
         revision: branch, tag or commit of a source on the Hub.
         cache_dir: where downloads are kept. Default: the cache of huggingface_hub.
 
@@ -57,7 +60,8 @@ def open_source(source: str | Path, revision: str | None = None, cache_dir: str 
     is_on_hub, commit = name.startswith(HUB_PREFIX), None
     if is_on_hub:
         repo, inner = _split(name)
-        patterns = [f"{inner}/{file}".lstrip("/") for file in (CONFIG, CONVERSION, INDEX, WEIGHTS, SHARDS)]
+        files = (CONFIG, GENERATION_CONFIG, CONVERSION, INDEX, WEIGHTS, SHARDS, *TOKENIZER_FILES)
+        patterns = [inner] if inner.endswith(_GGUF) else [f"{inner}/{file}".lstrip("/") for file in files]
         snapshot = download(repo, patterns, revision, cache_dir)
         folder, parts, commit = snapshot / inner, tuple(inner.split("/")), snapshot.name
     else:
@@ -67,6 +71,8 @@ def open_source(source: str | Path, revision: str | None = None, cache_dir: str 
             )
         folder = Path(name).expanduser()
         parts = folder.resolve().parts
+    if folder.is_file() and folder.suffix == _GGUF:
+        return Source(name, folder.parent, parts, commit, {}, gguf=folder.name)
     if not folder.is_dir():
         _refuse_pickles([folder] if folder.is_file() else [])
         what = "that is a file" if folder.is_file() else "there is no such folder"

@@ -345,8 +345,10 @@ class BlockGenConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` must be a number in [{low:g}, {high:g}), but is {value!r}.")
         if not isinstance(self.layer_norm_eps, (int, float)) or not 0 < self.layer_norm_eps < inf:
             raise ValueError(f"`layer_norm_eps` must be a positive number, but is {self.layer_norm_eps!r}.")
-        if self.mask_token_id is not None and not self.is_anchored and (
-            not isinstance(self.mask_token_id, int) or not 0 <= self.mask_token_id < self.vocab_size
+        if (
+            self.mask_token_id is not None
+            and not self.is_anchored
+            and (not isinstance(self.mask_token_id, int) or not 0 <= self.mask_token_id < self.vocab_size)
         ):
             raise ValueError(
                 f"`mask_token_id` must be an id of the vocabulary (0 to {self.vocab_size - 1}) or None, but is "
@@ -409,7 +411,6 @@ class BlockGenConfig(PreTrainedConfig):
                     f"`{name}` must be {value!r} with `next_token_prediction=True`, a causal transformer without "
                     f"noise, but is {getattr(self, name)!r}."
                 )
-
 
     def _check_anchors(self) -> None:
         if not self.is_anchored:

@@ -120,8 +120,8 @@ class MaskedDiffusion(_Process):
 
     Args:
         vocab_size (`int`): V, the mask token included.
-        mask_token_id (`int`): the mask token m. V itself where the vocabulary has none: a state of the tokens, which no
-            probability belongs to.
+        mask_token_id (`int`): the mask token m. V itself where the vocabulary has none: a state of the tokens, which
+            has no probability.
         schedule ([`NoiseSchedule`]): alpha_t.
     """
 
@@ -155,7 +155,7 @@ class MaskedDiffusion(_Process):
         alpha_s: torch.Tensor | float,
         alpha_t: torch.Tensor | float,
     ) -> torch.Tensor:
-        """q(z_s | z_t, x_hat) of Eq. 2 as probabilities `[B, L, V]`; of V + 1 states if the mask token is outside."""
+        """q(z_s | z_t, x_hat) of Eq. 2 as probabilities `[B, L, V]`, or `[B, L, V + 1]` if the mask is outside."""
         num_states = max(self.vocab_size, self.mask_token_id + 1)
         x_probs = torch.nn.functional.pad(x_probs, (0, num_states - self.vocab_size))
         unmask = self._unmasking_probability(alpha_s, alpha_t, x_probs)[..., None]

@@ -65,8 +65,8 @@ class EvaluationRows:
         tokens (`torch.LongTensor` of shape `[B, L]`): clean tokens x.
         scored (`torch.BoolTensor` of shape `[B, L]`): the tokens whose likelihood counts.
         valid (`torch.BoolTensor` of shape `[B, L]`): False for padding.
-        positions (`torch.LongTensor` of shape `[B, L]`): where the tokens stand in their row or document; with anchored
-            blocks, where the tokens stand that predict them: -1 for the first, which nothing predicts.
+        positions (`torch.LongTensor` of shape `[B, L]`): where the tokens stand in their row or document; with
+            anchored blocks, where the tokens stand that predict them: -1 for the first, which nothing predicts.
         places (`torch.LongTensor` of shape `[B, L]`): how many tokens of the row are before each, padding not counted.
         generator ([`CounterGenerator`]): a key a row, `[B, 1]`, from the seed and from what the row says.
     """

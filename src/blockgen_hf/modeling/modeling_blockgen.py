@@ -499,8 +499,7 @@ def _with_logits(outputs: BaseModelOutputWithPast, logits: torch.Tensor | None) 
 def _refuse_queries(query_input_ids: torch.Tensor | None) -> None:
     if query_input_ids is not None:
         raise ValueError(
-            "`query_input_ids` have no meaning for a model whose clean tokens predict (`ar_prediction='clean'`): leave "
-            "them out."
+            "`query_input_ids` have no meaning with `ar_prediction='clean'`: clean tokens predict. Leave them out."
         )
 
 

@@ -152,6 +152,7 @@ def corrupt_batch(
     block_size: BlockSize,
     noise_level_sampling: str,
     intervals: Mapping[int, NoiseInterval] | None = None,
+    is_anchored: bool = False,
 ) -> dict[str, torch.Tensor]:
     """
     Noise levels and noisy tokens of a batch, as `forward` takes them.
@@ -161,6 +162,7 @@ def corrupt_batch(
         places (`torch.LongTensor` of shape `[B]`): places of its rows in the global batch.
         noise_level_sampling (`str`): a time a `"sequence"` (the paper) or a `"block"` (BD3-LM).
         intervals (`Mapping[int, tuple[float, float]]`, *optional*): of noise levels, by block size. Default: whole.
+        is_anchored (`bool`): whether blocks begin with the clean token before them, as in adapted models.
 
     Returns:
         `noise_level`, double `[B, 1]` or `[B, L]`, and `noisy_input_ids`, long `[B, L]`.
@@ -169,7 +171,7 @@ def corrupt_batch(
     targets = torch.where(scored, batch["labels"], input_ids)
     blocks = None
     if noise_level_sampling == "block":
-        blocks = _blocks(batch, block_size)
+        blocks = _blocks(batch, block_size, is_anchored)
     sizes = (block_size,) if isinstance(block_size, int) else block_size
     ends = [(intervals or {}).get(size, WHOLE_INTERVAL) for size in sizes]
     low, high = torch.tensor(ends, dtype=torch.float64, device=input_ids.device).T[..., None]
@@ -180,7 +182,7 @@ def corrupt_batch(
     return {"noise_level": noise_level, "noisy_input_ids": noisy_input_ids}
 
 
-def _blocks(batch: dict[str, torch.Tensor], block_size: BlockSize) -> torch.Tensor:
+def _blocks(batch: dict[str, torch.Tensor], block_size: BlockSize, is_anchored: bool) -> torch.Tensor:
     """The number of every token's block in its row, `[B, L]`; blocks are counted anew in every document."""
     input_ids, mask = batch["input_ids"], batch.get("attention_mask")
     if "document_ids" in batch:
@@ -190,7 +192,7 @@ def _blocks(batch: dict[str, torch.Tensor], block_size: BlockSize) -> torch.Tens
     else:
         positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
     sizes = torch.tensor(block_size, device=input_ids.device).view(-1, 1)
-    starts = positions % sizes == 0
+    starts = (positions - 1) % sizes == 0 if is_anchored else positions % sizes == 0
     if mask is not None:
         starts = starts & mask.bool()
     return (starts.long().cumsum(-1) - 1).clamp(min=0)

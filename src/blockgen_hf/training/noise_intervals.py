@@ -104,6 +104,7 @@ def noise_variance(
                     block_size,
                     noise_level_sampling,
                     {block_size: interval},
+                    unwrapped.config.is_anchored,
                 )
                 output = model(**tensors, **noise, block_size=block_size, skip_logits=unwrapped._has_plain_head)
                 scored = (tensors["labels"] != -100).sum(-1)

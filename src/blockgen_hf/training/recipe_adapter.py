@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 # The matrices of a layer, which PEFT has no table of for this model type. "all-linear" are these, and the modulations
 # of the adaptive layer norms with the embedding of the time.
-LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
+LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # What is filled here, or by PEFT.
 _NO_ADAPTER_KEYS = (
     "task_type",

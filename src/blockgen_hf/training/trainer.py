@@ -26,6 +26,7 @@ from ..evaluation.likelihood import sequence_nll
 from ..evaluation.rows import iterate_rows
 from ..hub.files import README, move_model
 from ..modeling.diffusion_blockgen import diffusion_from_config
+from ..modeling.objective_blockgen import drawn_block_sizes
 from .arguments import BlockGenTrainingArguments
 from .checkpointing import (
     UNFINISHED,
@@ -223,8 +224,7 @@ class BlockGenTrainer(PublishingTrainer):
                 self._choose_noise_intervals()
             self.num_steps_trained += 1
             sizes = draws.block_sizes(
-                config.block_sizes,
-                config.block_size_weights,
+                *drawn_block_sizes(config),
                 num_slots * rows if per_row else num_slots,
                 args.block_size_sampling,
             )
@@ -236,7 +236,9 @@ class BlockGenTrainer(PublishingTrainer):
             batch["block_size"] = block_size = tuple(sizes[first : first + count]) if per_row else sizes[slot]
             if not config.next_token_prediction:
                 sampling = args.noise_level_sampling
-                noise = corrupt_batch(batch, self.diffusion, draws, places, block_size, sampling, intervals)
+                noise = corrupt_batch(
+                    batch, self.diffusion, draws, places, block_size, sampling, intervals, config.is_anchored
+                )
                 batch.update(noise)
         return batches, num_items_in_batch
 
@@ -281,9 +283,10 @@ class BlockGenTrainer(PublishingTrainer):
         source = inputs.pop("source", None)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training and "block_size" in inputs:  # else a batch of the user's, whose block size the model drew
-            self.losses.add(
-                inputs["block_size"], outputs["token_losses"], inputs["labels"], self.state.global_step, source
-            )
+            labels, step = inputs["labels"], self.state.global_step
+            self.losses.add(inputs["block_size"], outputs["token_losses"], labels, step, source)
+            if outputs.get("ar_token_losses") is not None:
+                self.losses.add(1, outputs["ar_token_losses"], labels, step, source)
         return (loss, outputs) if return_outputs else loss
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:

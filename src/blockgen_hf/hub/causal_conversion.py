@@ -1,0 +1,257 @@
+"""A causal language model becomes a BlockGen model that is still the same at block size 1, and the way back."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+
+from .. import __version__
+from ..errors import first_line
+from ..generation.generation_configuration_blockgen import BlockGenGenerationConfig
+from ..modeling.configuration_blockgen import BlockGenConfig
+from ..modeling.modeling_blockgen import BlockGenForDiffusionLM
+from ..tokenizer_loading import pretrained_tokenizer
+from ..whole_files import write_json
+from .causal_lm import FAMILY, MODEL_TYPES, blockgen_config, causal_config, source_config
+from .conversion_output import new_folder
+from .conversion_tokenizer import load_any_tokenizer
+from .families import Choices
+from .files import CONFIG, CONVERSION, GENERATION_CONFIG, TOKENIZER_FILES, read_json
+from .portable import make_tokenizer_portable, without_paths
+from .sources import Source
+from .weights import Weights, check_shapes, model_shapes
+
+
+NOISE = "model.noise_embedding.weight"
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+# Fields that say what the layers compute.
+_LAYERS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "hidden_act", "layer_norm_eps", "rope_parameters", "tie_word_embeddings",
+    "attention_bias", "attention_output_bias", "mlp_bias", "qk_norm", "no_rope_layers",
+)  # fmt: skip
+_NO_SETTINGS = ("transformers_version", "_from_model_config")
+_BUFFER = "rotary_emb.inv_freq"  # of old Llama checkpoints, which nobody reads
+
+
+@dataclass(frozen=True)
+class Original:
+    """
+    A causal language model as it was found.
+
+    Attributes:
+        config: of transformers.
+        shapes: of its tensors.
+        read: gives a tensor by its name.
+        dtype: of the weights to be written.
+        tokenizer: None if there is none.
+        generation: its generation_config.json, empty if there is none.
+    """
+
+    config: PreTrainedConfig
+    shapes: Mapping[str, tuple[int, ...]]
+    read: Callable[[str], torch.Tensor]
+    dtype: torch.dtype
+    tokenizer: PreTrainedTokenizerBase | None
+    generation: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Converted:
+    config: BlockGenConfig
+    num_parameters: int
+    dtype: torch.dtype
+    wrote_tokenizer: bool
+    notes: tuple[str, ...]
+
+
+def from_causal_lm(
+    source: Source,
+    output: Path,
+    chosen: Choices,
+    *,
+    noisy_attention: str | None,
+    tokenizer: str | Path | None,
+    dtype: str | None,
+    max_shard_size: str | None,
+    overwrite: bool,
+) -> Converted:
+    """
+    Converts a checkpoint of transformers or a GGUF file. The arguments are those of [`convert_checkpoint`].
+
+    Raises:
+        ValueError: a model that cannot be computed here, weights that are not those of its configuration, or a
+            tokenizer with more tokens than the model has rows.
+    """
+    original = _read_gguf(source, tokenizer, dtype) if source.gguf else _read_folder(source, tokenizer, dtype)
+    config = blockgen_config(original.config, chosen, noisy_attention)
+    if original.tokenizer is not None and len(original.tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"The tokenizer has {len(original.tokenizer)} tokens, but the model only {config.vocab_size} rows: it is "
+            "not the model's. Name the right one with `tokenizer` (--tokenizer)."
+        )
+    found = {name: shape for name, shape in original.shapes.items() if not name.endswith(_BUFFER)}
+    expected, optional = model_shapes(config)
+    expected.pop(NOISE, None)
+    check_shapes(expected, found, optional, source.name)
+    model = _build(config, original, [name for name in expected if name in found])
+    model.generation_config = _generation(original.generation)
+    provenance = {
+        "source": source.name if source.commit else Path(source.name).expanduser().resolve().name,
+        "revision": source.commit,
+        "family": FAMILY,
+        "source_config": without_paths(original.config.to_dict() if source.gguf else source.config),
+        "generation_config": original.generation,
+        "tensors": sorted(found),
+        "blockgen_hf_version": __version__,
+    }
+    with new_folder(output, overwrite) as folder:
+        model.save_pretrained(str(folder), max_shard_size=max_shard_size or "50GB")
+        if original.tokenizer is not None:
+            original.tokenizer.save_pretrained(folder)
+            make_tokenizer_portable(folder, config.max_position_embeddings)
+        files = sorted([*(path.name for path in folder.iterdir()), CONVERSION])
+        write_json(folder / CONVERSION, {**provenance, "files": files})
+    notes = _notes(source, original)
+    return Converted(config, model.num_parameters(), original.dtype, original.tokenizer is not None, notes)
+
+
+def _read_folder(source: Source, tokenizer: str | Path | None, dtype: str | None) -> Original:
+    config = source_config(source.config)
+    weights = Weights(source.folder)
+    names = [name for name in weights.shapes if not name.endswith(_BUFFER)]
+    file = source.folder / GENERATION_CONFIG
+    return Original(
+        config,
+        weights.shapes,
+        weights.read,
+        weights.dtype(names, dtype),
+        _tokenizer(source, tokenizer),
+        read_json(file) if file.is_file() else {},
+    )
+
+
+def _tokenizer(source: Source, name: str | Path | None) -> PreTrainedTokenizerBase | None:
+    if name is None and not any((source.folder / file).is_file() for file in TOKENIZER_FILES):
+        return None
+    return load_any_tokenizer(str(source.folder if name is None else name), padding_side="left")
+
+
+def _read_gguf(source: Source, tokenizer: str | Path | None, dtype: str | None) -> Original:
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise ValueError("GGUF files need the package gguf: pip install gguf.") from error
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    options = {"gguf_file": source.gguf, "local_files_only": True}
+    try:
+        config = AutoConfig.from_pretrained(source.folder, **options)
+        source_config(config.to_dict())
+        model = AutoModelForCausalLM.from_pretrained(
+            source.folder, **options, dtype=getattr(torch, dtype or "float32"), config=config
+        )
+        found = (
+            pretrained_tokenizer(str(source.folder), padding_side="left", **options)
+            if tokenizer is None
+            else load_any_tokenizer(str(tokenizer), padding_side="left")
+        )
+    except (OSError, RuntimeError, KeyError, NotImplementedError) as error:
+        raise ValueError(f"{source.name} cannot be read: {first_line(error)}") from error
+    state = model.state_dict()
+    if config.tie_word_embeddings:
+        del state[_HEAD]
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    return Original(config, shapes, state.__getitem__, model.dtype, found, _settings(model.generation_config))
+
+
+def _settings(generation: GenerationConfig) -> dict[str, Any]:
+    values: dict[str, Any] = generation.to_diff_dict()
+    return {
+        name: value for name, value in values.items() if name not in ("transformers_version", "_from_model_config")
+    }
+
+
+def _build(config: BlockGenConfig, original: Original, names: list[str]) -> BlockGenForDiffusionLM:
+    """The model around the tensors of the file; the embedding of the noise is the mean of those of the tokens."""
+    state = {name: original.read(name).to(original.dtype) for name in names}
+    embedding = state[_EMBEDDING]
+    if config.tie_word_embeddings:
+        state[_HEAD] = embedding
+    with torch.device("meta"):
+        model = BlockGenForDiffusionLM(config)
+    if model.model.noise_embedding is not None:
+        state[NOISE] = embedding.float().mean(0, keepdim=True).to(original.dtype)
+    model.load_state_dict(state, strict=True, assign=True)
+    model.tie_weights()
+    return model
+
+
+def _generation(values: Mapping[str, Any]) -> BlockGenGenerationConfig:
+    """As the original generates: autoregressively, and by its settings, of which none is left to a default here."""
+    kept = {
+        name: value for name, value in values.items() if name not in ("transformers_version", "_from_model_config")
+    }
+    kept.setdefault("do_sample", False)
+    if kept["do_sample"]:
+        kept.setdefault("top_k", 50)  # transformers' default, which is another here
+    return BlockGenGenerationConfig.from_dict({**kept, "decoding": "ar"})
+
+
+def _notes(source: Source, original: Original) -> tuple[str, ...]:
+    notes = [
+        "At block size 1 it is the original model. Its larger blocks are untrained.",
+    ]
+    if original.tokenizer is None:
+        notes.append("No tokenizer was written: the source has none. Name one with `tokenizer` (--tokenizer).")
+    if source.gguf:
+        notes.append("The weights of the GGUF file were dequantised.")
+    if getattr(original.config, "attention_dropout", 0):
+        notes.append(f"`attention_dropout` {original.config.attention_dropout} of the source is not used.")
+    return tuple(notes)
+
+
+def to_causal_lm(
+    source: Source, output: Path, *, dtype: str | None, max_shard_size: str | None, overwrite: bool
+) -> Converted:
+    """
+    The causal language model that a BlockGen model with `ar_prediction="clean"` is at block size 1, as a checkpoint
+    of transformers: of a conversion with the original's own config.json, and bit for bit its tensors.
+
+    Raises:
+        ValueError: the model is no such model.
+    """
+    config = BlockGenConfig.from_dict(dict(source.config))
+    notes = read_json(source.folder / CONVERSION) if (source.folder / CONVERSION).is_file() else {}
+    written = causal_config(config).to_dict()
+    if notes.get("family") == FAMILY and notes["source_config"].get("model_type") in MODEL_TYPES:
+        recorded = blockgen_config(source_config(notes["source_config"]), Choices())
+        if all(getattr(recorded, name) == getattr(config, name) for name in _LAYERS):  # else it was changed since
+            written = notes["source_config"]
+    weights = Weights(source.folder)
+    expected, optional = model_shapes(config)
+    check_shapes(expected, weights.shapes, optional, source.name)
+    names = [name for name in expected if name in weights.shapes and name != NOISE]
+    used = weights.dtype(names, dtype)
+    state = {name: weights.read(name).to(used) for name in names}
+    if _HEAD in notes.get("tensors", ()) and _HEAD not in state:
+        state[_HEAD] = state[_EMBEDDING].clone()
+    with new_folder(output, overwrite) as folder:
+        save_torch_state_dict(state, folder, max_shard_size=max_shard_size or "50GB", metadata={"format": "pt"})
+        write_json(folder / CONFIG, written)
+        if notes.get("generation_config"):
+            write_json(folder / GENERATION_CONFIG, notes["generation_config"])
+        has_tokenizer = False
+        for name in TOKENIZER_FILES:
+            if (source.folder / name).is_file():
+                (folder / name).write_bytes((source.folder / name).read_bytes())
+                has_tokenizer = True
+    count = sum(value.numel() for value in state.values())
+    return Converted(config, count, used, has_tokenizer, ("The embedding of the noise is left out.",))
+
+
+__all__ = ["Converted", "from_causal_lm", "to_causal_lm"]
