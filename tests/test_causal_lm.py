@@ -415,3 +415,12 @@ print([model.generate(ids, max_new_tokens=6, decoding=name).tolist() for name in
         model.generate(ids, max_new_tokens=6, decoding=name).tolist() for name in ("ar", "speculative", "arpc")
     ]
     assert found.stdout.splitlines()[-1] == str(expected)
+
+
+def test_a_sliding_window_has_one_text_with_every_cache(tmp_path: Path) -> None:
+    model, ids = adopted(original()), texts(2, 6)
+    settings: dict[str, Any] = dict(max_new_tokens=80, cache_window=8)  # more than the model has positions
+    expected = model.generate(ids, use_cache=False, **settings)
+    assert torch.equal(model.generate(ids, **settings), expected)
+    assert torch.equal(model.generate(ids, decoding="speculative", **settings), expected)
+    assert torch.equal(model.generate(ids, decoding="speculative", fused_drafts=True, **settings), expected)

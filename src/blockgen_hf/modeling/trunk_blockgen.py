@@ -167,7 +167,12 @@ class BlockGenModel(BlockGenPreTrainedModel):
         if is_aligned:
             is_causal = False
             mask = self._training_mask(
-                position_ids, block_size, attention_mask, document_ids, cache_window, has_anchors=anchor_rows is not None
+                position_ids,
+                block_size,
+                attention_mask,
+                document_ids,
+                cache_window,
+                has_anchors=anchor_rows is not None,
             )
         else:
             layout = build_layout(

@@ -94,6 +94,7 @@ class BlockDecoder:
             prompt_is_cached=mask_length == input_ids.shape[1],
             pad_token_id=self._pad_token_id(input_ids.shape[0]),
             grid=self.block_grid,
+            is_anchored=config.predicts_from_clean,
             keep_all_rows=getattr(cache, "_is_user_defined", False) or self._may_have_row_adapters(model),
             window=generation_config.cache_window,
         )
@@ -221,16 +222,38 @@ class BlockDecoder:
     def _next_token_logits(self) -> torch.Tensor:
         """One pass of the causal language model, `[A, 1, V]`; it commits the tokens before."""
         state = self.state
-        is_dense = self.model.config.next_token_prediction
+        if state.is_anchored:
+            return self._clean_logits(self.state.tokens[state.active[:, None], state.columns(1)])
         outputs = self._forward(
             input_ids=state.pending,
-            query_input_ids=None if is_dense else self._queries(state.next_positions(1)),
+            query_input_ids=self._queries(state.next_positions(1)),
             attention_mask=state.context_mask,
             use_cache=state.cache is not None,
             logits_to_keep=1,
         )
         state.count_evaluation()
         state.mark_pending_committed()
+        return outputs.logits
+
+    def _clean_logits(
+        self, tokens: torch.Tensor, rows: torch.Tensor | None = None, commits: bool = True
+    ) -> torch.Tensor:
+        """
+        One pass of the causal language model whose clean tokens predict: logits of these tokens `[A, n]`, each from
+        those before it, `[A, n, V]`. It commits the tokens before all of them, if asked to.
+        """
+        state, length = self.state, tokens.shape[1]
+        commits = commits and state.cache is not None
+        outputs = self._forward(
+            input_ids=torch.cat([state.pending, state.canvas(tokens)], dim=1),
+            attention_mask=state.mask_with(length),
+            use_cache=commits,
+            num_committed=state.pending.shape[1] + 1 if commits else None,
+            logits_to_keep=length,
+        )
+        state.count_evaluation(rows)
+        if commits:
+            state.mark_anchor_committed()
         return outputs.logits
 
     def _queries(self, positions: torch.Tensor) -> torch.Tensor:
@@ -393,7 +416,7 @@ class BlockDecoder:
         has_positions = state.pending.shape[1] > 0 or blocks is not None
         outputs = self._forward(
             input_ids=state.pending,
-            noisy_input_ids=z_t,
+            noisy_input_ids=state.canvas(z_t),
             noisy_position_ids=state.next_positions(z_t.shape[1]) if has_positions else None,
             noisy_block_ids=blocks,
             block_size=self.block_size,
@@ -426,6 +449,10 @@ class BlockDecoder:
         """One AR pass over the proposal, for these rows `[A]`: p_AR at each of its positions."""
         state = self.state
         length = proposal.shape[1]
+        everywhere = torch.ones_like(proposal, dtype=torch.bool)
+        if state.is_anchored:
+            logits = self._clean_logits(proposal, rows, commits=False)
+            return self._predicted(logits.flatten(0, 1), everywhere, proposal)
         outputs = self._forward(
             input_ids=torch.cat([state.pending, proposal], dim=1),
             noisy_input_ids=self.process.prior(proposal.shape, proposal.device, generator),
@@ -435,7 +462,7 @@ class BlockDecoder:
             noise_level=1.0,
         )
         state.count_evaluation(rows)
-        return self._predicted(outputs.logits.flatten(0, 1), torch.ones_like(proposal, dtype=torch.bool), proposal)
+        return self._predicted(outputs.logits.flatten(0, 1), everywhere, proposal)
 
     def _commit_what_cannot_ride(self) -> None:
         """Writes finished tokens to the cache, but for those that the next pass commits."""
@@ -469,7 +496,7 @@ class BlockDecoder:
         """x_hat from the raw logits `[M, V]` of some positions of the next block, through the logits processors."""
         config, state = self.model.config, self.state
         logits = logits.float()
-        if config.diffusion_type == "masked":  # impossible, and it must not fill a place of top-k or top-p
+        if config.has_mask_row:  # impossible, and it must not fill a place of top-k or top-p
             logits[:, config.mask_token_id] = -torch.inf
         if self.logits_processor:
             columns = state.columns(canvas.shape[1])

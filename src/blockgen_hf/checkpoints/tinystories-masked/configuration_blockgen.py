@@ -38,6 +38,10 @@ DIFFUSION_TYPES = ("masked", "uniform")
 CLEAN_ATTENTIONS = ("causal", "block_causal")
 NOISE_SCHEDULES = ("linear", "cosine")
 TRAINING_OBJECTIVES = ("cross_entropy", "elbo")
+NORM_TYPES = ("layer_norm", "rms_norm")
+AR_PREDICTIONS = ("query", "clean")
+NOISY_ATTENTIONS = ("block", "causal")
+ADAPTER_ROWS = ("all", "noisy")
 
 
 # A bad field must raise a ValueError, which @strict would turn into an exception of its own: trf-ignore: TRF010
@@ -47,6 +51,10 @@ class BlockGenConfig(PreTrainedConfig):
     Configuration of a [`BlockGenForDiffusionLM`]: a transformer denoiser trained on a mixture of block sizes
     (BlockGen, Sec. 3). The defaults are the 170M-parameter model of the paper (Suppl. A.2) on GPT-2 tokens. A value
     that a field does not accept raises a `ValueError` that names the field.
+
+    The same trunk holds the models that `blockgen-hf convert --family causal-lm` makes of Llama, Mistral, Qwen and
+    SmolLM checkpoints: `norm_type`, `gated_mlp`, `num_key_value_heads` and the fields beside them choose the layers,
+    `ar_prediction="clean"` how block size 1 predicts.
 
     Args:
         vocab_size (`int`, defaults to 50258):
@@ -58,15 +66,36 @@ class BlockGenConfig(PreTrainedConfig):
         num_hidden_layers (`int`, defaults to 12):
             Number of transformer layers.
         num_attention_heads (`int`, defaults to 12):
-            Number of attention heads; must divide `hidden_size` into heads of even width.
+            Number of attention heads. Without `head_dim` it must divide `hidden_size` into heads of even width.
+        num_key_value_heads (`int`, *optional*):
+            Number of heads of keys and values (grouped-query attention). `None` means `num_attention_heads`.
+        head_dim (`int`, *optional*):
+            Width of a head, an even number. `None` means `hidden_size / num_attention_heads`.
+        attention_bias (`bool`, defaults to `False`):
+            Whether the projections of queries, keys and values have biases.
+        attention_output_bias (`bool`, *optional*):
+            Whether the output projection of attention has one. `None` means as `attention_bias`; Qwen2 differs.
+        qk_norm (`bool`, defaults to `False`):
+            Whether queries and keys are normalised in every head (RMS norm), as in Qwen3.
+        gated_mlp (`bool`, defaults to `False`):
+            Whether the MLP multiplies the activation of a gate with a linear branch (SwiGLU with `"silu"`).
+        mlp_bias (`bool`, defaults to `True`):
+            Whether the MLP has biases.
+        lm_head_bias (`bool`, defaults to `True`):
+            Whether the output layer has a bias.
+        norm_type (`str`, defaults to `"layer_norm"`):
+            `"layer_norm"` (without bias) or `"rms_norm"`.
+        no_rope_layers (`list[int]`, *optional*):
+            As in SmolLM3: one number a layer, 0 for layers without rotary position embedding. `None`: all have it.
         hidden_act (`str`, defaults to `"gelu_pytorch_tanh"`):
             Activation of the MLP.
         max_position_embeddings (`int`, defaults to 1024):
             Longest sequence, prompt included.
         rope_parameters (`dict`, *optional*):
-            Rotary position embedding, as in every transformers model. Default: base 10000 on the whole head.
+            Rotary position embedding, as in every transformers model: all its types. Default: base 10000 on the whole
+            head.
         layer_norm_eps (`float`, defaults to 1e-5):
-            Epsilon of the layer norms, which have no bias and are computed in float32.
+            Epsilon of the norms, which are computed in float32.
         hidden_dropout (`float`, defaults to 0.1):
             Dropout on the two branches of every layer.
         tie_word_embeddings (`bool`, defaults to `False`):
@@ -76,7 +105,8 @@ class BlockGenConfig(PreTrainedConfig):
         diffusion_type (`str`, defaults to `"masked"`):
             The prior pi of Eq. 1: `"masked"` or `"uniform"`.
         mask_token_id (`int`, *optional*):
-            The mask token. `None` means the last id of the vocabulary for a masked model.
+            The mask token. `None` means the last id of the vocabulary for a masked model; with `ar_prediction="clean"`
+            it is the id behind the vocabulary, of the vector `noise_embedding`, which only the input has.
         block_sizes (`list[int]`, defaults to `[1, 2, 4, 8, 16]`):
             The set S of block sizes that the model is trained on, any positive sizes.
         block_size_weights (`list[float]`, *optional*):
@@ -102,6 +132,18 @@ class BlockGenConfig(PreTrainedConfig):
             `True` is the dense causal transformer of the paper's AR baseline: the hidden state of a clean token itself
             predicts the next one. There is no noise then: `block_sizes` are [1], there is no mask token, and
             `diffusion_type`, which means nothing, reads `"uniform"`.
+        ar_prediction (`str`, defaults to `"query"`):
+            Where block size 1 predicts. `"query"`, the paper: a fully noised token at the predicted position.
+            `"clean"`: the state of a clean token predicts the next one, as in every causal language model, and the
+            blocks are anchored: the canvas behind the clean token x_s is `[x_s, z_1 .. z_(B-1)]` at positions s to
+            s + B - 1, and its index j scores the token s + 1 + j.
+        noisy_attention (`str`, defaults to `"block"`):
+            What a noisy token of an anchored block sees beside the past: the noisy tokens of its `"block"`, or only
+            those before it (`"causal"`). The clean token that the block begins with sees the past only.
+        adapter_rows (`str`, *optional*):
+            Which tokens of a forward pass the adapters (LoRA) of the layers act on: `"all"`, or the `"noisy"` ones
+            alone, so that an adapter leaves block size 1, verification and the cache what they are, bit for bit.
+            `None` means `"noisy"` with `ar_prediction="clean"`, else `"all"`.
 
     ```python
     >>> from blockgen_hf import BlockGenConfig, BlockGenForDiffusionLM
@@ -121,12 +163,27 @@ class BlockGenConfig(PreTrainedConfig):
         "layers.*.mlp.up_proj": "colwise",
         "layers.*.mlp.down_proj": "rowwise",
     }
+    _gated_tp_plan = {"layers.*.mlp.gate_proj": "colwise"}
+    _qk_norm_tp_plan = {
+        "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
+    }
 
     vocab_size: int = 50258
     hidden_size: int = 768
     intermediate_size: int = None  # type: ignore[assignment]  # derived below
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
+    num_key_value_heads: int = None  # type: ignore[assignment]  # derived below
+    head_dim: int = None  # type: ignore[assignment]  # derived below
+    attention_bias: bool = False
+    attention_output_bias: bool = None  # type: ignore[assignment]  # derived below
+    qk_norm: bool = False
+    gated_mlp: bool = False
+    mlp_bias: bool = True
+    lm_head_bias: bool = True
+    norm_type: str = "layer_norm"
+    no_rope_layers: list[int] | None = None
     hidden_act: str = "gelu_pytorch_tanh"
     max_position_embeddings: int = 1024
     rope_parameters: dict = None  # type: ignore[assignment]  # filled by the parent
@@ -149,22 +206,60 @@ class BlockGenConfig(PreTrainedConfig):
     cond_dim: int = 128
     time_conditioning: bool = False
     next_token_prediction: bool = False
+    ar_prediction: str = "query"
+    noisy_attention: str = "block"
+    adapter_rows: str = None  # type: ignore[assignment]  # derived below
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self._check_sizes("vocab_size", "hidden_size")
+        self._check_sizes("vocab_size", "hidden_size", "num_attention_heads")
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
+        self._derive_attention()
+        if self.adapter_rows is None:
+            self.adapter_rows = "noisy" if self.ar_prediction == "clean" else "all"
         if self.next_token_prediction is True and self.diffusion_type == "masked":
             self.diffusion_type = "uniform"
         if self.block_sizes is None:
             self.block_sizes = [1] if self.next_token_prediction else [1, 2, 4, 8, 16]
         if self.mask_token_id is None and self.diffusion_type == "masked":
-            self.mask_token_id = self.vocab_size - 1
+            self.mask_token_id = self.vocab_size - (0 if self.ar_prediction == "clean" else 1)
         if self.training_objective is None:
             has_elbo = self.diffusion_type == "uniform" and not self.next_token_prediction
             self.training_objective = "elbo" if has_elbo else "cross_entropy"
+        if self.gated_mlp:
+            self.base_model_tp_plan = {**self.base_model_tp_plan, **self._gated_tp_plan}
+        if self.qk_norm:
+            self.base_model_tp_plan = {**self.base_model_tp_plan, **self._qk_norm_tp_plan}
         super().__post_init__(**kwargs)
         self._check()
+
+    def _derive_attention(self) -> None:
+        if self.head_dim is None:
+            if self.hidden_size % (2 * self.num_attention_heads) != 0:
+                raise ValueError(
+                    f"`num_attention_heads` must divide `hidden_size` ({self.hidden_size}) into heads of even width, "
+                    f"which rotary embeddings need, but is {self.num_attention_heads}."
+                )
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.attention_output_bias is None:
+            self.attention_output_bias = self.attention_bias
+
+    @property
+    def is_anchored(self) -> bool:
+        """Whether blocks begin with the clean token before them, which predicts their first token."""
+        return self.ar_prediction == "clean"
+
+    @property
+    def predicts_from_clean(self) -> bool:
+        """Whether block size 1 predicts from clean tokens: a text needs one to begin with, which is not scored."""
+        return self.is_anchored or self.next_token_prediction
+
+    @property
+    def has_mask_row(self) -> bool:
+        """Whether the mask token is among the tokens that the output layer scores."""
+        return self.diffusion_type == "masked" and not self.is_anchored
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -181,12 +276,15 @@ class BlockGenConfig(PreTrainedConfig):
             "intermediate_size",
             "num_hidden_layers",
             "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
             "max_position_embeddings",
             "cond_dim",
         )
         self._check_numbers()
         self._check_block_sizes()
         self._check_next_token_prediction()
+        self._check_anchors()
 
     def _check_choices(self) -> None:
         for name, accepted in (
@@ -194,12 +292,17 @@ class BlockGenConfig(PreTrainedConfig):
             ("clean_attention", CLEAN_ATTENTIONS),
             ("noise_schedule", NOISE_SCHEDULES),
             ("training_objective", TRAINING_OBJECTIVES),
+            ("norm_type", NORM_TYPES),
+            ("ar_prediction", AR_PREDICTIONS),
+            ("noisy_attention", NOISY_ATTENTIONS),
+            ("adapter_rows", ADAPTER_ROWS),
             ("hidden_act", tuple(ACT2FN)),
         ):
             if getattr(self, name) not in accepted:
                 raise ValueError(f"`{name}` must be one of {list(accepted)}, but is {getattr(self, name)!r}.")
         flags = (
-            "adaptive_layer_norm", "time_conditioning", "next_token_prediction", "use_cache", "tie_word_embeddings"
+            "adaptive_layer_norm", "time_conditioning", "next_token_prediction", "use_cache", "tie_word_embeddings",
+            "attention_bias", "attention_output_bias", "qk_norm", "gated_mlp", "mlp_bias", "lm_head_bias",
         )  # fmt: skip
         for name in flags:
             if not isinstance(getattr(self, name), bool):
@@ -215,10 +318,20 @@ class BlockGenConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` must be a positive integer, but is {getattr(self, name)!r}.")
 
     def _check_numbers(self) -> None:
-        if self.hidden_size % (2 * self.num_attention_heads) != 0:
+        if self.head_dim % 2 != 0:
             raise ValueError(
-                f"`num_attention_heads` must divide `hidden_size` ({self.hidden_size}) into heads of even width, "
-                f"which rotary embeddings need, but is {self.num_attention_heads}."
+                f"`head_dim` must be an even number, which rotary embeddings need, but is {self.head_dim}."
+            )
+        if self.num_attention_heads % self.num_key_value_heads != 0:
+            raise ValueError(
+                f"`num_key_value_heads` must divide `num_attention_heads` ({self.num_attention_heads}), but is "
+                f"{self.num_key_value_heads}."
+            )
+        layers = self.no_rope_layers
+        if layers is not None and (len(layers) != self.num_hidden_layers or not set(layers) <= {0, 1}):
+            raise ValueError(
+                f"`no_rope_layers` must hold 0 or 1 for each of the {self.num_hidden_layers} layers, or be None, but "
+                f"is {layers!r}."
             )
         rope_type = self.rope_parameters["rope_type"]
         if rope_type not in ("default", *ROPE_INIT_FUNCTIONS):
@@ -232,8 +345,10 @@ class BlockGenConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` must be a number in [{low:g}, {high:g}), but is {value!r}.")
         if not isinstance(self.layer_norm_eps, (int, float)) or not 0 < self.layer_norm_eps < inf:
             raise ValueError(f"`layer_norm_eps` must be a positive number, but is {self.layer_norm_eps!r}.")
-        if self.mask_token_id is not None and (
-            not isinstance(self.mask_token_id, int) or not 0 <= self.mask_token_id < self.vocab_size
+        if (
+            self.mask_token_id is not None
+            and not self.is_anchored
+            and (not isinstance(self.mask_token_id, int) or not 0 <= self.mask_token_id < self.vocab_size)
         ):
             raise ValueError(
                 f"`mask_token_id` must be an id of the vocabulary (0 to {self.vocab_size - 1}) or None, but is "
@@ -296,6 +411,32 @@ class BlockGenConfig(PreTrainedConfig):
                     f"`{name}` must be {value!r} with `next_token_prediction=True`, a causal transformer without "
                     f"noise, but is {getattr(self, name)!r}."
                 )
+
+    def _check_anchors(self) -> None:
+        if not self.is_anchored:
+            if self.noisy_attention != "block":
+                raise ValueError(
+                    f"`noisy_attention={self.noisy_attention!r}` is for the blocks of `ar_prediction='clean'`, but "
+                    f"`ar_prediction` is {self.ar_prediction!r}."
+                )
+            return
+        needed: dict[str, Any] = {
+            "next_token_prediction": False,
+            "clean_attention": "causal",
+            "time_conditioning": False,
+            "mask_token_id": self.vocab_size if self.diffusion_type == "masked" else None,
+        }
+        for name, value in needed.items():
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"`{name}` must be {value!r} with `ar_prediction='clean'` and "
+                    f"`diffusion_type={self.diffusion_type!r}`, but is {getattr(self, name)!r}."
+                )
+        if 1 not in self.block_sizes:
+            raise ValueError(
+                f"`block_sizes` must have block size 1 with `ar_prediction='clean'`, whose clean tokens predict, but "
+                f"are {self.block_sizes!r}."
+            )
 
 
 def is_positive_int(value: Any) -> bool:

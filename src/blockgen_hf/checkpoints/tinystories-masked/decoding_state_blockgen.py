@@ -40,6 +40,8 @@ class DecodingState:
         spare (`int`): columns behind that room, for blocks that end beyond it.
         pad_token_id (`int`): what stands behind the end of a row.
         grid (`int`): blocks of a block-causal model start at multiples of it, 1: anywhere.
+        is_anchored (`bool`): whether the last token of each row predicts the next one: it is neither pending nor
+            cached then, but the first token of the canvas that follows.
         keep_all_rows (`bool`): whether rows that are done stay in the batch: the caller owns the cache, or the model
             knows the rows by their place.
         window (`int`, *optional*): how many clean tokens a token sees; older ones leave the cache.
@@ -56,10 +58,14 @@ class DecodingState:
         spare: int,
         pad_token_id: int,
         grid: int,
+        is_anchored: bool,
         keep_all_rows: bool,
         window: int | None = None,
     ) -> None:
         batch_size, self.prompt_width = input_ids.shape
+        self.is_anchored = is_anchored
+        # Whether the last pass has committed the anchor too, until the next tokens are accepted.
+        self.anchor_is_committed = False
         self.max_new_tokens = max_new_tokens
         self.pad_token_id = pad_token_id
         self.cache = cache
@@ -96,8 +102,29 @@ class DecodingState:
         # grid start at columns of their own.
         self.start = torch.full((batch_size, 1), self.prompt_width, device=device)
         self.first_column = self.prompt_width
+        if is_anchored:
+            self._hold_back_anchor()
         if grid > 1:
             self._hold_back_remainder(grid)
+
+    def _hold_back_anchor(self) -> None:
+        if self.pending.shape[1] == 0:
+            raise ValueError(
+                f"`cache` holds all {self.num_cached} tokens of `inputs`, but the last one must not be in it, as it "
+                "predicts the next: crop the cache by one token."
+            )
+        self.pending = self.pending[:, :-1]
+        if self.context_mask is not None:
+            self.context_mask = self.context_mask[:, :-1]
+
+    def canvas(self, tokens: torch.Tensor) -> torch.Tensor:
+        """
+        What stands in a canvas for the next tokens `[A, n]`: these, or the last token of each row and all but the last
+        of these, each of which is scored one place before its own.
+        """
+        if not self.is_anchored:
+            return tokens
+        return torch.cat([self.tokens[self.active[:, None], self.start - 1], tokens[:, :-1]], dim=1)
 
     def _hold_back_remainder(self, grid: int) -> None:
         """Prompt tokens behind the last multiple of the grid are not committed: they stand in the first block."""
@@ -139,7 +166,7 @@ class DecodingState:
         return torch.nn.functional.pad(self.context_mask, (0, length), value=1)
 
     def next_positions(self, length: int) -> torch.Tensor:
-        """Positions of the next `length` tokens, `[A or 1, length]`."""
+        """Positions of a canvas for the next `length` tokens, `[A or 1, length]`."""
         offsets = torch.arange(length, device=self.start.device)
         first = 0 if self.cache_start is None else self.cache_start
         if self.context_mask is None:
@@ -185,6 +212,14 @@ class DecodingState:
         if self.cache is not None:
             self.mark_committed(self.pending.shape[1])
 
+    def mark_anchor_committed(self) -> None:
+        """As [`~DecodingState.mark_pending_committed`], after a pass that committed the last token of each row too."""
+        if self.cache is not None:
+            self.context_mask = self.mask_with(1)
+            self.pending = torch.cat([self.pending, self.tokens[self.active[:, None], self.start - 1]], dim=1)
+            self.mark_committed(self.pending.shape[1])
+            self.anchor_is_committed = True
+
     def accept(
         self, tokens: torch.Tensor, stopping_criteria: StoppingCriteriaList, counts: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -208,13 +243,16 @@ class DecodingState:
         self._find_ends(columns, taken, first, stopping_criteria)
 
         # With the pads that now stand behind an end: the cache holds what the sequences say.
-        self.pending = torch.cat([self.pending, self.tokens[self.active[:, None], columns]], dim=1)
+        skipped = int(self.anchor_is_committed)
+        added = columns[:, skipped:] - int(self.is_anchored)  # the anchor before, and all but the one behind
+        self.anchor_is_committed = False
+        self.pending = torch.cat([self.pending, self.tokens[self.active[:, None], added]], dim=1)
         self.start = self.start + taken.sum(-1, keepdim=True)
         if counts is None:
-            self.context_mask = self.mask_with(length)
+            self.context_mask = self.mask_with(length - skipped)
             self.first_column += length
         else:
-            self._leave_out(taken)
+            self._leave_out(taken[:, skipped:])
             self.first_column = int(self.start.min())
         self._drop_done_rows()
         if counts is not None:
@@ -223,6 +261,8 @@ class DecodingState:
 
     def _leave_out(self, taken: torch.Tensor) -> None:
         """The last pending columns hold what is `taken` `[A, n]` of them: the others are padding between tokens."""
+        if taken.shape[1] == 0:
+            return
         empty = taken.shape[1] - int(taken.sum(-1).max())
         taken = taken[:, : taken.shape[1] - empty]
         self.pending = self.pending[:, : self.pending.shape[1] - empty]

@@ -120,13 +120,14 @@ class MaskedDiffusion(_Process):
 
     Args:
         vocab_size (`int`): V, the mask token included.
-        mask_token_id (`int`): the mask token m.
+        mask_token_id (`int`): the mask token m. V itself where the vocabulary has none: a state of the tokens, which
+            has no probability.
         schedule ([`NoiseSchedule`]): alpha_t.
     """
 
     def __init__(self, vocab_size: int, mask_token_id: int | None, schedule: NoiseSchedule) -> None:
-        if mask_token_id is None or not 0 <= mask_token_id < vocab_size:
-            raise ValueError(f"`mask_token_id` must be in [0, {vocab_size}), but is {mask_token_id!r}.")
+        if mask_token_id is None or not 0 <= mask_token_id <= vocab_size:
+            raise ValueError(f"`mask_token_id` must be in [0, {vocab_size}], but is {mask_token_id!r}.")
         super().__init__(vocab_size, schedule)
         self.mask_token_id = mask_token_id
 
@@ -154,9 +155,11 @@ class MaskedDiffusion(_Process):
         alpha_s: torch.Tensor | float,
         alpha_t: torch.Tensor | float,
     ) -> torch.Tensor:
-        """q(z_s | z_t, x_hat) of Eq. 2 as probabilities `[B, L, V]`."""
+        """q(z_s | z_t, x_hat) of Eq. 2 as probabilities `[B, L, V]`, or `[B, L, V + 1]` if the mask is outside."""
+        num_states = max(self.vocab_size, self.mask_token_id + 1)
+        x_probs = torch.nn.functional.pad(x_probs, (0, num_states - self.vocab_size))
         unmask = self._unmasking_probability(alpha_s, alpha_t, x_probs)[..., None]
-        ids = torch.arange(self.vocab_size, device=z_t.device)
+        ids = torch.arange(num_states, device=z_t.device)
         stays = (ids == z_t[..., None]).to(x_probs.dtype)
         return torch.where((z_t == self.mask_token_id)[..., None], unmask * x_probs + (1 - unmask) * stays, stays)
 

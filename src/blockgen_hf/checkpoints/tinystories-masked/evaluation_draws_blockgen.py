@@ -65,7 +65,8 @@ class EvaluationRows:
         tokens (`torch.LongTensor` of shape `[B, L]`): clean tokens x.
         scored (`torch.BoolTensor` of shape `[B, L]`): the tokens whose likelihood counts.
         valid (`torch.BoolTensor` of shape `[B, L]`): False for padding.
-        positions (`torch.LongTensor` of shape `[B, L]`): where the tokens stand in their row or document.
+        positions (`torch.LongTensor` of shape `[B, L]`): where the tokens stand in their row or document; with
+            anchored blocks, where the tokens stand that predict them: -1 for the first, which nothing predicts.
         places (`torch.LongTensor` of shape `[B, L]`): how many tokens of the row are before each, padding not counted.
         generator ([`CounterGenerator`]): a key a row, `[B, 1]`, from the seed and from what the row says.
     """
@@ -84,6 +85,7 @@ def evaluation_rows(
     attention_mask: torch.Tensor | None,
     document_ids: torch.Tensor | None,
     seed: int,
+    is_anchored: bool = False,
 ) -> EvaluationRows:
     """
     Rows from the tensors of a batch, `[B, L]` each; padding is never scored. Keys come from the tokens, their places,
@@ -95,6 +97,8 @@ def evaluation_rows(
     tokens = input_ids if labels is None else torch.where(scored, labels, input_ids)
     places = (valid.long().cumsum(-1) - 1).clamp(min=0)
     positions = places if document_ids is None else document_positions(document_ids, attention_mask)
+    if is_anchored:
+        scored, positions = scored & (positions > 0), positions - 1
     said = CounterGenerator.from_seed(0, tokens.device).fold_in(tokens, places, scored.long(), positions).keys
     row_keys = (said * valid).sum(-1, keepdim=True)
     return EvaluationRows(
@@ -122,10 +126,10 @@ class EvaluationDraw:
 
 def is_exact(config: BlockGenConfig, block_size: int) -> bool:
     """
-    Whether all draws are the same: with a block size of 1 a masked model sees mask tokens only, and one with
-    `next_token_prediction` sees no noise.
+    Whether all draws are the same: with a block size of 1 a masked model sees mask tokens only, and one whose clean
+    tokens predict sees no noise.
     """
-    return block_size == 1 and (config.next_token_prediction or config.diffusion_type == "masked")
+    return block_size == 1 and (config.predicts_from_clean or config.diffusion_type == "masked")
 
 
 def half_of_draw(draw: int, num_draws: int) -> tuple[int, int, int]:
@@ -281,10 +285,14 @@ def evaluation_draws(
     """
     tokens, position_ids = inputs.input_ids, inputs.position_ids
     labels = torch.where(scored, tokens, -100)
-    rows = evaluation_rows(tokens, labels, inputs.attention_mask, inputs.document_ids, seed=0)
+    anchored = config.is_anchored
+    rows = evaluation_rows(tokens, labels, inputs.attention_mask, inputs.document_ids, 0, anchored)
     if position_ids is not None and inputs.document_ids is None:  # blocks are counted from the first, as in the mask
         positions = (position_ids - position_ids.amin(-1, keepdim=True)).expand_as(tokens)
-        rows = dataclasses.replace(rows, positions=positions)
+        if anchored:
+            rows = dataclasses.replace(rows, scored=rows.scored & (positions > 0), positions=positions - 1)
+        else:
+            rows = dataclasses.replace(rows, positions=positions)
     if block_size is None:
         gamma = config.block_size_weights or [1.0] * len(config.block_sizes)
         mixture = [pair for pair in zip(config.block_sizes, gamma, strict=True) if pair[1] > 0]

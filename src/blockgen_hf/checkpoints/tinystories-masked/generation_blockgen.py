@@ -280,7 +280,7 @@ class BlockGenGenerationMixin(GenerationMixin):
     ) -> torch.Tensor:
         """Without a prompt the text starts from the prior at position 0: no BOS is forced."""
         has_nothing = inputs is None and all(value is None for value in model_kwargs.values())  # pipelines pass Nones
-        if has_nothing and not self.config.next_token_prediction:
+        if has_nothing and not self.config.predicts_from_clean:
             return torch.zeros(1, 0, dtype=torch.long, device=self.device)
         return super()._maybe_initialize_input_ids_for_generation(inputs, bos_token_id, model_kwargs)
 
@@ -333,12 +333,12 @@ class BlockGenGenerationMixin(GenerationMixin):
             )
 
     def _check_prompt(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
-        if self.config.next_token_prediction:
+        if self.config.predicts_from_clean:
             is_empty = input_ids.shape[1] == 0
             if is_empty or (attention_mask is not None and (attention_mask.sum(-1) == 0).any()):
                 raise ValueError(
-                    "`inputs` must hold a token in every row for a model with `next_token_prediction=True`: begin "
-                    "with the BOS token."
+                    "`inputs` must hold a token in every row for a model whose clean tokens predict "
+                    "(`ar_prediction='clean'`, `next_token_prediction=True`): begin with the BOS token."
                 )
         if input_ids.numel() == 0:
             return

@@ -21,6 +21,10 @@ first noisy position in steps of the block size. With a window, every token sees
 Positions, not places in the tensor, decide: so the rule holds with left padding, with a cache and when clean and noisy
 half stand at the same positions.
 
+Anchored blocks (`ar_prediction="clean"`) begin with a clean token, their anchor: the noisy tokens behind it see the
+clean tokens up to it, and one another, all of them or those before. Its own row in the noisy half, where it has one,
+is not used: the state of the clean token stands for it.
+
 Three quarters of the training mask of [x0 ; z_t] are empty. FlexAttention skips them on GPUs; on CPUs, which have no
 such kernel, the queries are cut into chunks, each of which is attended to the few keys that it can see at all.
 """
@@ -55,6 +59,8 @@ class AttentionLayout:
         query_document, key_document (`torch.LongTensor` of shapes `[B, Q]` and `[B, K]`, *optional*): documents packed
             into a row see their own tokens only.
         window (`int`, *optional*): W, a query sees the clean tokens at the last W positions below its limit.
+        query_order, key_order (`torch.LongTensor` of shapes `[B or 1, Q]` and `[B or 1, K]`, *optional*): a query sees
+            the keys of its group up to its own place in this order only.
     """
 
     clean_limit: torch.Tensor
@@ -64,6 +70,8 @@ class AttentionLayout:
     query_document: torch.Tensor | None = None
     key_document: torch.Tensor | None = None
     window: int | None = None
+    query_order: torch.Tensor | None = None
+    key_order: torch.Tensor | None = None
 
     def sees(self, batch: Any, head: Any, query: Any, key: Any) -> Any:
         """The mask predicate, by index, as transformers' mask interface and FlexAttention take it."""
@@ -71,7 +79,10 @@ class AttentionLayout:
         before = position < limit
         if self.window is not None:
             before = before & (position >= limit - self.window)
-        visible = before | (self.key_group[batch, key] == self.query_group[batch, query])
+        inside = self.key_group[batch, key] == self.query_group[batch, query]
+        if self.query_order is not None and self.key_order is not None:
+            inside = inside & (self.key_order[batch, key] <= self.query_order[batch, query])
+        visible = before | inside
         if self.query_document is None or self.key_document is None:
             return visible
         return visible & (self.key_document[batch, key] == self.query_document[batch, query])
@@ -82,6 +93,29 @@ def block_starts(
 ) -> torch.Tensor:
     """s(q) of every position: the start of its block, counted from `first` in steps of `block_size`."""
     return first + (positions - first).div(block_size, rounding_mode="floor") * block_size
+
+
+def noisy_blocks(
+    noisy_positions: torch.Tensor, block_size: BlockSize, noisy_block_ids: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The blocks of noisy tokens: the position at which the block of each starts, and a number that tells blocks apart,
+    `[B or 1, N]` each. The arguments are those of [`build_layout`].
+    """
+    if noisy_block_ids is not None:
+        same = noisy_block_ids[:, :, None] == noisy_block_ids[:, None, :]
+        starts = torch.where(same, noisy_positions[:, None, :], _NEVER).amin(-1)
+        return starts, noisy_block_ids.expand(starts.shape[0], -1)
+    sizes: torch.Tensor | int
+    if isinstance(block_size, int):
+        sizes = block_size
+    else:
+        sizes = torch.tensor(block_size, device=noisy_positions.device)[:, None]
+        noisy_positions = noisy_positions.expand(len(block_size), -1)
+    # Padding stands at position 0, where blocks start anyway: the first noisy position is that of the first token.
+    first = noisy_positions.amin(-1, keepdim=True) if noisy_positions.shape[-1] else noisy_positions
+    starts = block_starts(noisy_positions, sizes, first)
+    return starts, starts
 
 
 def build_layout(
@@ -96,6 +130,8 @@ def build_layout(
     noisy_block_ids: torch.Tensor | None = None,
     document_ids: torch.Tensor | None = None,
     window: int | None = None,
+    has_anchors: bool = False,
+    is_noise_causal: bool = False,
 ) -> AttentionLayout:
     """
     Lays out one forward pass.
@@ -115,24 +151,18 @@ def build_layout(
             tokens, and of the noisy ones, which are as many or none where they are left out; the positions restart
             with each document, and nothing is cached.
         window (`int`, *optional*): how many clean tokens each token sees, the nearest ones.
+        has_anchors (`bool`): whether the first noisy token of each block is the place of its anchor, which is seen
+            among the clean tokens.
+        is_noise_causal (`bool`): whether a noisy token sees those of its block before it only.
     """
     num_clean = clean_positions.shape[-1]
-    sizes: torch.Tensor | int
-    if isinstance(block_size, int):
-        sizes = block_size
-    else:
-        sizes = torch.tensor(block_size, device=clean_positions.device)[:, None]
-        noisy_positions = noisy_positions.expand(len(block_size), -1)
     alone = -1 - torch.arange(num_clean + noisy_positions.shape[-1], device=clean_positions.device)
 
-    # Padding stands at position 0, where blocks start anyway: the first noisy position is that of the first token.
-    first = noisy_positions.amin(-1, keepdim=True) if noisy_positions.shape[-1] else noisy_positions
-    starts = block_starts(noisy_positions, sizes, first)
-    noisy_group, noisy_limit = starts, starts
-    if noisy_block_ids is not None:
-        same = noisy_block_ids[:, :, None] == noisy_block_ids[:, None, :]
-        noisy_limit = torch.where(same, noisy_positions[:, None, :], _NEVER).amin(-1)
-        noisy_group = noisy_block_ids.expand(noisy_limit.shape[0], -1)
+    noisy_limit, noisy_group = noisy_blocks(noisy_positions, block_size, noisy_block_ids)
+    noisy_positions = noisy_positions.expand(noisy_limit.shape[0], -1)
+    if has_anchors:
+        noisy_group = torch.where(noisy_positions == noisy_limit, alone[num_clean:], noisy_group)
+        noisy_limit = noisy_limit + 1
     clean_limit = block_starts(clean_positions, clean_block_size) + clean_block_size
     clean_keys, clean_group = clean_positions, alone[:num_clean].expand_as(clean_positions)
     if clean_valid is not None:
@@ -151,6 +181,10 @@ def build_layout(
         num_noisy = noisy_positions.shape[-1]
         documents = concat(document_ids[:, :num_clean], document_ids[:, document_ids.shape[1] - num_noisy :])
     key_position, key_group = key_position[:, num_committed:], key_group[:, num_committed:]
+    query_order = key_order = None
+    if is_noise_causal:
+        query_order = concat(clean_positions, noisy_positions)
+        key_order = concat(cached_positions, query_order[:, num_committed:])
     return AttentionLayout(
         clean_limit=concat(clean_limit, noisy_limit),
         query_group=query_group,
@@ -159,6 +193,8 @@ def build_layout(
         query_document=documents,
         key_document=documents,
         window=window,
+        query_order=query_order,
+        key_order=key_order,
     )
 
 
@@ -225,13 +261,15 @@ def make_training_mask(
     valid: torch.Tensor | None = None,
     document_ids: torch.Tensor | None = None,
     window: int | None = None,
+    has_anchors: bool = False,
+    is_noise_causal: bool = False,
 ) -> Any:
     """
     The mask of a clean and a noisy half at the same positions, which follow the order of the tokens.
 
     Args:
         position_ids (`torch.LongTensor` of shape `[B or 1, L]`): of both halves.
-        block_size, clean_block_size, document_ids, window: as in [`build_layout`].
+        block_size, clean_block_size, document_ids, window, has_anchors, is_noise_causal: as in [`build_layout`].
         attn_implementation (`str`): a name of transformers' attention interface.
         dtype (`torch.dtype`): of the mask of eager attention.
         valid (`torch.BoolTensor` of shape `[B, L]`, *optional*): False for padding.
@@ -245,8 +283,21 @@ def make_training_mask(
     # A compiled graph builds its mask itself: it cannot call what keeps masks.
     if valid is None and document_ids is None and isinstance(block_size, int) and not torch.compiler.is_compiling():
         length, device = position_ids.shape[-1], position_ids.device
-        return _plain_training_mask(length, block_size, clean_block_size, attn_implementation, dtype, device, window)
-    return _render(position_ids, block_size, clean_block_size, attn_implementation, dtype, valid, document_ids, window)
+        return _plain_training_mask(
+            length,
+            block_size,
+            clean_block_size,
+            attn_implementation,
+            dtype,
+            device,
+            window=window,
+            has_anchors=has_anchors,
+            is_noise_causal=is_noise_causal,
+        )
+    rules: dict[str, Any] = dict(window=window, has_anchors=has_anchors, is_noise_causal=is_noise_causal)
+    return _render(
+        position_ids, block_size, clean_block_size, attn_implementation, dtype, valid, document_ids, **rules
+    )
 
 
 @lru_cache(maxsize=32)
@@ -257,11 +308,11 @@ def _plain_training_mask(
     attn_implementation: str,
     dtype: torch.dtype,
     device: torch.device,
-    window: int | None,
+    **rules: Any,
 ) -> Any:
     with torch.inference_mode(False):  # a mask made while evaluating serves the next training step too
         positions = torch.arange(length, device=device)[None]
-        return _render(positions, block_size, clean_block_size, attn_implementation, dtype, None, None, window)
+        return _render(positions, block_size, clean_block_size, attn_implementation, dtype, None, None, **rules)
 
 
 def _render(
@@ -272,7 +323,7 @@ def _render(
     dtype: torch.dtype,
     valid: torch.Tensor | None,
     document_ids: torch.Tensor | None,
-    window: int | None,
+    **rules: Any,
 ) -> Any:
     layout = build_layout(
         position_ids,
@@ -284,7 +335,7 @@ def _render(
         clean_valid=valid,
         noisy_valid=valid,
         document_ids=document_ids,
-        window=window,
+        **rules,
     )
     if attn_implementation != "sdpa" or position_ids.device.type != "cpu":
         return make_attention_mask(layout, attn_implementation, dtype)
@@ -391,4 +442,5 @@ __all__ = [
     "build_layout",
     "make_attention_mask",
     "make_training_mask",
+    "noisy_blocks",
 ]

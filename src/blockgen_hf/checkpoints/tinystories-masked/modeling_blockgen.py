@@ -33,6 +33,8 @@ from .evaluation_draws_blockgen import evaluation_draws
 from .inputs_blockgen import (
     ForwardInputs,
     TrunkInputs,
+    anchored_pass,
+    canvas_states,
     causal_pass,
     check_window,
     checked_block_size,
@@ -44,6 +46,7 @@ from .inputs_blockgen import (
 from .masking_blockgen import BlockSize
 from .objective_blockgen import (
     TrainingDraw,
+    autoregressive_draw,
     check_training_arguments,
     chunked_mixture_loss,
     draw_training_noise,
@@ -51,6 +54,7 @@ from .objective_blockgen import (
     next_token_draw,
     refuse_count_without_labels,
     shift_right,
+    weight_of_block_size_1,
 )
 from .releases_blockgen import CACHE_NAME, BothCacheNames, given_cache, named_cache
 from .sampling_blockgen import CounterGenerator
@@ -71,8 +75,9 @@ class BlockGenOutput(BothCacheNames, CausalLMOutputWithPast):
             The mixture bound (Eq. 7), in nats a scored token: one draw of it in training mode, in evaluation mode its
             mean over fixed draws of all block sizes.
         logits (`torch.FloatTensor` of shape `[B, N, V]`):
-            Raw scores of the clean token at every noisy position. None where the loss was computed without them. With
-            a loss of several draws, those of the first: the smallest block size of the mixture.
+            Raw scores of the clean token at every noisy position; with `ar_prediction="clean"` of the token behind
+            it. None where the loss was computed without them. With a loss of several draws, those of the first: the
+            smallest block size of the mixture.
         cache (`Cache`, *optional*, `past_key_values` too):
             The cache, with the clean tokens of the call if `use_cache=True`.
         hidden_states (`tuple(torch.FloatTensor)`, *optional*, returned with `output_hidden_states=True`):
@@ -82,9 +87,13 @@ class BlockGenOutput(BothCacheNames, CausalLMOutputWithPast):
             Attention weights of every layer, each `[B, heads, C + N, keys]`.
         token_losses (`torch.FloatTensor` of shape `[B, L]`, *optional*, returned when `labels` is given):
             The loss of every token, in nats; zero where it is not scored. Without gradients.
+        ar_token_losses (`torch.FloatTensor` of shape `[B, L]`, *optional*):
+            In training mode with `ar_prediction="clean"`: the losses by block size 1, which the same pass gives;
+            `token_losses` are those by the larger block size.
     """
 
     token_losses: torch.Tensor | None = None
+    ar_token_losses: torch.Tensor | None = None
 
 
 @auto_docstring
@@ -103,7 +112,7 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
     def __init__(self, config: BlockGenConfig) -> None:
         super().__init__(config)
         self.model = BlockGenModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.diffusion = diffusion_from_config(config)
         self.post_init()
 
@@ -114,13 +123,15 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
         Raises:
             ValueError: the mask token would be cut off.
         """
-        mask_token_id = self.config.mask_token_id
+        mask_token_id = self.config.mask_token_id if self.config.has_mask_row else None
         if new_num_tokens is not None and mask_token_id is not None and new_num_tokens <= mask_token_id:
             raise ValueError(
                 f"`new_num_tokens` must be at least {mask_token_id + 1}, as the mask token is {mask_token_id}, "
                 f"but is {new_num_tokens}."
             )
         embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        if self.config.mask_token_id is not None and mask_token_id is None:  # the id behind the vocabulary
+            self.config.mask_token_id = self.config.vocab_size
         self.diffusion = diffusion_from_config(self.config)
         return embeddings
 
@@ -129,7 +140,8 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
         """The output layer starts at zero, as in the paper's backbone."""
         if module is self.lm_head and not self.config.tie_word_embeddings:
             init.zeros_(module.weight)
-            init.zeros_(module.bias)
+            if module.bias is not None:
+                init.zeros_(module.bias)
         else:
             super()._init_weights(module)
 
@@ -173,7 +185,8 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
                 evaluation mode all of the mixture are used.
             noisy_position_ids (`torch.LongTensor` of shape `[B or 1, N]`, *optional*):
                 Default: the positions of `input_ids` if there are as many (training, verification), the positions
-                behind the cache if there are no `input_ids` (generation).
+                behind the cache if there are no `input_ids` (generation). With `ar_prediction="clean"` the noisy
+                tokens are canvases: see [`anchored_pass`].
             noisy_block_ids (`torch.LongTensor` of shape `[B or 1, N]`, *optional*):
                 The blocks of the noisy tokens, in place of `block_size`: those of one id, from 0 on, are a block that
                 starts at the smallest of their positions. Blocks may overlap, so that one pass can ask for several
@@ -230,8 +243,8 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
         Returns:
             [`BlockGenOutput`]. With `input_ids` alone `logits[:, i]` predict the token at i + 1. With
             `noisy_input_ids` or `labels` `logits[:, l]` score the clean token at noisy position l, before the masked
-            parameterisation. A model with `next_token_prediction` has one use: always `logits[:, i]` predict the
-            token at i + 1, and no label scores the first token of a text.
+            parameterisation. With `ar_prediction="clean"` and with `next_token_prediction` always `logits[:, i]`
+            predict the token at position i + 1, and no label scores the first token of a text.
 
         Raises:
             ValueError: arguments that contradict one another, or attention that the implementation cannot compute.
@@ -274,9 +287,10 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
             draws = self._training_draws(inputs, labels, size, objective)
             return self._training_forward(inputs, draws, num_items_in_batch, skip_logits, **kwargs)
         inputs = replace(inputs, block_size=checked_block_size(self.config, block_size, num_rows))
-        outputs = self.model(**vars(denoising_pass(self.config, inputs)), **kwargs)
+        denoising = self._denoising_pass(inputs)
+        outputs = self.model(**vars(denoising), **kwargs)
         is_mask = isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.dtype == torch.bool
-        hidden_states = outputs.last_hidden_state
+        hidden_states = canvas_states(denoising, outputs.last_hidden_state)
         hidden_states = hidden_states[logits_to_keep if is_mask else (slice(None), kept_logits(logits_to_keep))]
         return _with_logits(outputs, self.lm_head(hidden_states))
 
@@ -287,8 +301,9 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
         logits_to_keep: int | torch.Tensor,
         **kwargs: Any,
     ) -> BlockGenOutput:
-        # CODEPATH: the paper's AR baseline predicts the next token from the clean ones themselves.
-        if self.config.next_token_prediction:
+        # CODEPATH: adapted models and the paper's AR baseline predict the next token from the clean ones themselves.
+        if self.config.predicts_from_clean:
+            _refuse_queries(query_input_ids)
             outputs = self.model(**vars(next_token_pass(inputs)), **kwargs)
             return _with_logits(outputs, self.lm_head(outputs.last_hidden_state[:, kept_logits(logits_to_keep)]))
         if inputs.document_ids is not None:
@@ -297,10 +312,16 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
         outputs = self.model(**vars(queries), **kwargs)
         logits = self.lm_head(outputs.last_hidden_state)
         # CODEPATH: masked checkpoints have a mask token, which is no text; uniform ones have none.
-        if self.config.diffusion_type == "masked":
+        if self.config.has_mask_row:
             # Samplers and log-likelihoods outside of this package do not know it.
             logits[..., self.config.mask_token_id] = torch.finfo(logits.dtype).min
         return _with_logits(outputs, logits)
+
+    def _denoising_pass(self, inputs: ForwardInputs) -> TrunkInputs:
+        # CODEPATH: blocks of adapted models begin with the clean token before them.
+        if self.config.is_anchored:
+            return anchored_pass(self.config, inputs)
+        return denoising_pass(self.config, inputs)
 
     def _causal_use_cache(self, use_cache: bool | None) -> bool:
         use_cache = self.config.use_cache if use_cache is None else use_cache
@@ -327,6 +348,9 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
         if self.config.next_token_prediction:
             positions = next_token_pass(replace(inputs, input_ids=targets)).position_ids
             return [next_token_draw(targets, scored, positions)]
+        # CODEPATH: adapted models do not predict the first token of a text either.
+        if self.config.is_anchored:
+            scored = scored & (next_token_pass(replace(inputs, input_ids=targets)).position_ids > 0)
         if not self.training and not is_given and (block_size is None or isinstance(block_size, int)):
             inputs = replace(inputs, input_ids=targets)
             return list(evaluation_draws(self.diffusion, self.config, inputs, scored, block_size))
@@ -359,7 +383,8 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
         if skip_logits is None:
             skip_logits = self.training and self._has_plain_head
         first, *others = draws
-        outputs, total, losses = self._score(first, inputs, skip_logits, **kwargs)
+        score = self._score_both if self.config.is_anchored and self.training else self._score
+        outputs, total, losses = score(first, inputs, skip_logits, **kwargs)
         for draw in others:  # the logits are those of the first
             _, more, more_losses = self._score(draw, inputs, self._has_plain_head, **kwargs)
             total, losses = total + more, losses + more_losses
@@ -371,16 +396,56 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
         self, draw: TrainingDraw, inputs: ForwardInputs, skip_logits: bool, **kwargs: Any
     ) -> tuple[BlockGenOutput, torch.Tensor, torch.Tensor]:
         """One pass: its output, the sum of the losses of the scored tokens, and the loss of each."""
-        outputs = self.model(**vars(self._training_pass(draw, inputs)), **kwargs)
-        shift = self.config.next_token_prediction
-        states, logits = outputs.last_hidden_state, None
+        training_pass = self._training_pass(draw, inputs)
+        outputs = self.model(**vars(training_pass), **kwargs)
+        states = canvas_states(training_pass, outputs.last_hidden_state)
+        total, losses, logits = self._losses(draw, states, skip_logits)
+        return _with_logits(outputs, logits), total, losses
+
+    def _score_both(
+        self, draw: TrainingDraw, inputs: ForwardInputs, skip_logits: bool, **kwargs: Any
+    ) -> tuple[BlockGenOutput, torch.Tensor, torch.Tensor]:
+        """
+        As [`~BlockGenForDiffusionLM._score`], for a model whose clean tokens predict: block size 1 is scored by the
+        clean half of the same pass, by its weight in the mixture. Where nothing that it depends on is trained, as with
+        an adapter of the noisy tokens, it is left out.
+        """
+        training_pass = self._training_pass(draw, inputs)
+        outputs = self.model(**vars(training_pass), **kwargs)
+        states = outputs.last_hidden_state
+        total, losses, logits = self._losses(draw, canvas_states(training_pass, states), skip_logits)
+        weight = weight_of_block_size_1(self.config)
+        if draw.block_size == 1 or weight == 0 or self._is_clean_half_frozen:
+            return _with_logits(outputs, logits), total, losses
+        ar_draw = autoregressive_draw(self.diffusion, draw)
+        ar_total, ar_losses, _ = self._losses(ar_draw, states[:, : draw.input_ids.shape[1]], skip_logits)
+        outputs = _with_logits(outputs, logits)
+        outputs.ar_token_losses = ar_losses
+        return outputs, weight * ar_total + (1 - weight) * total, losses
+
+    def _losses(
+        self, draw: TrainingDraw, states: torch.Tensor, skip_logits: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """From the hidden states that score the tokens: the sum of their losses, each of them, and the logits."""
+        shift = self.config.predicts_from_clean
         if skip_logits:
             states = shift_right(states) if shift else states
             total, losses = chunked_mixture_loss(self.diffusion, draw, states, self.lm_head.weight, self.lm_head.bias)
-        else:
-            logits = self.lm_head(states)
-            total, losses = mixture_loss(self.diffusion, draw, shift_right(logits) if shift else logits)
-        return _with_logits(outputs, logits), total, losses
+            return total, losses, None
+        logits = self.lm_head(states)
+        total, losses = mixture_loss(self.diffusion, draw, shift_right(logits) if shift else logits)
+        return total, losses, logits
+
+    @property
+    def _is_clean_half_frozen(self) -> bool:
+        """Whether all that is trained acts on noisy tokens alone: an adapter, and the embedding of the noise."""
+        if self.config.adapter_rows != "noisy":
+            return False
+        return all(
+            "lora_" in name or "noise_embedding" in name
+            for name, parameter in self.named_parameters()
+            if parameter.requires_grad
+        )
 
     def _training_pass(self, draw: TrainingDraw, inputs: ForwardInputs) -> TrunkInputs:
         inputs = replace(
@@ -391,9 +456,11 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
             block_size=draw.block_size,
             noise_level=draw.noise_level,
         )
-        # CODEPATH: the paper's AR baseline has clean tokens only.
-        if self.config.next_token_prediction:
+        # CODEPATH: the paper's AR baseline has clean tokens only; so has block size 1 of adapted models.
+        if self.config.next_token_prediction or (self.config.is_anchored and draw.block_size == 1):
             return next_token_pass(inputs)
+        if self.config.is_anchored:
+            return anchored_pass(self.config, inputs)
         is_one_block = isinstance(draw.block_size, int) and draw.block_size >= draw.input_ids.shape[1]
         if is_one_block and inputs.position_ids is None and inputs.document_ids is None:
             return whole_text_pass(inputs)
@@ -427,6 +494,13 @@ def _with_logits(outputs: BaseModelOutputWithPast, logits: torch.Tensor | None) 
         attentions=outputs.attentions,
         **named_cache(getattr(outputs, CACHE_NAME)),
     )
+
+
+def _refuse_queries(query_input_ids: torch.Tensor | None) -> None:
+    if query_input_ids is not None:
+        raise ValueError(
+            "`query_input_ids` have no meaning with `ar_prediction='clean'`: clean tokens predict. Leave them out."
+        )
 
 
 def _refuse_noise(**arguments: Any) -> None:

@@ -19,7 +19,7 @@ torch's default generator. A trainer that wants them stratified and reproducible
 `forward`."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -37,6 +37,9 @@ class _MixtureSettings(Protocol):
     block_sizes: list[int]
     block_size_weights: list[float] | None
     training_objective: str
+
+    @property
+    def is_anchored(self) -> bool: ...
 
 
 def check_training_arguments(
@@ -124,8 +127,8 @@ def draw_training_noise(
     device, objective = input_ids.device, objective or config.training_objective
     check_objective(objective)
     if block_size is None:
-        weights = config.block_size_weights or [1.0] * len(config.block_sizes)
-        block_size = config.block_sizes[int(torch.multinomial(torch.tensor(weights), 1))]
+        sizes, weights = drawn_block_sizes(config)
+        block_size = sizes[int(torch.multinomial(torch.tensor(weights), 1))]
     if noise_level is None:
         if noisy_input_ids is not None and block_size != 1:
             raise ValueError(
@@ -141,6 +144,32 @@ def draw_training_noise(
     if noisy_input_ids is None:
         noisy_input_ids = diffusion.corrupt(input_ids, alpha_t, keep=~scored)
     return TrainingDraw(input_ids, noisy_input_ids, scored, block_size, noise_level, objective)
+
+
+def drawn_block_sizes(config: _MixtureSettings) -> tuple[list[int], list[float]]:
+    """
+    The block sizes that a training step is drawn from, and their weights. Where clean tokens predict, every pass
+    scores block size 1 too, so that it is not drawn unless there is no other.
+    """
+    weights = config.block_size_weights or [1.0 / len(config.block_sizes)] * len(config.block_sizes)
+    pairs = list(zip(config.block_sizes, weights, strict=True))
+    if config.is_anchored:
+        pairs = [pair for pair in pairs if pair[0] > 1 and pair[1] > 0] or pairs
+    return [size for size, _ in pairs], [weight for _, weight in pairs]
+
+
+def weight_of_block_size_1(config: _MixtureSettings) -> float:
+    """gamma_1, the weight of block size 1 in the mixture."""
+    weights = config.block_size_weights or [1.0 / len(config.block_sizes)] * len(config.block_sizes)
+    return sum(weight for size, weight in zip(config.block_sizes, weights, strict=True) if size == 1)
+
+
+def autoregressive_draw(diffusion: DiffusionProcess, draw: TrainingDraw) -> TrainingDraw:
+    """What the clean half of a pass is scored by: cross entropy of every token that the draw scores."""
+    noisy = draw.input_ids
+    if isinstance(diffusion, MaskedDiffusion):  # which scores masked tokens
+        noisy = torch.full_like(noisy, diffusion.mask_token_id)
+    return replace(draw, noisy_input_ids=noisy, block_size=1, objective="cross_entropy", weights=None)
 
 
 def times_and_alphas(
@@ -360,13 +389,16 @@ def _differentiate(
 
 __all__ = [
     "TrainingDraw",
+    "autoregressive_draw",
     "check_training_arguments",
     "chunked_loss",
     "chunked_mixture_loss",
     "draw_training_noise",
+    "drawn_block_sizes",
     "mixture_loss",
     "next_token_draw",
     "refuse_count_without_labels",
     "shift_right",
     "times_and_alphas",
+    "weight_of_block_size_1",
 ]

@@ -171,8 +171,8 @@ class RevisionDecoder(BlockDecoder):
         """One denoising pass over the finished draft, without noise and in the blocks of the revision."""
         state, length = self.state, draft.shape[1]
         outputs = self._forward(
-            input_ids=torch.cat([state.pending, draft], dim=1),
-            noisy_input_ids=draft,
+            input_ids=torch.cat([state.pending, state.canvas(draft)], dim=1),
+            noisy_input_ids=state.canvas(draft),
             noisy_position_ids=state.next_positions(length),
             noisy_block_ids=self._noisy_blocks(length),
             block_size=self.block_size,

@@ -379,6 +379,8 @@ class SpeculativeDecoder(BlockDecoder):
         self._commit_what_cannot_ride()
         if num_queries == 1 and not width:  # as `decoding="ar"`, whose mask is simpler
             return self._next_token_logits(), None
+        if state.is_anchored:
+            return self._anchored_verification_pass(draft, width)
         positions = state.next_positions(num_queries + width)
         queries = self._queries(positions[:, :num_queries])
         noisy, where, blocks = [queries], [positions[:, :num_queries]], [self._range(num_queries)[None]]
@@ -408,6 +410,36 @@ class SpeculativeDecoder(BlockDecoder):
         behind = logits[:, num_queries:].unflatten(1, (num_queries, width))
         return logits[:, :num_queries], behind[:, :, 1:]
 
+    def _anchored_verification_pass(self, draft: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        As [`~SpeculativeDecoder._verification_pass`], where clean tokens predict: the draft is read as the text that
+        it may become. A canvas behind every prefix begins with its last token, whose prediction is the verification.
+        """
+        state, num_queries = self.state, draft.shape[1] + 1
+        clean = state.canvas(torch.nn.functional.pad(draft, (0, 1)))  # the last token of the text, and the draft
+        if not width:
+            return self._clean_logits(torch.nn.functional.pad(draft, (0, 1))), None
+        length = num_queries - 1 + width
+        keys = self._generator(length).fold_in(Purpose.PRIOR)
+        prior = self.process.prior((len(draft), length), draft.device, keys)
+        place = self._range(num_queries)[:, None] + self._range(width)  # behind prefix i: i, i + 1, ...
+        canvases = torch.cat([clean[..., None], prior[:, place[:, 1:]]], dim=-1)
+        outputs = self._forward(
+            input_ids=torch.cat([state.pending, clean], dim=1),
+            noisy_input_ids=canvases.flatten(1),
+            noisy_position_ids=state.next_positions(length)[:, place.flatten()],
+            noisy_block_ids=self._range(num_queries).repeat_interleave(width)[None],
+            block_size=self.block_size,
+            attention_mask=state.mask_with(num_queries),
+            use_cache=state.cache is not None,
+            num_committed=state.pending.shape[1] + 1 if state.cache is not None else None,
+            noise_level=1.0,
+        )
+        state.count_evaluation()
+        state.mark_anchor_committed()
+        logits = outputs.logits.unflatten(1, (num_queries, width))
+        return logits[:, :, 0], logits[:, :, 1:]
+
     def _range(self, length: int) -> torch.Tensor:
         return torch.arange(length, device=self.state.tokens.device)
 
@@ -415,7 +447,7 @@ class SpeculativeDecoder(BlockDecoder):
         """x_hat of the queries, `[A (n + 1)]`, through the processors, each with the text before it."""
         state, config = self.state, self.model.config
         logits = logits.float()
-        if config.diffusion_type == "masked":
+        if config.has_mask_row:
             logits[..., config.mask_token_id] = -torch.inf
         if len(self.logits_processor) < len(self.verifying_processors):
             columns = state.columns(draft.shape[1] + 1)

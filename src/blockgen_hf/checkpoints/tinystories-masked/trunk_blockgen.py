@@ -33,8 +33,10 @@ from .layers_blockgen import (
     BlockGenDecoderLayer,
     BlockGenLayerNorm,
     BlockGenModulation,
+    BlockGenRMSNorm,
     BlockGenRotaryEmbedding,
     BlockGenTimeEmbedding,
+    make_norm,
 )
 from .masking_blockgen import (
     AttentionLayout,
@@ -72,7 +74,7 @@ class BlockGenPreTrainedModel(PreTrainedModel):
             init.uniform_(module.weight, -bound, bound)
             if getattr(module, "bias", None) is not None:
                 init.uniform_(module.bias, -bound, bound)
-        elif isinstance(module, BlockGenLayerNorm):
+        elif isinstance(module, (BlockGenLayerNorm, BlockGenRMSNorm)):
             init.ones_(module.weight)
         elif isinstance(module, BlockGenRotaryEmbedding):
             super()._init_weights(module)
@@ -87,9 +89,12 @@ class BlockGenModel(BlockGenPreTrainedModel):
     def __init__(self, config: BlockGenConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # The mask token of a model whose vocabulary has none.
+        is_extra = config.is_anchored and config.diffusion_type == "masked"
+        self.noise_embedding = nn.Embedding(1, config.hidden_size) if is_extra else None
         self.time_embedding = BlockGenTimeEmbedding(config.cond_dim) if config.adaptive_layer_norm else None
         self.layers = nn.ModuleList([BlockGenDecoderLayer(config, idx) for idx in range(config.num_hidden_layers)])
-        self.norm = BlockGenLayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.norm = make_norm(config)
         self.norm_modulation = (
             BlockGenModulation(config.cond_dim, 2 * config.hidden_size) if config.adaptive_layer_norm else None
         )
@@ -120,6 +125,8 @@ class BlockGenModel(BlockGenPreTrainedModel):
         is_causal: bool = False,
         is_full: bool = False,
         is_aligned: bool = False,
+        num_kept: int | None = None,
+        anchor_rows: torch.Tensor | None = None,
         modulations: Sequence[torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
@@ -135,11 +142,14 @@ class BlockGenModel(BlockGenPreTrainedModel):
             is_full (`bool`): the caller knows that every query sees every key.
             is_aligned (`bool`): the caller knows that clean and noisy tokens are as many, at the same positions, which
                 follow the order of the tokens (in every document, if there are `document_ids`), and nothing is cached.
+            num_kept (`int`, *optional*): how many hidden states to return, of the last of the clean and noisy tokens.
+                Default: those of the noisy tokens.
+            anchor_rows (`torch.LongTensor` of shape `[B or 1, N]`, *optional*): where noisy tokens are the places of
+                anchors, as in [`TrunkInputs`].
             modulations (`Sequence[torch.Tensor]`, *optional*): what [`~BlockGenModel.constant_modulations`] returned.
 
         Returns:
-            [`BaseModelOutputWithPast`], `last_hidden_state` of the noisy tokens only, `[B, N, hidden_size]`; with
-            `next_token_prediction` of the clean ones, `[B, C, hidden_size]`.
+            [`BaseModelOutputWithPast`], `last_hidden_state` `[B, num_kept, hidden_size]`.
         """
         if noisy_input_ids is None or position_ids is None or noisy_position_ids is None:
             raise ValueError(
@@ -155,8 +165,15 @@ class BlockGenModel(BlockGenPreTrainedModel):
             num_committed = num_clean if use_cache else 0
         read_cache = cache if self._reads(cache, num_committed) else None
         if is_aligned:
-            mask = self._training_mask(position_ids, block_size, attention_mask, document_ids, cache_window)
             is_causal = False
+            mask = self._training_mask(
+                position_ids,
+                block_size,
+                attention_mask,
+                document_ids,
+                cache_window,
+                has_anchors=anchor_rows is not None,
+            )
         else:
             layout = build_layout(
                 position_ids,
@@ -170,6 +187,8 @@ class BlockGenModel(BlockGenPreTrainedModel):
                 noisy_block_ids=noisy_block_ids,
                 document_ids=document_ids,
                 window=cache_window,
+                has_anchors=anchor_rows is not None,
+                is_noise_causal=self.config.noisy_attention == "causal",
             )
             # Padding, documents, tokens outside of a window and free slots of static caches have to be masked.
             static = read_cache is not None and read_cache.is_compileable
@@ -178,7 +197,7 @@ class BlockGenModel(BlockGenPreTrainedModel):
             has_all = has_all and (cache_window is None or num_clean_keys <= cache_window)
             mask, is_causal = self._render(layout, is_causal and has_all, is_full and has_all)
 
-        hidden_states = self.embed_tokens(torch.cat([input_ids, noisy_input_ids], dim=1))
+        hidden_states = self._embed(torch.cat([input_ids, noisy_input_ids], dim=1))
         position_embeddings = self.rotary_emb(hidden_states, concat(position_ids, noisy_position_ids))
         condition = None
         if modulations is None:
@@ -193,16 +212,24 @@ class BlockGenModel(BlockGenPreTrainedModel):
                 is_causal=is_causal,
                 cache=read_cache,
                 num_committed=num_committed,
+                num_unadapted=num_clean if self.config.adapter_rows == "noisy" else None,
                 **kwargs,
             )
-        # CODEPATH: the paper's AR baseline has no noisy tokens: clean ones predict.
-        if not self.config.next_token_prediction:
-            hidden_states = hidden_states[:, num_clean:]
+        num_kept = noisy_input_ids.shape[1] if num_kept is None else num_kept
+        hidden_states = hidden_states[:, hidden_states.shape[1] - num_kept :]
         modulation = None
         if self.norm_modulation is not None:
             modulation = self.norm_modulation(condition) if modulations is None else modulations[-1]
         hidden_states = self._final_norm(hidden_states, modulation)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, **named_cache(cache))
+
+    def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        if self.noise_embedding is None:
+            return self.embed_tokens(input_ids)
+        is_mask = input_ids == self.config.mask_token_id
+        embeddings = self.embed_tokens(input_ids.masked_fill(is_mask, 0))
+        noise = self.noise_embedding(torch.zeros_like(input_ids[:1, :1]))
+        return torch.where(is_mask[..., None], noise.to(embeddings.dtype), embeddings)
 
     def _final_norm(self, hidden_states: torch.Tensor, modulation: torch.Tensor | None) -> torch.Tensor:
         if modulation is None:
@@ -301,6 +328,7 @@ class BlockGenModel(BlockGenPreTrainedModel):
         attention_mask: torch.Tensor | None,
         document_ids: torch.Tensor | None,
         cache_window: int | None,
+        has_anchors: bool,
     ) -> Any:
         self._check_attention(needs_mask=True)
         return make_training_mask(
@@ -312,6 +340,8 @@ class BlockGenModel(BlockGenPreTrainedModel):
             valid=None if attention_mask is None else attention_mask.bool(),
             document_ids=document_ids,
             window=cache_window,
+            has_anchors=has_anchors,
+            is_noise_causal=self.config.noisy_attention == "causal",
         )
 
     def _check_attention(self, needs_mask: bool) -> None:
