@@ -148,7 +148,7 @@ def _read_gguf(source: Source, tokenizer: str | Path | None, dtype: str | None) 
         raise ValueError("GGUF files need the package gguf: pip install gguf.") from error
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    options = {"gguf_file": source.gguf, "local_files_only": True}
+    options: dict[str, Any] = {"gguf_file": source.gguf, "local_files_only": True}
     try:
         config = AutoConfig.from_pretrained(source.folder, **options)
         source_config(config.to_dict())

@@ -226,7 +226,7 @@ class BlockGenModel(BlockGenPreTrainedModel):
     def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         if self.noise_embedding is None:
             return self.embed_tokens(input_ids)
-        is_mask = input_ids == self.config.mask_token_id
+        is_mask = torch.eq(input_ids, self.config.vocab_size)
         embeddings = self.embed_tokens(input_ids.masked_fill(is_mask, 0))
         noise = self.noise_embedding(torch.zeros_like(input_ids[:1, :1]))
         return torch.where(is_mask[..., None], noise.to(embeddings.dtype), embeddings)

@@ -343,7 +343,7 @@ def _render(
     largest = block_size if isinstance(block_size, int) else max(block_size)
     if valid is None and document_ids is None:  # blocks start at the start of the row
         overlap = 0 if isinstance(block_size, int) and CHUNK_SIZE % block_size == 0 else largest - 1
-        return _chunks(layout, length, overlap, clean_block_size - 1, clean_block_size == 1 and window is None)
+        return _chunks(layout, length, overlap, clean_block_size - 1, clean_block_size == 1 and layout.window is None)
     # Where padding stands between tokens, a block may be spread over the row.
     has_gaps = valid is not None and _has_gaps(valid)
     overlap, clean_overlap = (length, length) if has_gaps else (largest - 1, clean_block_size - 1)
