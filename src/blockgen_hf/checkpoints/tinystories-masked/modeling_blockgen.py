@@ -123,6 +123,7 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
         Raises:
             ValueError: the mask token would be cut off.
         """
+        # CODEPATH: BlockGen checkpoints have a mask token in the vocabulary, adapted ones behind it.
         mask_token_id = self.config.mask_token_id if self.config.has_mask_row else None
         if new_num_tokens is not None and mask_token_id is not None and new_num_tokens <= mask_token_id:
             raise ValueError(
@@ -130,7 +131,8 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
                 f"but is {new_num_tokens}."
             )
         embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
-        if self.config.mask_token_id is not None and mask_token_id is None:  # the id behind the vocabulary
+        # CODEPATH: the mask token of adapted checkpoints is the id behind the vocabulary.
+        if self.config.mask_token_id is not None and mask_token_id is None:
             self.config.mask_token_id = self.config.vocab_size
         self.diffusion = diffusion_from_config(self.config)
         return embeddings
@@ -383,6 +385,7 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
         if skip_logits is None:
             skip_logits = self.training and self._has_plain_head
         first, *others = draws
+        # CODEPATH: the clean half of adapted models scores block size 1.
         score = self._score_both if self.config.is_anchored and self.training else self._score
         outputs, total, losses = score(first, inputs, skip_logits, **kwargs)
         for draw in others:  # the logits are those of the first
@@ -439,6 +442,7 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
     @property
     def _is_clean_half_frozen(self) -> bool:
         """Whether all that is trained acts on noisy tokens alone: an adapter, and the embedding of the noise."""
+        # CODEPATH: adapters of adapted models act on noisy tokens, those of BlockGen checkpoints on all.
         if self.config.adapter_rows != "noisy":
             return False
         return all(
@@ -459,6 +463,7 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
         # CODEPATH: the paper's AR baseline has clean tokens only; so has block size 1 of adapted models.
         if self.config.next_token_prediction or (self.config.is_anchored and draw.block_size == 1):
             return next_token_pass(inputs)
+        # CODEPATH: blocks of adapted models begin with the clean token before them.
         if self.config.is_anchored:
             return anchored_pass(self.config, inputs)
         is_one_block = isinstance(draw.block_size, int) and draw.block_size >= draw.input_ids.shape[1]
