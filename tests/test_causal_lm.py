@@ -302,7 +302,7 @@ def adapter(model: BlockGenForDiffusionLM, folder: Path) -> Path:
     peft = pytest.importorskip("peft")
     from blockgen_hf.training.recipe_adapter import LINEAR_LAYERS
 
-    settings = peft.LoraConfig(r=2, target_modules=LINEAR_LAYERS, modules_to_save=["noise_embedding"])
+    settings = peft.LoraConfig(r=2, target_modules=[*LINEAR_LAYERS, "gate_proj"], modules_to_save=["noise_embedding"])
     adapted = peft.get_peft_model(model, settings)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():

@@ -13,9 +13,9 @@ from .recipe_values import check_keys, convert
 if TYPE_CHECKING:
     from peft import PeftModel
 
-# The matrices of a layer, which PEFT has no table of for this model type. "all-linear" are these, and the modulations
-# of the adaptive layer norms with the embedding of the time.
-LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# The matrices of a layer, which PEFT has no table of for this model type; a gated MLP has another one. "all-linear" are
+# these, and the modulations of the adaptive layer norms with the embedding of the time.
+LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 # What is filled here, or by PEFT.
 _NO_ADAPTER_KEYS = (
     "task_type",
@@ -84,6 +84,8 @@ def add_adapter(
     """
     from peft import LoraConfig, get_peft_model
 
+    if settings["target_modules"] == LINEAR_LAYERS and model.config.gated_mlp:
+        settings = {**settings, "target_modules": [*LINEAR_LAYERS, "gate_proj"]}
     adapted = get_peft_model(model, LoraConfig(**settings, revision=revision))
     folder = local_folder(checkpoint)
     base = checkpoint if folder is None else str(folder.resolve())

@@ -27,14 +27,13 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 
 from .generation_blockgen import BlockGenGenerationMixin
 from .generation_configuration_blockgen import BlockGenGenerationConfig
+from .anchors_blockgen import anchored_pass, canvas_states
 from .configuration_blockgen import BlockGenConfig
 from .diffusion_blockgen import diffusion_from_config
 from .evaluation_draws_blockgen import evaluation_draws
 from .inputs_blockgen import (
     ForwardInputs,
     TrunkInputs,
-    anchored_pass,
-    canvas_states,
     causal_pass,
     check_window,
     checked_block_size,
