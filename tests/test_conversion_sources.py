@@ -127,7 +127,7 @@ REFUSALS: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "causal BD3-LM": ("bd3lm", {"causal": True}, {}, "`causal` of the checkpoint's config.json is true"),
     "BD3-LM without clean half": ("bd3lm", {"cross_attn": False}, {}, "`cross_attn` of the checkpoint's config.json"),
     "tokenizer of a published folder": ("ar", {}, {"to": "published"}, "is no checkpoint of this package"),
-    "target": ("ar", {}, {"to": "gguf"}, "`to` must be one of ['transformers', 'published', 'causal-lm'], but is 'gguf'"),
+    "target": ("ar", {}, {"to": "gguf"}, "`to` must be one of ['transformers', 'published', 'causal-lm']"),
     "dtype": ("ar", {}, {"dtype": "int8"}, "`dtype` must be one of"),
     "revision": ("ar", {}, {"revision": "main"}, "`revision` is for sources on the Hub"),
 }  # fmt: skip
