@@ -13,8 +13,8 @@ from .recipe_values import check_keys, convert
 if TYPE_CHECKING:
     from peft import PeftModel
 
-# The matrices of a layer, which PEFT has no table of for this model type; a gated MLP has another one. "all-linear" are
-# these, and the modulations of the adaptive layer norms with the embedding of the time.
+# The matrices of a layer, which PEFT has no table of for this model type; a gated MLP has another one. "all-linear"
+# are these, and the modulations of the adaptive layer norms with the embedding of the time.
 LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 # What is filled here, or by PEFT.
 _NO_ADAPTER_KEYS = (
