@@ -63,7 +63,7 @@ def test_table_and_files(
     monkeypatch.setenv("COLUMNS", "100")
     out = evaluate("--decodings", "ar:do_sample=False,arpc:4:block_size=4", "--num-samples", "2", "--k", "1,2")
     lines = out.splitlines()
-    assert lines[0] == f"Model: {saved}"
+    assert lines[0] == f"Model: {saved} (float32 weights)"
     assert lines[1] == f"Questions: {questions}, 4, 2 samples each, 6 new tokens at most, seed 0"
     assert lines[2].startswith("Answer: the number behind ####. ")
     table = [line for line in lines[4:] if str(tmp_path) not in line]  # the last line names the folder

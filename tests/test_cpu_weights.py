@@ -220,6 +220,53 @@ def test_generate_command(checkpoint: str, capsys: pytest.CaptureFixture[str]) -
     assert "--cpu-weights: `model` must be float32 on the CPU" in capsys.readouterr().err
 
 
+def test_matrices_of_some_size_are_packed_unasked(
+    checkpoint: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not those of a small model, nor for AR, where a pass has a single new token; `none` turns it off."""
+    options = ["generate", "a b", "--model", checkpoint, "--max-new-tokens", "6", "--seed", "1", "--json"]
+    arpc = ["--decoding", "arpc", "--block-size", "4"]
+
+    def weights_of(*more: str) -> str:
+        assert main([*options, *more]) == 0
+        return str(json.loads(capsys.readouterr().out)["dtype"])
+
+    assert weights_of(*arpc) == "float32"
+    monkeypatch.setattr(quantization, "_LARGE", 0)
+    assert weights_of(*arpc) == weights_of("--decoding", "ar", "--num-samples", "2") == "float32, packed"
+    assert weights_of("--decoding", "ar") == weights_of(*arpc, "--cpu-weights", "none") == "float32"
+    assert weights_of(*arpc, "--dtype", "bfloat16") == "bfloat16"
+    assert main([*options[:-1], *arpc]) == 0
+    assert ", float32, packed weights, seed 1)" in capsys.readouterr().err
+
+
+def test_the_other_commands_that_generate_pack_too(
+    checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What they write is not mixed with that of other weights."""
+    monkeypatch.setattr(quantization, "_LARGE", 0)
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text(json.dumps({"question": "a b", "answer": "#### 1"}) + "\n")
+    answers = ["evaluate-answers", checkpoint, "--dataset", str(questions), "--decodings", "block_diffusion:2"]
+    answers += ["--max-new-tokens", "4", "--output-dir", str(tmp_path / "answers")]
+    samples = ["evaluate-samples", checkpoint, "--decodings", "block_diffusion", "--nfe", "2", "--num-samples", "1"]
+    samples += [
+        "--block-sizes",
+        "2",
+        "--max-new-tokens",
+        "4",
+        "--judge",
+        "none",
+        "--output-dir",
+        str(tmp_path / "samples"),
+    ]
+    for command in (answers, samples):
+        assert main(command) == 0
+        assert "float32, packed" in capsys.readouterr().out
+        assert main([*command, "--cpu-weights", "none"]) == 1
+        assert "other settings" in capsys.readouterr().err
+
+
 def test_bench_command(capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--size", "tiny", "--diffusion-types", "masked", "--batch-sizes", "1", "--prefixes", "0"]
     options += ["--decodings", "block_diffusion:2", "--new-tokens", "4", "--block-size", "4", "--repeats", "1"]

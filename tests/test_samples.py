@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from blockgen_hf.evaluation.samples import (
 from blockgen_hf.evaluation.samples_drawing import DrawnText, draw_texts, encode_prompts
 from blockgen_hf.evaluation.samples_grid import SampleCell
 from blockgen_hf.evaluation.samples_tables import log_axis, markdown, plain, plot
+from blockgen_hf.quantization import quantize_for_cpu, readable_weights
 from blockgen_hf.run_folders import FolderInUseError, lock_folder, sampled_digest
 
 
@@ -282,12 +284,26 @@ def test_prompts_are_checked() -> None:
         draw(tiny_model(), cell, prompts=["abcdefghij"], max_new_tokens=60)
 
 
+def fingerprint(model: Any) -> str:
+    return sampled_digest(model, readable_weights(model))
+
+
 def test_the_fingerprint_tells_weights_and_settings_apart() -> None:
-    found = sampled_digest(tiny_model())
-    assert sampled_digest(tiny_model()) == found
+    found = fingerprint(tiny_model())
+    assert fingerprint(tiny_model()) == found
     others = [tiny_model(seed=1), tiny_model("uniform"), tiny_model()]
     others[-1].generation_config.corrector = "ar_kl"
-    assert len({found, *map(sampled_digest, others)}) == 4
+    assert len({found, *map(fingerprint, others)}) == 4
+
+
+@pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="only x86 CPUs pack weights")
+def test_the_fingerprint_tells_packed_weights_apart() -> None:
+    """Also where only one matrix differs, as behind a merged adapter, and from the weights as they were."""
+    models = [tiny_model(), tiny_model()]
+    with torch.no_grad():
+        models[1].model.layers[1].mlp.up_proj.weight += 1e-3
+    packed = [quantize_for_cpu(model, "float32") for model in models]
+    assert len({fingerprint(tiny_model()), *map(fingerprint, packed)}) == 3
 
 
 # scores

@@ -6,7 +6,6 @@ without compilation. oneDNN's and FBGEMM's own products are several times faster
 """
 
 import platform
-from collections.abc import Callable
 from functools import cache
 from typing import Any, NoReturn
 
@@ -28,14 +27,21 @@ _LAYER_MATRICES = (
     "mlp.down_proj",
 )
 _SMALLEST = 1e-30  # of what is divided by
+_NUMBERS_OF_A_SAMPLE = 64
+# Entries of a layer's largest matrix from which on packing pays: a call of oneDNN costs some 30 microseconds more.
+_LARGE = 2**20
 _ROWS_OF_A_BLOCK = 16  # oneDNN orders weights for a number of rows; this order is as good as any for others
 
 
 class PackedLinear(nn.Module):
     """A linear layer for inference, `[..., in]` -> `[..., out]` in float32. Its weights cannot be read or saved."""
 
-    nbytes: int
-    """Of the weights."""
+    def __init__(self, linear: nn.Linear, nbytes: int) -> None:
+        super().__init__()
+        self.nbytes = nbytes  # of the weights
+        flat = linear.weight.detach().flatten()
+        # Some numbers of the weights, by which models are told apart: `[up to 64]`.
+        self.sample = flat[:: -(-flat.numel() // _NUMBERS_OF_A_SAMPLE)].clone()
 
     def train(self, mode: bool = True) -> "PackedLinear":
         if mode:
@@ -65,14 +71,13 @@ class Int8Linear(PackedLinear):
     """
 
     def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        weight = linear.weight.detach()
+        weight, bias = linear.weight.detach(), linear.bias
+        super().__init__(linear, weight.numel() + 4 * len(weight) + (0 if bias is None else bias.nbytes))
         self.scale = weight.abs().amax(-1).clamp(min=_SMALLEST) / 127
         self.zero_point = torch.zeros(len(weight), dtype=torch.int32)
         self.weight = _pack_int8((weight / self.scale[:, None]).round().to(torch.int8))
         self.bias = None if linear.bias is None else linear.bias.detach()
         self.largest_level = 63 if _saturates() else 127
-        self.nbytes = weight.numel() + self.scale.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         self.check(hidden_states)
@@ -86,9 +91,8 @@ class Float16Linear(PackedLinear):
     """Weights of 16 bits, which are multiplied as float32 numbers."""
 
     def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
+        super().__init__(linear, 2 * linear.weight.numel() + (0 if linear.bias is None else linear.bias.nbytes))
         self.weight = torch.ops.quantized.linear_prepack_fp16(linear.weight.detach(), linear.bias)
-        self.nbytes = 2 * linear.weight.numel() + (0 if linear.bias is None else linear.bias.nbytes)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         self.check(hidden_states)
@@ -99,17 +103,16 @@ class Float32Linear(PackedLinear):
     """The same weights, in an order that makes products of the rows of a block fast. A single row is no faster."""
 
     def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
+        super().__init__(linear, linear.weight.nbytes + (0 if linear.bias is None else linear.bias.nbytes))
         self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _ROWS_OF_A_BLOCK)
         self.bias = None if linear.bias is None else linear.bias.detach()
-        self.nbytes = linear.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         self.check(hidden_states)
         return torch.ops.mkldnn._linear_pointwise(hidden_states, self.weight, self.bias, "none", [], "")
 
 
-FORMATS: dict[str, Callable[[nn.Linear], PackedLinear]] = {
+FORMATS: dict[str, type[Int8Linear] | type[Float16Linear] | type[Float32Linear]] = {
     "int8": Int8Linear,
     "float16": Float16Linear,
     "float32": Float32Linear,
@@ -137,6 +140,42 @@ def quantize_for_cpu(model: PreTrainedModel, weights: str = "int8") -> PreTraine
     """
     if weights not in FORMATS:
         raise ValueError(f"`weights` must be one of {', '.join(map(repr, FORMATS))}, but is {weights!r}.")
+    names = _matrices(model, weights)  # all of them are checked before the first is replaced
+    model.requires_grad_(False)
+    for name in names:
+        packed = FORMATS[weights](model.get_submodule(name))
+        model.set_submodule(name, packed.eval())
+    return model
+
+
+def gains_from_packing(model: PreTrainedModel) -> bool:
+    """
+    Whether `quantize_for_cpu(model, "float32")` is possible and makes passes of several tokens faster: on an x86 CPU,
+    in float32, with layers of some width (512 and more).
+    """
+    try:
+        _matrices(model, "float32")
+    except ValueError:
+        return False
+    return bool(model.config.hidden_size * model.config.intermediate_size >= _LARGE)
+
+
+def weights_format(model: PreTrainedModel) -> str:
+    """How the weights are stored, in words: `"bfloat16"`, or `"int8, packed"` after [`quantize_for_cpu`]."""
+    packed = next((module for module in model.modules() if isinstance(module, PackedLinear)), None)
+    if packed is None:
+        return str(model.dtype).removeprefix("torch.")
+    return f"{next(name for name, kind in FORMATS.items() if isinstance(packed, kind))}, packed"
+
+
+def readable_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The state of a model by name, of packed weights some numbers; to tell models apart, not to save them."""
+    samples = {name: module.sample for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    return {**dict(model.named_parameters(remove_duplicate=False)), **samples} if samples else model.state_dict()
+
+
+def _matrices(model: PreTrainedModel, weights: str) -> list[str]:
+    """Names of the matrices to pack. Raises a `ValueError` for a model or a machine with which that is impossible."""
     _check_machine(weights)
     if not isinstance(model, PreTrainedModel) or model.config.model_type != BlockGenConfig.model_type:
         raise ValueError(f"`model` must be a BlockGen model, but is a {type(model).__name__}.")
@@ -145,13 +184,9 @@ def quantize_for_cpu(model: PreTrainedModel, weights: str = "int8") -> PreTraine
     matrices = [name for name in _LAYER_MATRICES if model.config.gated_mlp or name != "mlp.gate_proj"]
     names = [f"model.layers.{i}.{name}" for i in range(len(model.model.layers)) for name in matrices]
     names.append("lm_head")
-    for name in names:  # all of them before the first is replaced
-        _check_linear(name, model.get_submodule(name))
-    model.requires_grad_(False)
     for name in names:
-        packed = FORMATS[weights](model.get_submodule(name))
-        model.set_submodule(name, packed.eval())
-    return model
+        _check_linear(name, model.get_submodule(name))
+    return names
 
 
 def _check_machine(weights: str) -> None:
@@ -209,4 +244,14 @@ def _saturates() -> bool:
     return bool((product != length * 127 * 255).any())
 
 
-__all__ = ["FORMATS", "Float16Linear", "Float32Linear", "Int8Linear", "PackedLinear", "quantize_for_cpu"]
+__all__ = [
+    "FORMATS",
+    "Float16Linear",
+    "Float32Linear",
+    "Int8Linear",
+    "PackedLinear",
+    "gains_from_packing",
+    "quantize_for_cpu",
+    "readable_weights",
+    "weights_format",
+]

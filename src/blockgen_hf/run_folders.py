@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 
@@ -149,22 +150,22 @@ def digest(parts: Iterable[Any], *, is_long: bool = False) -> str:
     return hasher.hexdigest() if is_long else hasher.hexdigest()[:16]
 
 
-def weights_digest(model: "PreTrainedModel") -> str:
-    """A digest of every weight of a model, to the last bit."""
+def weights_digest(weights: Mapping[str, "torch.Tensor"]) -> str:
+    """A digest of every weight, by name, to the last bit."""
     import torch
 
     def parts() -> Iterator[Any]:
-        for name, tensor in sorted(model.state_dict().items()):
+        for name, tensor in sorted(weights.items()):
             yield f"{name} {tensor.dtype} {list(tensor.shape)}"
             yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
     return digest(parts(), is_long=True)
 
 
-def sampled_digest(model: "PreTrainedModel") -> str:
+def sampled_digest(model: "PreTrainedModel", weights: Mapping[str, Any]) -> str:
     """
-    A digest of a model's settings, its layers and some 64 numbers of each tensor. It differs between trained models,
-    also where weights are packed (`quantize_for_cpu`) and cannot be read.
+    A digest of a model's settings, its layers and some 64 numbers of each of its weights, by name. It differs between
+    trained models.
     """
     import torch
 
@@ -174,7 +175,7 @@ def sampled_digest(model: "PreTrainedModel") -> str:
     layout = [*configs, [type(module).__name__ for module in model.modules()]]
 
     def numbers() -> Iterator[str]:
-        for name, weight in sorted(model.state_dict().items()):
+        for name, weight in sorted(weights.items()):
             if isinstance(weight, torch.Tensor):
                 flat = weight.detach().flatten()
                 few = flat[:: max(1, flat.numel() // _NUMBERS_OF_A_TENSOR)].to(device="cpu", dtype=torch.float64)

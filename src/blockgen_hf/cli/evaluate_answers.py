@@ -14,6 +14,7 @@ from .parsing import (
     DECODINGS_HELP,
     MODEL_HELP,
     CommandError,
+    add_cpu_weights,
     add_decodings,
     add_hub_dataset_arguments,
     add_loading_arguments,
@@ -39,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--adapter", type=Path, metavar="DIR", help="PEFT adapter to merge into the model")
     add_loading_arguments(group)
+    add_cpu_weights(group)
     _add_data_arguments(parser.add_argument_group("questions"))
     _add_sample_arguments(parser.add_argument_group("answers"))
     group = parser.add_argument_group("output")
@@ -114,7 +116,14 @@ def run(args: argparse.Namespace) -> int:
     if args.adapter is not None and not (args.adapter / "adapter_config.json").is_file():
         raise CommandError(f"--adapter {args.adapter}: is no folder with an adapter_config.json.")
 
-    from .loading import load, one_line_errors, quiet_transformers, resolve_device, show_bars_of_datasets
+    from .loading import (
+        load,
+        one_line_errors,
+        pack_weights,
+        quiet_transformers,
+        resolve_device,
+        show_bars_of_datasets,
+    )
 
     with one_line_errors():
         from ..evaluation.processes import launched_process
@@ -128,8 +137,10 @@ def run(args: argparse.Namespace) -> int:
             name = model.name_or_path
             if args.adapter is not None:
                 model, name = _with_adapter(model, args.adapter), f"{name} with {args.adapter}"
+            pack_weights(model, args.cpu_weights)
 
             from ..evaluation.accuracy import evaluate_answers
+            from ..quantization import weights_format
 
             started = time.perf_counter()
             result = evaluate_answers(
@@ -154,7 +165,7 @@ def run(args: argparse.Namespace) -> int:
                 progress=sys.stderr.isatty(),
             )
         if is_main:
-            _report(args, name, result, time.perf_counter() - started)
+            _report(args, f"{name} ({weights_format(model)} weights)", result, time.perf_counter() - started)
     if process is not None:
         process.destroy_process_group()
     return 0

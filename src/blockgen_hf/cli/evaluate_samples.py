@@ -9,9 +9,9 @@ from ..whole_files import write_whole
 from .parsing import (
     MODEL_HELP,
     CommandError,
+    add_cpu_weights,
     add_decodings,
     add_loading_arguments,
-    cpu_weights,
     integer,
     list_of,
     loading_options,
@@ -35,12 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", type=model_name, help=f"{MODEL_HELP} (the default)")
     group = parser.add_argument_group("model")
     add_loading_arguments(group)
-    group.add_argument(
-        "--cpu-weights",
-        type=cpu_weights,
-        metavar="NAME",
-        help="pack the weights as int8 or float16, which is faster on an x86 CPU (docs/speed.md)",
-    )
+    add_cpu_weights(group)
     _add_grid_arguments(parser.add_argument_group("settings, of which every combination is a cell"))
     _add_text_arguments(parser.add_argument_group("texts"))
     _add_score_arguments(parser.add_argument_group("scores"))
@@ -143,14 +138,15 @@ def _share(text: str) -> float:
 def run(args: argparse.Namespace) -> int:
     _check(args)
 
-    from .loading import load, one_line_errors, quiet_transformers, resolve_device
+    from .loading import load, one_line_errors, pack_weights, quiet_transformers, resolve_device
 
     with quiet_transformers(), one_line_errors():
         from ..evaluation.processes import launched_process
         from ..evaluation.samples import evaluate_samples, sample_cells
 
         process = launched_process(resolve_device(args.device) == "cpu")
-        model, tokenizer = load(args.model, **loading_options(args), cpu_weights=args.cpu_weights)
+        model, tokenizer = load(args.model, **loading_options(args))
+        pack_weights(model, args.cpu_weights)
         prompts = [] if args.prompts is None else read_texts(args.prompts, "--prompts", "prompt")
         max_new_tokens = _length_of_texts(args, model, tokenizer, prompts)
         cells, skipped = sample_cells(

@@ -10,8 +10,8 @@ from ..whole_files import json_text
 from .parsing import (
     MODEL_HELP,
     CommandError,
+    add_cpu_weights,
     add_loading_arguments,
-    cpu_weights,
     integer,
     loading_options,
     model_name,
@@ -125,12 +125,7 @@ def _add_replay_arguments(group: argparse._ArgumentGroup) -> None:
 def _add_model_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--model", type=model_name, help=f"{MODEL_HELP} (the default)")
     add_loading_arguments(group)
-    group.add_argument(
-        "--cpu-weights",
-        type=cpu_weights,
-        metavar="NAME",
-        help="pack the weights as int8, float16 or float32, which is faster on an x86 CPU (docs/speed.md)",
-    )
+    add_cpu_weights(group)
 
 
 def _add_decoding_arguments(group: argparse._ArgumentGroup) -> None:
@@ -267,6 +262,8 @@ def _read_prompts(args: argparse.Namespace) -> list[str]:
 
 def _generate(args: argparse.Namespace, sampler: "Sampler", settings: dict[str, Any]) -> dict[str, Any]:
     """Continues a prompt; prints texts and costs unless they are wanted as JSON, which is returned."""
+    from ..quantization import weights_format
+
     if args.compare:
         from .comparison import compare
 
@@ -274,7 +271,7 @@ def _generate(args: argparse.Namespace, sampler: "Sampler", settings: dict[str, 
     else:
         generations = [sampler.generate(settings, _make_streamer(args, sampler, settings))]
         if not args.json:
-            _print_generation(generations[0], sampler.seed)
+            _print_generation(generations[0], sampler)
     if _replay_files(args):
         from .replaying import save_replay
 
@@ -282,7 +279,7 @@ def _generate(args: argparse.Namespace, sampler: "Sampler", settings: dict[str, 
     return {
         "model": sampler.model.name_or_path,
         "device": str(sampler.model.device),
-        "dtype": str(sampler.model.dtype).removeprefix("torch."),
+        "dtype": weights_format(sampler.model),
         "prompt": sampler.prompt,
         "seed": sampler.seed,
         "results": [generation.to_dict() for generation in generations],
@@ -339,16 +336,20 @@ def _make_samplers(args: argparse.Namespace, prompts: list[str], settings: dict[
     from secrets import randbelow
 
     from ..generation.generation_configuration_blockgen import BlockGenGenerationConfig
-    from .loading import load
+    from .loading import load, pack_weights
     from .sampling import Sampler
 
     try:
         BlockGenGenerationConfig(**settings)  # before a large model is loaded in vain
     except ValueError as error:
         raise CommandError(error) from error
-    model, tokenizer = load(args.model, **loading_options(args), cpu_weights=args.cpu_weights)
+    model, tokenizer = load(args.model, **loading_options(args))
     seed = randbelow(2**32) if args.seed is None else args.seed
-    return [Sampler(model, tokenizer, prompt, args.num_samples, seed) for prompt in prompts]
+    samplers = [Sampler(model, tokenizer, prompt, args.num_samples, seed) for prompt in prompts]
+    decoding = samplers[0].settings_in_effect(settings)["decoding"]
+    is_single = decoding == "ar" and args.num_samples == 1 and not args.compare
+    pack_weights(model, args.cpu_weights, is_single)
+    return samplers
 
 
 def _make_streamer(args: argparse.Namespace, sampler: "Sampler", settings: dict[str, Any]) -> "StreamedText | None":
@@ -366,8 +367,9 @@ def _make_streamer(args: argparse.Namespace, sampler: "Sampler", settings: dict[
     return log(sampler.tokenizer, sys.stdout, sys.stderr)
 
 
-def _print_generation(generation: "Generation", seed: int) -> None:
+def _print_generation(generation: "Generation", sampler: "Sampler") -> None:
     """The texts on standard output, and what they cost on standard error."""
+    from ..quantization import weights_format
     from .sampling import describe
 
     if len(generation.samples) > 1:  # one sample has been streamed
@@ -386,6 +388,6 @@ def _print_generation(generation: "Generation", seed: int) -> None:
     print(
         f"{cost}{generation.num_new_tokens} new tokens, {generation.num_function_evaluations} function evaluations, "
         f"{generation.tokens_per_forward:.2f} tokens per forward, {generation.tokens_per_second:.1f} tokens/s, "
-        f"{generation.seconds:.2f} s{drafts} ({what}, seed {seed})",
+        f"{generation.seconds:.2f} s{drafts} ({what}, {weights_format(sampler.model)} weights, seed {sampler.seed})",
         file=sys.stderr,
     )

@@ -26,7 +26,7 @@ from ..hub.files import CONFIG, read_json
 from ..hub.model_checks import check_loaded_model, check_model_folder, fetch_model
 from ..modeling.configuration_blockgen import BlockGenConfig
 from ..places import local_folder
-from ..quantization import quantize_for_cpu
+from ..quantization import gains_from_packing, quantize_for_cpu
 from ..tokenizer_loading import pretrained_tokenizer
 from .parsing import CommandError
 
@@ -98,17 +98,15 @@ def load(
     dtype: str,
     attn_implementation: str | None,
     trust_remote_code: bool,
-    cpu_weights: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
     The model, in evaluation mode on its device, and its tokenizer.
 
     Args:
         name: a folder or a model on the Hub, as [`parsing.model_name`] gives it; None: the shipped checkpoint.
-        cpu_weights: a format of `quantize_for_cpu`.
 
     Raises:
-        CommandError: no BlockGen model can be loaded from there, or its weights cannot be packed.
+        CommandError: no BlockGen model can be loaded from there.
     """
     device = resolve_device(device)
     source = _shipped_checkpoint() if name is None else name
@@ -146,13 +144,27 @@ def load(
             "it is that of another model. Take the tokenizer files that were saved with the model."
         )
     set_num_threads(device, model.num_parameters())
-    model = model.to(device).eval()
-    if cpu_weights is not None:
-        try:
-            quantize_for_cpu(model, cpu_weights)
-        except ValueError as error:
-            raise CommandError(f"--cpu-weights: {error}") from error
-    return model, tokenizer
+    return model.to(device).eval(), tokenizer
+
+
+def pack_weights(model: PreTrainedModel, cpu_weights: str, is_single: bool = False) -> None:
+    """
+    Does what `--cpu-weights` says. `auto` packs float32 weights where that makes `generate` faster.
+
+    Args:
+        is_single: only one token is computed at a time, which packing does not make faster.
+
+    Raises:
+        CommandError: they cannot be packed as the user said.
+    """
+    if cpu_weights == "auto":
+        cpu_weights = "float32" if gains_from_packing(model) and not is_single else "none"
+    if cpu_weights == "none":
+        return
+    try:
+        quantize_for_cpu(model, cpu_weights)
+    except ValueError as error:
+        raise CommandError(f"--cpu-weights: {error}") from error
 
 
 def set_num_threads(device: str, num_parameters: int) -> None:

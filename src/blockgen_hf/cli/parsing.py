@@ -12,6 +12,7 @@ from ..places import local_folder
 
 PROGRAM = "blockgen-hf"
 Value = TypeVar("Value")
+_CPU_WEIGHTS = ("int8", "float16", "float32")  # formats of `quantize_for_cpu`, known here without importing torch
 
 
 class CommandError(Exception):
@@ -159,9 +160,21 @@ def add_run_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGroup)
     )
 
 
+def add_cpu_weights(group: argparse._ArgumentGroup) -> None:
+    """The option of commands that generate."""
+    group.add_argument(
+        "--cpu-weights",
+        choices=("auto", "none", *_CPU_WEIGHTS),
+        default="auto",
+        metavar="NAME",
+        help="weights packed for an x86 CPU: float32 is faster and computes the same, int8 and float16 are smaller, "
+        "none turns it off (default: auto, float32 where it is faster; docs/speed.md)",
+    )
+
+
 def cpu_weights(text: str) -> str:
-    """A format of `quantize_for_cpu`, known here without importing torch."""
-    if text not in ("int8", "float16", "float32"):
+    """The type of an option: a format of `quantize_for_cpu`."""
+    if text not in _CPU_WEIGHTS:
         raise argparse.ArgumentTypeError(f"must be int8, float16 or float32, but is {text!r}")
     return text
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_utils import unwrap_model
 
 from ..prompts import PromptEncoder
+from ..quantization import readable_weights
 from ..run_folders import digest, weights_digest
 from ..whole_files import write_json, write_whole
 from .answer_figures import AnswerFigures, answer_figures, answer_table
@@ -208,7 +209,10 @@ def _fingerprints(model: PreTrainedModel, prompts: list[list[int]], questions: l
     config = {name: value for name, value in config.items() if name not in ("_name_or_path", "transformers_version")}
     answers = [question.answer for question in questions]
     texts = {"config": json.dumps(config, sort_keys=True, default=str), "questions": json.dumps([prompts, answers])}
-    return {"weights": weights_digest(model), **{name: digest([text], is_long=True) for name, text in texts.items()}}
+    return {
+        "weights": weights_digest(readable_weights(model)),
+        **{name: digest([text], is_long=True) for name, text in texts.items()},
+    }
 
 
 def _scored(rows: Sequence[Row], questions: Sequence[Question], form: str) -> list[Row]:

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..places import name_without_folder
+from ..quantization import readable_weights, weights_format
 from ..run_folders import digest, sampled_digest
 from ..whole_files import json_text, write_json
 from .processes import Processes
@@ -131,9 +132,9 @@ def _facts(model: PreTrainedModel) -> dict[str, Any]:
     on_gpu = model.device.type == "cuda"
     return {
         "model": name_without_folder(model.name_or_path),
-        "weights": sampled_digest(model),
+        "weights": sampled_digest(model, readable_weights(model)),
         "diffusion_type": model.config.diffusion_type,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": weights_format(model),
         "device": torch.cuda.get_device_name(model.device) if on_gpu else model.device.type,
         "threads": torch.get_num_threads(),
     }
