@@ -104,6 +104,33 @@ def test_json_file(evaluate: Command, checkpoint: str, data: Path, tmp_path: Pat
     assert f"{found['jensen']['perplexity']:.2f}" in out
 
 
+def test_lengths(evaluate: Command, fail: Command, tmp_path: Path) -> None:
+    """Rows of the longest length, in multiples of 64 positions."""
+    write_rows(tmp_path / "long.jsonl", [{"text": text} for text in sentences(40)])
+    arguments = (
+        "--dataset",
+        str(tmp_path / "long.jsonl"),
+        "--lengths",
+        "1,2",
+        "--cache-window",
+        "16",
+        "--block-sizes",
+        "1,4",
+    )
+    out = evaluate(*arguments).splitlines()
+    found = as_json(evaluate, *arguments)
+    assert found["data"]["sequence_length"] == 128 and found["cache_window"] == 16
+    first, second = found["lengths"]
+    assert (first["start"], first["end"], second["end"]) == (0, 64, 128)
+    assert out[4] == "nll by position, a window of 16 tokens"
+    assert re.split(" {2,}", out[8])[0] == "64 to 127" and f"{second['at_positions']['4']['nll']:.4f}" in out[8]
+    assert re.split(" {2,}", out[-1]) == [
+        "128", *(f"{second['up_to_end'][size]['perplexity']:.2f}" for size in ("1", "4"))
+    ]  # fmt: skip
+    assert "without --lengths" in fail("--cache-window", "16")
+    assert "--sequence-length has no meaning with --lengths" in fail("--lengths", "1", "--sequence-length", "8")
+
+
 def test_block_sizes(evaluate: Command) -> None:
     found = as_json(evaluate, "--block-sizes", "1,4")
     assert set(found["block_sizes"]) == set(found["weights"]) == {"1", "4"}

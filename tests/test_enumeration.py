@@ -290,6 +290,29 @@ def test_discrete_elbo_bounds_the_exact_likelihood(process: Process, block_size:
         assert oracle.discrete_nelbo(x, block_size, steps) >= nll(x, law) - 1e-12
 
 
+@pytest.mark.parametrize("process", PROCESSES)
+def test_the_geometric_mean_of_block_sizes_is_bounded_by_the_mean_of_their_bounds(process: Process) -> None:
+    """
+    Suppl. D.2: the products add up to Z < 1, so that the normalised ones are likelier by -log Z, for every text. It is
+    not the mixture of Eq. 6, which is likelier than the products by Jensen's inequality alone.
+    """
+    oracle, sizes, gamma, steps = make_oracle(process), (1, 2, 3), (0.5, 0.3, 0.2), 4
+    laws = [oracle.block_diffusion_law(3, size, steps) for size in sizes]
+    support = np.stack(laws).min(0) > 0
+    products = np.exp(sum(weight * np.log(law.clip(1e-300)) for weight, law in zip(gamma, laws, strict=True)))
+    products = np.where(support, products, 0)
+    z = products.sum()
+    assert 0.5 < z < 1 - 1e-6
+    geometric, mixture = products / z, sum(weight * law for weight, law in zip(gamma, laws, strict=True))
+    assert (mixture >= products - 1e-12).all()
+    for x in itertools.product(range(MASK), repeat=3):
+        nlls = [nll(x, law) for law in laws]
+        mean = float(np.dot(gamma, nlls))
+        bound = float(np.dot(gamma, [oracle.discrete_nelbo(x, size, steps) for size in sizes]))
+        assert nll(x, geometric) == pytest.approx(mean + np.log(z), abs=1e-9)
+        assert nll(x, geometric) < mean <= bound + 1e-12
+
+
 def test_discrete_elbo_is_tight_where_it_must_be() -> None:
     """Masked: one step of any block, and any steps of block size 1, have no gap."""
     oracle = make_oracle("masked")

@@ -314,6 +314,14 @@ def test_figures_are_those_of_the_paper() -> None:
     assert result.metrics()["perplexity_jensen"] == pytest.approx(math.exp(12 / 5))
 
 
+def test_the_bound_of_the_geometric_mean_is_that_of_jensen() -> None:
+    """Eq. 33: the weighted mean of the bounds; and no better than log-sum-exp, which bounds the mixture."""
+    nll = torch.tensor([[[10.0], [4.0]], [[6.0], [7.0]]])
+    result = likelihood_metrics(nll, torch.tensor([2, 3]), [1, 2], [3.0, 1.0])
+    assert result.geometric_mean.nll == pytest.approx((0.75 * 16 + 0.25 * 11) / 5)
+    assert result.geometric_mean == result.jensen and result.log_sum_exp.nll < result.jensen.nll
+
+
 def test_the_log_sum_exp_of_unequal_block_sizes_prefers_the_better() -> None:
     """Eq. 20 lies between the best block size and Jensen's mean, and is no less than the best one's."""
     nll = torch.tensor([[[10.0], [14.0]], [[22.0], [19.0]]], dtype=torch.float64)

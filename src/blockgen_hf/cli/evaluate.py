@@ -23,7 +23,7 @@ from .parsing import (
 
 
 if TYPE_CHECKING:
-    from ..evaluation.figures import LikelihoodResult
+    from ..evaluation import LengthResult, LikelihoodResult
     from ..training.data_arguments import DataArguments
 
 
@@ -67,6 +67,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--batch-size", type=integer(1), default=8, metavar="N", help="rows at a time (default: 8)")
     group.add_argument(
         "--seed", type=integer(0, 2**32 - 1), default=0, metavar="N", help="seed of the noise (default: 0)"
+    )
+    group.add_argument(
+        "--lengths",
+        type=list_of(integer(1)),
+        metavar="N,N,...",
+        help="by length of the text, in multiples of the model's positions, such as 1,2,4,8",
+    )
+    group.add_argument(
+        "--cache-window", type=integer(1), metavar="N", help="with --lengths: sliding window of N tokens"
     )
     group.add_argument(
         "--json",
@@ -121,6 +130,10 @@ def _add_data_arguments(group: argparse._ArgumentGroup) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.cache_window is not None and args.lengths is None:
+        raise CommandError("--cache-window has no meaning without --lengths.")
+    if args.lengths is not None and args.sequence_length is not None:
+        raise CommandError("--sequence-length has no meaning with --lengths, which makes rows of the longest of them.")
     from .loading import load, one_line_errors, quiet_transformers, resolve_device, show_bars_of_datasets
 
     with one_line_errors():
@@ -132,24 +145,14 @@ def run(args: argparse.Namespace) -> int:
         data = _data_arguments(args)
         with quiet_transformers():
             model, tokenizer = load(args.model, **loading_options(args))
-            data.sequence_length = _sequence_length(args.sequence_length, model.config.max_position_embeddings)
+            data.sequence_length = _sequence_length(args, model.config.max_position_embeddings)
             _check_sizes(model.config, args.block_sizes)
         show_bars_of_datasets(is_shown)
         with nullcontext() if process is None else process.local_main_process_first():
             rows = _load_rows(data, tokenizer, args.max_rows)
 
-        from ..evaluation.likelihood import evaluate_likelihood
-
         started = time.perf_counter()
-        result = evaluate_likelihood(
-            model,
-            rows,
-            args.block_sizes,
-            args.monte_carlo_samples,
-            batch_size=args.batch_size,
-            seed=args.seed,
-            progress=is_shown,
-        )
+        result = _evaluate(args, model, rows, is_shown)
         seconds = time.perf_counter() - started
         if is_main:
             _report(args, model, data, result, seconds)
@@ -166,7 +169,10 @@ def _data_arguments(args: argparse.Namespace) -> "DataArguments":
     return DataArguments(**given, dataset_split=split, train_on_prompt=args.score_prompts)
 
 
-def _sequence_length(given: int | None, positions: int) -> int:
+def _sequence_length(args: argparse.Namespace, positions: int) -> int:
+    if args.lengths is not None:
+        return max(args.lengths) * positions
+    given: int | None = args.sequence_length
     if given is not None and given > positions:
         raise CommandError(f"--sequence-length {given}: the model takes {positions} tokens at most.")
     return positions if given is None else given
@@ -179,6 +185,24 @@ def _check_sizes(config: Any, sizes: list[int] | None) -> None:
     checked_block_sizes(config, sizes)
 
 
+def _evaluate(args: argparse.Namespace, model: Any, rows: Any, is_shown: bool) -> "LikelihoodResult | LengthResult":
+    from ..evaluation.lengths import evaluate_lengths
+    from ..evaluation.likelihood import evaluate_likelihood
+
+    common = dict(batch_size=args.batch_size, seed=args.seed, progress=is_shown)
+    if args.lengths is None:
+        return evaluate_likelihood(model, rows, args.block_sizes, args.monte_carlo_samples, **common)
+    return evaluate_lengths(
+        model,
+        rows,
+        args.lengths,
+        args.block_sizes,
+        args.monte_carlo_samples,
+        cache_window=args.cache_window,
+        **common,
+    )
+
+
 def _load_rows(data: "DataArguments", tokenizer: Any, max_rows: int | None) -> Any:
     from ..training.data import load_datasets
 
@@ -189,11 +213,16 @@ def _load_rows(data: "DataArguments", tokenizer: Any, max_rows: int | None) -> A
 
 
 def _report(
-    args: argparse.Namespace, model: Any, data: "DataArguments", result: "LikelihoodResult", seconds: float
+    args: argparse.Namespace,
+    model: Any,
+    data: "DataArguments",
+    result: "LikelihoodResult | LengthResult",
+    seconds: float,
 ) -> None:
     from dataclasses import asdict
 
-    from .figures import likelihood_table, noise_name
+    from ..evaluation import LengthResult
+    from .figures import length_tables, likelihood_table, noise_name
 
     everything = {
         "model": model.name_or_path,
@@ -211,9 +240,15 @@ def _report(
         write_json(args.json, everything)
     kind = f"{noise_name(model.config)}, {model.num_parameters() / 1e6:.1f}M parameters"
     print(f"Model: {model.name_or_path} ({kind})")
-    skipped = f", {result.num_skipped:,} rows skipped" if result.num_skipped else ""
+    by_length = isinstance(result, LengthResult)
+    skipped = "" if by_length or not result.num_skipped else f", {result.num_skipped:,} rows skipped"
     print(f"Data: {args.dataset}, {result.num_sequences:,} rows, {result.num_tokens:,} tokens scored{skipped}")
     print(f"{result.num_draws} Monte-Carlo draws a row, seed {args.seed}, {seconds:.1f} s\n")
+    if by_length:
+        window = "no window" if result.cache_window is None else f"a window of {result.cache_window} tokens"
+        by_position, up_to_end = length_tables(result)
+        print(f"nll by position, {window}\n{by_position.text()}\n\nPerplexity of texts by length\n{up_to_end.text()}")
+        return
     print(likelihood_table(result.metrics()).text())
     if result.weights:
         weights = ", ".join(f"{size}: {weight:.3g}" for size, weight in result.weights.items())

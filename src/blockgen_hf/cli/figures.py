@@ -1,4 +1,4 @@
-"""A model in a word, and likelihood figures as a table."""
+"""A model in a word, and likelihood figures as tables."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -7,6 +7,7 @@ from ..tables import Table, error_bar
 
 
 if TYPE_CHECKING:
+    from ..evaluation import LengthResult
     from ..modeling.configuration_blockgen import BlockGenConfig
 
 
@@ -42,6 +43,18 @@ def likelihood_table(metrics: Mapping[str, Any]) -> Table:
         error = metrics.get(f"perplexity_standard_error_{name}")
         rows.append((label, f"{nll:.4f}", f"{perplexity:.2f}", error_bar(error, perplexity)))
     return Table(("", "nll", "perplexity", ""), rows)
+
+
+def length_tables(result: "LengthResult") -> tuple[Table, Table]:
+    """The nll of tokens by their position, and the perplexity of texts by their length, of every block size."""
+    sizes = [f"block size {size}" for size in result.lengths[0].at_positions]
+    by_position, up_to_end = [], []
+    for part in result.lengths:
+        nlls = [f"{figure.nll:.4f}" for figure in part.at_positions.values()]
+        perplexities = [f"{figure.perplexity:.2f}" for figure in part.up_to_end.values()]
+        by_position.append((f"{part.start:,} to {part.end - 1:,}", f"{part.num_tokens:,}", *nlls))
+        up_to_end.append((f"{part.end:,}", *perplexities))
+    return Table(("positions", "tokens", *sizes), by_position), Table(("length", *sizes), up_to_end)
 
 
 def _place(name: str) -> tuple[int, int]:

@@ -62,6 +62,16 @@ class LikelihoodResult:
     num_skipped: int
     num_draws: int
 
+    @property
+    def geometric_mean(self) -> LikelihoodFigure | None:
+        """
+        The bound of another density, the normalised geometric mean of the block sizes' (Eq. 8, 33): it is `jensen`.
+
+        What it leaves out is -log Z, Z <= 1 being the sum of the products over all texts, which nobody can compute:
+        estimates need the exact likelihood of each block size, and of these only bounds are known.
+        """
+        return self.jensen
+
     def to_dict(self) -> dict[str, Any]:
         """Everything, nested, as JSON has it, but for the keys of `block_sizes` and `weights`, which are integers."""
         return asdict(self)

@@ -1,6 +1,6 @@
 """How likely a model finds a data set: bounds for each block size and for the mixture (BlockGen, Suppl. C)."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -53,6 +53,33 @@ def sequence_nll(
     Raises:
         ValueError: block sizes, number of draws or smallest time that cannot be evaluated.
     """
+    return nll_by_position(
+        model, batch, [0], block_sizes, monte_carlo_samples, seed=seed, smallest_time=smallest_time
+    ).squeeze(-1)
+
+
+@torch.no_grad()
+def nll_by_position(
+    model: nn.Module,
+    batch: Mapping[str, torch.Tensor],
+    starts: Sequence[int],
+    block_sizes: Sequence[int] | None,
+    monte_carlo_samples: int,
+    *,
+    seed: int = 0,
+    smallest_time: float = SMALLEST_TIME,
+    cache_window: int | None = None,
+) -> torch.Tensor:
+    """
+    As [`sequence_nll`], in parts: the bound is a sum over blocks, and a block's term is of the tokens up to its end.
+
+    Args:
+        starts (`Sequence[int]`): where the parts start, positions from 0 on; each ends where the next one starts.
+        cache_window (`int`, *optional*): how many clean tokens a token sees.
+
+    Returns:
+        `torch.DoubleTensor` of shape `[B, S, K, parts]`.
+    """
     unwrapped = unwrap_model(model)
     config: BlockGenConfig = unwrapped.config
     sizes = checked_block_sizes(config, block_sizes)
@@ -64,9 +91,9 @@ def sequence_nll(
         tensors["input_ids"], tensors["labels"], attention_mask, document_ids, seed, config.is_anchored
     )
     labels = torch.where(rows.scored, rows.tokens, -100)
-    nll = torch.zeros(
-        len(rows.tokens), len(sizes), monte_carlo_samples, dtype=torch.float64, device=rows.tokens.device
-    )
+    parts = parts_of(rows.positions, starts)
+    shape = len(rows.tokens), len(sizes), monte_carlo_samples, len(starts)
+    nll = torch.zeros(shape, dtype=torch.float64, device=rows.tokens.device)
     with evaluation_mode(model):
         for column, size in enumerate(sizes):
             exact = is_exact(config, size)
@@ -85,11 +112,19 @@ def sequence_nll(
                     labels=labels,
                     attention_mask=attention_mask,
                     document_ids=document_ids,
+                    cache_window=cache_window,
                     skip_logits=unwrapped._has_plain_head,
                     **({} if config.next_token_prediction else noise),
                 ).token_losses
-                nll[:, column, k:] = (draw.weights * losses.double()).sum(-1, keepdim=True)
+                weighted = draw.weights * losses.double()
+                nll[:, column, k:] = torch.stack([(weighted * part).sum(-1) for part in parts], dim=-1)[:, None]
     return nll
+
+
+def parts_of(positions: torch.Tensor, starts: Sequence[int]) -> list[torch.Tensor]:
+    """Which positions `[B, L]` belong to each part, as [`nll_by_position`] has them."""
+    number = torch.bucketize(positions, torch.tensor(starts, device=positions.device), right=True) - 1
+    return [number == part for part in range(len(starts))]
 
 
 @contextmanager
@@ -197,33 +232,76 @@ def evaluate_likelihood(
     config: BlockGenConfig = unwrap_model(model).config
     sizes = checked_block_sizes(config, block_sizes)
     check_draws(monte_carlo_samples, smallest_time)
-    if batch_size < 1:
-        raise ValueError(f"`batch_size` must be positive, but is {batch_size!r}.")
     gamma = mixture_weights(config.block_sizes, config.block_size_weights, sizes, weights)
-    processes = Processes(accelerator, on_cpu=next(model.parameters()).device.type == "cpu")
-    found: list[tuple[torch.Tensor, ...]] = []  # numbers of rows, scored tokens, bounds
-    num_rows = num_skipped = 0
-    total = len(dataset) if hasattr(dataset, "__len__") and not isinstance(dataset, Mapping) else None
-    with logging.tqdm(total=total, unit="row", disable=not progress or not processes.is_main) as bar:
-        for start, batch in collated(dataset, batch_size * processes.count, data_collator):
-            num_tokens = check_batch(batch, start, config)
-            scored_rows = num_tokens.nonzero().squeeze(-1)
-            num_rows, num_skipped = num_rows + len(num_tokens), num_skipped + len(num_tokens) - len(scored_rows)
-            own, is_spare = _share(scored_rows, processes)
-            if len(own):
-                rows = {name: tensor[own] for name, tensor in batch.items()}
-                nll = sequence_nll(model, rows, sizes, monte_carlo_samples, seed=seed, smallest_time=smallest_time)
-                if not is_spare:
-                    found.append((start + own.cpu(), num_tokens[own].cpu(), nll.cpu()))
-            bar.update(len(num_tokens))
-    if num_rows == num_skipped:
-        raise ValueError(
-            "`dataset` must have rows with scored tokens (labels other than -100, outside of padding), but none of "
-            f"its {num_rows} rows has any."
-        )
-    numbers, num_tokens, nll = _joined(processes.gather(found))
-    _check_finite(nll, numbers, sizes)
-    return likelihood_metrics(nll, num_tokens, sizes, gamma, num_skipped=num_skipped)
+
+    def measure(rows: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return sequence_nll(model, rows, sizes, monte_carlo_samples, seed=seed, smallest_time=smallest_time)
+
+    rows = MeasuredRows(model, dataset, data_collator, batch_size, accelerator=accelerator, progress=progress)
+    num_tokens, nll = rows.measured(measure, sizes, config.max_position_embeddings)
+    return likelihood_metrics(nll, num_tokens, sizes, gamma, num_skipped=rows.num_skipped)
+
+
+class MeasuredRows:
+    """
+    The rows of a data set, measured by all processes together. The arguments are those of [`evaluate_likelihood`].
+
+    After [`~MeasuredRows.measured`], `num_skipped` says how many rows had no scored token.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dataset: Any,
+        data_collator: Collator | None,
+        batch_size: int,
+        *,
+        accelerator: Any,
+        progress: bool,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` must be positive, but is {batch_size!r}.")
+        self.config: BlockGenConfig = unwrap_model(model).config
+        self.processes = Processes(accelerator, on_cpu=next(model.parameters()).device.type == "cpu")
+        self.dataset, self.data_collator, self.batch_size, self.progress = dataset, data_collator, batch_size, progress
+        self.num_skipped = 0
+
+    def measured(
+        self, measure: Callable[[Mapping[str, torch.Tensor]], torch.Tensor], sizes: Sequence[int], positions: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            measure: NLL `[B, S, ...]` of the rows of a batch.
+            sizes (`Sequence[int]`): the S block sizes, for messages.
+            positions (`int`): how many positions a row may have.
+
+        Returns:
+            the scored tokens of each row, `[N]`, and what was measured, `[N, S, ...]`, in every process.
+        """
+        dataset, processes = self.dataset, self.processes
+        found: list[tuple[torch.Tensor, ...]] = []  # numbers of rows, scored tokens, bounds
+        num_rows = 0
+        total = len(dataset) if hasattr(dataset, "__len__") and not isinstance(dataset, Mapping) else None
+        with logging.tqdm(total=total, unit="row", disable=not self.progress or not processes.is_main) as bar:
+            for start, batch in collated(dataset, self.batch_size * processes.count, self.data_collator):
+                num_tokens = check_batch(batch, start, self.config, positions)
+                scored_rows = num_tokens.nonzero().squeeze(-1)
+                num_rows += len(num_tokens)
+                self.num_skipped += len(num_tokens) - len(scored_rows)
+                own, is_spare = _share(scored_rows, processes)
+                if len(own):
+                    measured = measure({name: tensor[own] for name, tensor in batch.items()})
+                    if not is_spare:
+                        found.append((start + own.cpu(), num_tokens[own].cpu(), measured.cpu()))
+                bar.update(len(num_tokens))
+        if num_rows == self.num_skipped:
+            raise ValueError(
+                "`dataset` must have rows with scored tokens (labels other than -100, outside of padding), but none "
+                f"of its {num_rows} rows has any."
+            )
+        numbers, num_tokens, nll = _joined(processes.gather(found))
+        _check_finite(nll.flatten(3).sum(3) if nll.ndim > 3 else nll, numbers, sizes)
+        return num_tokens, nll
 
 
 def _share(rows: torch.Tensor, processes: Processes) -> tuple[torch.Tensor, bool]:

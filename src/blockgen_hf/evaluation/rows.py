@@ -91,9 +91,9 @@ def _collate(rows: list[Any], start: int, data_collator: Collator | None) -> Bat
     return batch
 
 
-def check_batch(batch: Batch, start: int, config: BlockGenConfig) -> torch.Tensor:
+def check_batch(batch: Batch, start: int, config: BlockGenConfig, num_positions: int) -> torch.Tensor:
     """
-    How many tokens of each row are scored, `[B]`.
+    How many tokens of each row are scored, `[B]`; `num_positions` is how many it may have.
 
     Raises:
         ValueError: a row that is too long, or with ids that the model does not have or cannot predict; by its number.
@@ -102,10 +102,12 @@ def check_batch(batch: Batch, start: int, config: BlockGenConfig) -> torch.Tenso
     scored = valid & (batch["labels"] != -100)
     positions = torch.where(valid, token_positions(batch["attention_mask"], batch.get("document_ids")), 0)
     tokens = torch.where(scored, batch["labels"], batch["input_ids"])
-    for row in (positions >= config.max_position_embeddings).any(-1).nonzero().flatten().tolist():
+    for row in (positions >= num_positions).any(-1).nonzero().flatten().tolist():
+        is_all = num_positions == config.max_position_embeddings
+        bound = f"the model has {num_positions} positions (`max_position_embeddings`)"
         raise ValueError(
-            f"Row {start + row} of `dataset` has {int(positions[row].max()) + 1} tokens, but the model has "
-            f"{config.max_position_embeddings} positions (`max_position_embeddings`): cut the row."
+            f"Row {start + row} of `dataset` has {int(positions[row].max()) + 1} tokens, but "
+            f"{bound if is_all else f'the longest of `lengths` has {num_positions}'}: cut the row."
         )
     outside = valid & ((tokens < 0) | (tokens >= config.vocab_size))
     for row in outside.any(-1).nonzero().flatten().tolist():
