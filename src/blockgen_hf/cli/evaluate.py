@@ -240,11 +240,11 @@ def _report(
         write_json(args.json, everything)
     kind = f"{noise_name(model.config)}, {model.num_parameters() / 1e6:.1f}M parameters"
     print(f"Model: {model.name_or_path} ({kind})")
-    by_length = isinstance(result, LengthResult)
-    skipped = "" if by_length or not result.num_skipped else f", {result.num_skipped:,} rows skipped"
+    num_skipped = 0 if isinstance(result, LengthResult) else result.num_skipped
+    skipped = f", {num_skipped:,} rows skipped" if num_skipped else ""
     print(f"Data: {args.dataset}, {result.num_sequences:,} rows, {result.num_tokens:,} tokens scored{skipped}")
     print(f"{result.num_draws} Monte-Carlo draws a row, seed {args.seed}, {seconds:.1f} s\n")
-    if by_length:
+    if isinstance(result, LengthResult):
         window = "no window" if result.cache_window is None else f"a window of {result.cache_window} tokens"
         by_position, up_to_end = length_tables(result)
         print(f"nll by position, {window}\n{by_position.text()}\n\nPerplexity of texts by length\n{up_to_end.text()}")
