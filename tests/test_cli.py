@@ -159,6 +159,28 @@ def test_speculation_tells_its_settings_and_what_drafts_were_worth(
         assert "num_drafted_tokens" not in by_ar and "num_drafted_tokens" not in by_ar["samples"][0]
 
 
+def test_revisions_tell_their_settings_and_take_a_number_for_each_stage(run: Command, fail: Command) -> None:
+    stages = ("--revise-block-size", "4,8", "--revise-ratio", "0.5,0.25", "--revise-steps", "3")
+    out = run("a b", "--decoding", "draft_revise", *stages, "--seed", "0")
+    words = "then 50% revised in blocks of 4 by 3 steps, then 25% revised in blocks of 8 by 3 steps, seed 0)"
+    assert f"(draft_revise, block size 4, 4 steps, {words}" in out
+    (result,) = results(
+        run, "a b", "--decoding", "draft_revise", "--draft-decoding", "arpc", "--revise-score", "random"
+    )
+    settings = {name: value for name, value in result["settings"].items() if "revise" in name or "draft" in name}
+    assert settings == {
+        "draft_decoding": "arpc",
+        "revise_block_size": [8],
+        "revise_ratio": [0.25],
+        "revise_steps": [2],
+        "revise_score": "random",
+    }
+    assert result["settings"]["informed_steps"] == [0, 1, 2] and result["settings"]["corrector"] == "ar_surprisal"
+    options = ("--decoding", "draft_revise", "--revise-ratio")
+    assert "Lists of stages must have one number" in fail("a", *options, "0.5,0.1", "--revise-steps", "1,2,3")
+    assert "--revise-ratio: must be numbers between commas" in fail("a", *options, "x")
+
+
 def test_a_model_may_speculate_by_its_own_settings(tmp_path: Path, run: Command) -> None:
     model = save(tmp_path, decoding="speculative", acceptance="rejection", block_size=4, fused_drafts=False)
     out = run("a", "--model", model, "--seed", "0")

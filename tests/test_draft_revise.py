@@ -16,6 +16,7 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
 )
+from transformers.cache_utils import DynamicLayer
 
 from blockgen_hf import BlockGenForDiffusionLM, BlockGenGenerationConfig
 from blockgen_hf.generation.denoising_blockgen import Block
@@ -334,6 +335,20 @@ def test_a_cache_of_the_callers_holds_the_revised_text(name: str, num_cached: in
     fresh = DynamicCache(config=model.config)
     model(text[:, :length], cache=fresh, use_cache=True)
     torch.testing.assert_close(cache.layers[1].keys[:, :, :length], fresh.layers[1].keys)
+
+
+def test_a_cache_that_cannot_be_cropped_is_refused_before_anything_is_drafted() -> None:
+    class Other(DynamicLayer):
+        pass
+
+    model, prompt = tiny_model(), words(2, 5)
+    cache = DynamicCache(config=model.config)
+    cache.layers = [Other() for _ in cache.layers]
+    model(prompt[:, :3], cache=cache, use_cache=True)
+    message = "`cache` holds 3 tokens, and a DynamicCache cannot be cropped"
+    with record_forwards(model) as calls, pytest.raises(ValueError, match=message):
+        generate(model, prompt, cache=cache, **REVISED, max_new_tokens=8)
+    assert not calls
 
 
 # ---- ends

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import MASK, generate, left_padded, tiny_model, words
+from tiny import MASK, generate, left_padded, record_forwards, tiny_model, words
 from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -127,3 +127,12 @@ def test_loading_with_flash_attention_needs_its_package() -> None:
     """transformers says so; nothing falls back in silence."""
     with pytest.raises(ImportError, match="(?i)flash"):
         tiny_model(attn_implementation="flash_attention_2")
+
+
+def test_revisions_and_windows_are_refused_before_the_first_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = flash(monkeypatch, "flash_attention_2")
+    with record_forwards(model) as calls:
+        for settings in ({"decoding": "draft_revise"}, {"decoding": "ar", "cache_window": 8}):
+            with pytest.raises(ValueError, match=REFUSAL):
+                generate(model, words(1, 3), max_new_tokens=4, **settings)
+    assert not calls

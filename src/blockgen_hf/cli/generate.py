@@ -15,6 +15,7 @@ from .parsing import (
     integer,
     loading_options,
     model_name,
+    one_or_list_of,
     read_texts,
     unescaped,
 )
@@ -190,9 +191,12 @@ def _add_decoding_arguments(group: argparse._ArgumentGroup) -> None:
         action=argparse.BooleanOptionalAction,
         help="speculative: one pass verifies a draft and makes the next (default: on a GPU)",
     )
-    group.add_argument("--revise-block-size", type=int, metavar="N", help="draft_revise: tokens revised together")
-    group.add_argument("--revise-ratio", type=float, metavar="X", help="draft_revise: share of the text to revise")
-    group.add_argument("--revise-steps", type=int, metavar="N", help="draft_revise: denoising steps per block")
+    for option, parse, metavar, meaning in (  # a list has a number for each stage
+        ("--revise-block-size", int, "N,...", "tokens revised together"),
+        ("--revise-ratio", float, "X,...", "share of the text to revise"),
+        ("--revise-steps", int, "N,...", "denoising steps per block"),
+    ):
+        group.add_argument(option, type=one_or_list_of(parse), metavar=metavar, help=f"draft_revise: {meaning}")
     group.add_argument("--revise-score", choices=CHOICES["revise_score"], help="draft_revise: which tokens to revise")
     group.add_argument(
         "--cache-window", type=int, metavar="N", help="sliding window of N tokens, for texts of any length"

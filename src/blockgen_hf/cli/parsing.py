@@ -112,6 +112,17 @@ def list_of(parse: Callable[[str], Value]) -> Callable[[str], list[Value]]:
     return parse_list
 
 
+def one_or_list_of(parse: Callable[[str], Value]) -> Callable[[str], Value | list[Value]]:
+    """The type of an option: a value, or several between commas."""
+    parse_list = list_of(parse)
+
+    def parse_values(text: str) -> Value | list[Value]:
+        values = parse_list(text)
+        return values if "," in text else values[0]
+
+    return parse_values
+
+
 def unescaped(text: str) -> str:
     """The type of an option: a text in which `\\n` stands for a line end, which is hard to type in a shell."""
     return text.replace("\\n", "\n")

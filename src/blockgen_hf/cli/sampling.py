@@ -138,14 +138,17 @@ class Sampler:
                     "ar_seed_tokens": config.ar_seed_tokens,
                 }
             elif config.decoding != "ar":
+                steps = config.drafting() if config.decoding == "draft_revise" else config
                 effective |= {
                     "block_size": config.block_size,
                     "denoising_steps": num_steps,
-                    "informed_steps": [step for step in range(num_steps) if config.is_informed(step, num_steps)],
-                    "function_evaluations_per_block": config.function_evaluations(num_steps),
+                    "informed_steps": [step for step in range(num_steps) if steps.is_informed(step, num_steps)],
+                    "function_evaluations_per_block": steps.function_evaluations(num_steps),
                     "noise_removal": config.noise_removal,
                     "ar_seed_tokens": config.ar_seed_tokens,
                 }
+            if config.decoding == "draft_revise":
+                effective |= self._revisions(config)
         except ValueError as error:
             raise CommandError(error) from error
         names = ["max_new_tokens", "do_sample", "repetition_penalty"]
@@ -153,10 +156,22 @@ class Sampler:
         names += ["cache_window"] if config.cache_window is not None else []
         if config.do_sample:
             names += ["temperature", "top_k", "top_p"]
-        drafts_by_arpc = config.decoding == "speculative" and config.draft_decoding == "arpc"
+        drafts_by_arpc = config.decoding in ("speculative", "draft_revise") and config.draft_decoding == "arpc"
         if config.decoding == "arpc" or drafts_by_arpc:
             names += ["corrector", "corrector_start", "corrector_period"]
         return effective | {name: getattr(config, name) for name in names}
+
+    def _revisions(self, config: BlockGenGenerationConfig) -> dict[str, Any]:
+        """Those of `decoding="draft_revise"`, with a number for each stage."""
+        longest = config.max_new_tokens or self.model.config.max_position_embeddings
+        stages = config.revisions(longest)
+        return {
+            "draft_decoding": config.draft_decoding,
+            "revise_block_size": [stage.block_size for stage in stages],
+            "revise_ratio": [stage.ratio for stage in stages],
+            "revise_steps": [stage.num_steps for stage in stages],
+            "revise_score": config.revise_score,
+        }
 
     def _config(self, settings: dict[str, Any]) -> BlockGenGenerationConfig:
         config, _ = self.model._prepare_generation_config(None, **settings)
@@ -218,10 +233,12 @@ def describe(settings: dict[str, Any]) -> str:
         words += [f"block size {settings['block_size']}", *_describe_drafts(settings)]
     elif settings["decoding"] != "ar":
         words += [f"block size {settings['block_size']}", f"{settings['denoising_steps']} steps"]
-        if settings["decoding"] == "arpc":
+        if "arpc" in (settings["decoding"], settings.get("draft_decoding")):
             words.append(f"{len(settings['informed_steps'])} with {settings['corrector']}")
         if settings["noise_removal"] != "ancestral":
             words.append(f"{settings['noise_removal']} last step")
+        if settings["decoding"] == "draft_revise":
+            words += _describe_revisions(settings)
     if settings.get("ar_seed_tokens"):
         words.append(f"{settings['ar_seed_tokens']} AR seed tokens")
     if settings.get("cache_window"):
@@ -233,6 +250,12 @@ def describe(settings: dict[str, Any]) -> str:
         if value is not None and value != neutral:
             words.append(f"{name.replace('_', ' ')} {value:g}")
     return ", ".join(words)
+
+
+def _describe_revisions(settings: dict[str, Any]) -> list[str]:
+    stages = zip(settings["revise_ratio"], settings["revise_block_size"], settings["revise_steps"], strict=True)
+    words = [f"then {ratio:.0%} revised in blocks of {size} by {steps} steps" for ratio, size, steps in stages]
+    return words + ([f"score {settings['revise_score']}"] if settings["revise_score"] != "snapshot" else [])
 
 
 def _describe_drafts(settings: dict[str, Any]) -> list[str]:
