@@ -132,13 +132,21 @@ def restart(cache: Cache, num_cached: int) -> None:
             layer.reset()
             layer.is_initialized = False
         return
-    if not can_gather(cache):
+    check_restart(cache, num_cached)
+    keys = next(layer.keys for layer in cache.layers)
+    gather_tokens(cache, torch.arange(num_cached, device=keys.device).expand(len(keys), num_cached))
+
+
+def check_restart(cache: Cache, num_cached: int) -> None:
+    """
+    Raises:
+        ValueError: as [`restart`] will.
+    """
+    if num_cached and not can_gather(cache):
         raise ValueError(
             f"`cache` holds {num_cached} tokens, and a {type(cache).__name__} cannot be cropped to them when the text "
             "is revised: pass an empty one with the whole text, or a DynamicCache or StaticCache."
         )
-    keys = next(layer.keys for layer in cache.layers)
-    gather_tokens(cache, torch.arange(num_cached, device=keys.device).expand(len(keys), num_cached))
 
 
 def can_gather(cache: Cache) -> bool:
@@ -170,4 +178,13 @@ def gather_tokens(cache: Cache, index: torch.Tensor) -> None:
             layer.cumulative_length.fill_(length)
 
 
-__all__ = ["GrowingLayer", "can_gather", "commit_and_read", "gather_tokens", "keep_rows", "make_growing", "restart"]
+__all__ = [
+    "GrowingLayer",
+    "can_gather",
+    "check_restart",
+    "commit_and_read",
+    "gather_tokens",
+    "keep_rows",
+    "make_growing",
+    "restart",
+]

@@ -25,6 +25,7 @@ from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.utils.generic import is_flash_attention_requested
 
 from .cache_blockgen import make_growing
 from .releases_blockgen import CACHE_NAME, BothCacheNames, named_cache, take_cache
@@ -213,6 +214,11 @@ class BlockGenGenerationMixin(GenerationMixin):
                     f"`{name}` must be at most {positions}, the positions of the model (`max_position_embeddings`), "
                     f"but is {size}."
                 )
+        if generation_config.decoding == "draft_revise" and is_flash_attention_requested(self.config):
+            raise ValueError(
+                f"`decoding='draft_revise'` needs masks: `attn_implementation={self.config._attn_implementation!r}` "
+                "takes none, use 'sdpa' or 'flex_attention'."
+            )
         self._validate_corrector(generation_config)
         self._validate_sampler(generation_config)
         self._validate_clean_attention(generation_config)

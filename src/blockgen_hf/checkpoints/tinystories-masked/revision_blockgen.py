@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import MaxTimeCriteria, StoppingCriteria, StoppingCriteriaList
 
-from .cache_blockgen import restart
+from .cache_blockgen import check_restart, restart
 from .sampling_blockgen import CounterGenerator
 from .block_decoding_blockgen import BlockDecoder
 from .correctors_blockgen import worst_positions
@@ -84,6 +84,8 @@ class RevisionDecoder(BlockDecoder):
             self.confidence = torch.zeros(new_tokens.shape, dtype=torch.float64, device=new_tokens.device)
         self._longest = self.state.max_new_tokens
         self._num_cached = self.state.num_cached
+        if self.stages and self.state.cache is not None:
+            check_restart(self.state.cache, self._num_cached)
         self._clocks = [criterion for criterion in stopping_criteria if isinstance(criterion, MaxTimeCriteria)]
 
     @torch.no_grad()
