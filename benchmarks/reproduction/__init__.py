@@ -1,0 +1,1 @@
+"""The papers' claims at small scale: `python -m benchmarks.reproduction --help`."""
