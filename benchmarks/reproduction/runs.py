@@ -1,6 +1,7 @@
 """Models are trained once and used by every claim; what was measured is kept in one file."""
 
 import json
+import re
 import time
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -88,8 +89,13 @@ class Bench:
         """The figure of each seed."""
         return [self.record(cell, seed)[cell.metric] for seed in range(self.settings.seeds)]
 
+    def is_known(self, cell: Cell) -> bool:
+        """Whether all seeds have been measured."""
+        return all(_name(cell, seed) in self.found for seed in range(self.settings.seeds))
+
     def record(self, cell: Cell, seed: int) -> dict[str, Any]:
-        name = f"{cell.task} | {cell.variant} | {cell.measure} {cell.key} | {seed}"
+        """What the cell's measure returned, measured now if it was not before."""
+        name = _name(cell, seed)
         if name not in self.found:
             model = self.model(cell.task, cell.variant, seed)
             started = time.process_time()
@@ -103,9 +109,7 @@ class Bench:
         return self._tasks[name]
 
     def model(self, task_name: str, variant: str, seed: int) -> BlockGenForDiffusionLM:
-        folder = (
-            self.folder / task_name / variant.replace(" ", "-").replace(",", "").replace("%", "percent") / str(seed)
-        )
+        folder = self.folder / task_name / re.sub(r"\W+", "-", variant) / str(seed)
         if str(folder) not in self._models:
             if not (folder / "config.json").exists():
                 chosen, settings, task = VARIANTS[variant], self.settings, self.task(task_name)
@@ -122,7 +126,7 @@ class Bench:
         if not (folder / "config.json").exists():
             data = story_data(self.settings, folder.parent, sequence_length=_JUDGE_LENGTH, packing="packed")
             train, validation = load_datasets(data, stories.tokenizer)
-            task = Task("judge", _JUDGE_LENGTH, stories.tokenizer, train, validation.select(range(1)))
+            task = Task("judge", _JUDGE_LENGTH, stories.tokenizer, train, validation)
             sizes = {"hidden_size": self.settings.judge_size, "num_hidden_layers": self.settings.layers + 1}
             arguments = {"max_steps": self.settings.judge_steps}
             self._keep(
@@ -196,6 +200,15 @@ class Bench:
         }
 
     def _keep(self, name: str, record: dict[str, Any]) -> None:
-        self.found[name] = record
+        self.found[name] = _rounded(record)
         self.file.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.file, {"settings": self.settings.that_matter(), "results": self.found})
+
+
+def _name(cell: Cell, seed: int) -> str:
+    return f"{cell.task} | {cell.variant} | {cell.measure} {cell.key} | {seed}"
+
+
+def _rounded(record: dict[str, Any]) -> dict[str, Any]:
+    """To as many digits as anyone can use."""
+    return {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in record.items()}
