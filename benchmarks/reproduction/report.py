@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,17 @@ def cells(claim: Claim) -> list[Cell]:
     of_panels = [cell for panel in claim.panels for series in panel.series for cell in series.points.values()]
     of_orderings = [cell for ordering in claim.orderings for cell in (ordering.better, ordering.worse)]
     return list(dict.fromkeys([*of_panels, *of_orderings]))
+
+
+def known(claim: Claim, bench: Bench) -> Claim:
+    """Of a claim, what all seeds have been measured of."""
+    panels = []
+    for panel in claim.panels:
+        points = [{name: cell for name, cell in line.points.items() if bench.is_known(cell)} for line in panel.series]
+        lines = [replace(line, points=kept) for line, kept in zip(panel.series, points, strict=True) if kept]
+        panels += [replace(panel, series=lines)] if lines else []
+    orderings = [one for one in claim.orderings if bench.is_known(one.better) and bench.is_known(one.worse)]
+    return replace(claim, panels=panels, orderings=orderings)
 
 
 def markdown(claim: Claim, bench: Bench) -> str:
