@@ -8,8 +8,8 @@ import pytest
 
 
 ROOT = Path(__file__).parents[1]
-SMALL = """--seeds 1 --max-documents 30 --vocab-size 280 --hidden-size 32 --layers 1 --steps 2 --judge-size 32 --judge-steps 1
-    --eval-rows 4 --eval-draws 2 --texts 2 --variance-draws 2 --batch-size 2 --story-length 16"""
+SMALL = """--seeds 1 --max-documents 30 --vocab-size 280 --story-length 16 --hidden-size 32 --layers 1 --steps 2
+    --judge-size 32 --judge-steps 1 --eval-rows 4 --eval-draws 2 --texts 2 --variance-draws 2 --batch-size 2"""
 
 Command = Callable[..., str]
 
