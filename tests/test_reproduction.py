@@ -73,7 +73,7 @@ def test_a_verdict_asks_every_seed() -> None:
         pair = (Cell("t", variant, "samples", "d", metric) for variant in (better, worse))
         return markdown(Claim("", "", [], [Ordering("", "", *pair)]), bench).splitlines()[-1]
 
-    assert verdict("low", "high", "perplexity").endswith("| 2.00 ± 1 | 3.00 ± 1 | holds (3 of 3 seeds) |")
+    assert verdict("low", "high", "perplexity").endswith("| 2.00 ± 1.00 | 3.00 ± 1.00 | holds (3 of 3 seeds) |")
     assert verdict("low", "high", "right").endswith("does not hold (0 of 3 seeds) |")
     assert verdict("low", "mixed", "perplexity").endswith("undecided (2 of 3 seeds) |")
 
@@ -89,7 +89,7 @@ def test_the_page_has_the_committed_results() -> None:
     bench = Bench(Settings(results=str(ROOT / "benchmarks" / "reproduction" / "results.json")))
     for claim in CLAIMS.values():
         found = known(claim, bench)
-        if found.panels:
+        if found.orderings:
             assert markdown(found, bench) in page, f"{claim.name}: paste what the command prints"
             assert f"figures/reproduction_{claim.name}.svg" in page
 
@@ -104,7 +104,7 @@ def test_models_are_trained_once(reproduce: Command, tmp_path: Path) -> None:
     file = tmp_path / "runs" / "results.json"
     before = file.stat().st_mtime_ns
     assert reproduce("revision", "--report").splitlines()[-1] in printed
-    assert "nothing has been measured" in reproduce("noise-types", "--report")
+    assert "nothing has been compared" in reproduce("noise-types", "--report")
     assert file.stat().st_mtime_ns == before
     with pytest.raises(SystemExit, match="other settings: name another file with --results"):
         reproduce("revision", "--steps", "3")

@@ -36,8 +36,8 @@ def main() -> None:
             for cell in cells(claim):
                 bench.record(cell, seed)
         found = known(claim, bench)
-        if not found.panels:
-            print(f"{claim.title}: nothing has been measured.")
+        if not found.orderings:
+            print(f"{claim.title}: nothing has been compared.")
             continue
         figure = Path(settings.figures or settings.output_dir) / f"reproduction_{claim.name}.svg"
         draw(found, bench, figure)

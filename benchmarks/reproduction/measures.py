@@ -48,7 +48,7 @@ def samples(bench: "Bench", task: Task, model: BlockGenForDiffusionLM, key: str)
     evaluations = sum(text.num_function_evaluations for text in texts) / sum(len(text.token_ids) for text in texts)
     judge = bench.judge if task.name == "tinystories" else None
     scores = SampleScorer(task.tokenizer, judge, batch_size=_BATCH_SIZE).score(texts)
-    kept = {name: scores[name] for name in ("perplexity", "entropy", "distinct_2") if name in scores}
+    kept: dict[str, Any] = {name: scores[name] for name in ("perplexity", "entropy", "distinct_2") if name in scores}
     if task.name == "arithmetic":
         kept["right"] = 100 * share_of_right_equations([text.text for text in texts])
     return {**kept, "evaluations_per_token": evaluations}

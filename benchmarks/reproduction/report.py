@@ -31,7 +31,8 @@ def known(claim: Claim, bench: Bench) -> Claim:
     for panel in claim.panels:
         points = [{name: cell for name, cell in line.points.items() if bench.is_known(cell)} for line in panel.series]
         lines = [replace(line, points=kept) for line, kept in zip(panel.series, points, strict=True) if kept]
-        panels += [replace(panel, series=lines)] if lines else []
+        if len(lines) >= min(2, len(panel.series)):  # a line alone compares nothing
+            panels.append(replace(panel, series=lines))
     orderings = [one for one in claim.orderings if bench.is_known(one.better) and bench.is_known(one.worse)]
     return replace(claim, panels=panels, orderings=orderings)
 
@@ -72,7 +73,7 @@ def _verdicts(claim: Claim, bench: Bench) -> Table:
         ]
         for ordering in claim.orderings
     ]
-    return Table(["better, says the paper", "where", "the one", "the other", "here"], rows, num_labels=2)
+    return Table(["claim", "source", "first", "second", "here"], rows, num_labels=2)
 
 
 def _verdict(ordering: Ordering, bench: Bench) -> str:
@@ -91,8 +92,8 @@ def _costs(bench: Bench, cell: Cell) -> list[float]:
 def _mean(values: Sequence[float]) -> str:
     """± the standard deviation over seeds."""
     mean, spread = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
-    layout = ".3g" if mean < 1 else ".2f" if mean < 100 else ".0f"
-    return f"{mean:{layout}} {error_bar(spread, mean)}".rstrip()
+    layouts = (".3g", ".2g") if mean < 1 else (".2f", ".2f") if mean < 100 else (".0f", ".0f")
+    return f"{mean:{layouts[0]}} {error_bar(spread, mean, layouts[1])}".rstrip()
 
 
 def draw(claim: Claim, bench: Bench, file: Path) -> None:
