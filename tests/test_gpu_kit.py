@@ -1,4 +1,4 @@
-"""The GPU kit of benchmarks/gpu, tried out on the CPU: rows, tables, limits of time, one failure that costs no other."""
+"""The GPU kit of benchmarks/gpu, tried out on the CPU: rows, tables, limits of time, failures that cost no others."""
 
 import json
 import subprocess

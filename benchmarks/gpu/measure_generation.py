@@ -1,6 +1,6 @@
 """
-Generation on one GPU, in bfloat16: the cases of benchmarks/generation.py for batches of 1, 16 and 128 rows, against the
-plain loop and transformers' GPT-2 of the same size. Each contender of each case is a row.
+Generation on one GPU, in bfloat16: the cases of benchmarks/generation.py for batches of 1, 16 and 128 rows, against
+the plain loop and transformers' GPT-2 of the same size. Each contender of each case is a row.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from blockgen_hf.evaluation.throughput_contenders import (
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from plain_generation import plain_contenders  # noqa: E402
+from plain_generation import plain_contenders
 
 
 DECODINGS = ("ar", "block_diffusion:4", "block_diffusion:16", "block_diffusion:64", "arpc:8")

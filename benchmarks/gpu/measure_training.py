@@ -2,14 +2,15 @@
 Training of the 170M model on one GPU: tokens per second, share of the card's matrix products, peak memory.
 
 "plain" is the same model with a dense mask of [x0 ; z_t] in scaled_dot_product_attention and the logits of the whole
-sequence. A step is forward, backward, clipping and AdamW, in bfloat16 autocast (on a GPU) with weights in float32; every
-step has a block size of the mixture. FLOPs are six for each weight of the layers and token of either half, and for each weight
-of the output layer and token of the noisy half; attention is left out.
+sequence. A step is forward, backward, clipping and AdamW, in bfloat16 autocast (on a GPU) with weights in float32;
+every step has a block size of the mixture. FLOPs are six for each weight of the layers and token of either half, and
+for each weight of the output layer and token of the noisy half; attention is left out.
 """
 
 import argparse
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def measure(args: argparse.Namespace, diffusion_type: str, name: str, seconds: f
     while len(times) <= LARGEST and (len(times) < 3 or times[-1] - times[0] < seconds):
         step()
         times.append(read_clocks(device)[0])
-    durations = sorted(after - before for before, after in zip(times, times[1:], strict=False))
+    durations = sorted(after - before for before, after in pairwise(times))
     median = durations[len(durations) // 2]
     config, tokens = model.config, args.batch_size * args.length
     flops = 6 * tokens * (2 * layer_weights(config) + config.hidden_size * config.vocab_size)
