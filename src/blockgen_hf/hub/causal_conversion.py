@@ -204,7 +204,7 @@ def _generation(values: Mapping[str, Any]) -> BlockGenGenerationConfig:
 
 def _notes(source: Source, original: Original) -> tuple[str, ...]:
     notes = [
-        "At block size 1 it is the original model. Its larger blocks are untrained.",
+        "At block size 1 it is the original model. Train its larger blocks with `blockgen-hf adapt`.",
     ]
     if original.tokenizer is None:
         notes.append("No tokenizer was written: the source has none. Name one with `tokenizer` (--tokenizer).")

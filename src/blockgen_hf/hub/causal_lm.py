@@ -1,6 +1,6 @@
 """Causal language models of transformers, and the configuration that each has here."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
@@ -92,10 +92,7 @@ def blockgen_config(source: PreTrainedConfig, chosen: Choices, noisy_attention: 
     kind = source.model_type
     bias = kind == "qwen2" or bool(getattr(source, "attention_bias", False))
     sizes = chosen.block_sizes or _DEFAULT_SIZES
-    weights = chosen.block_size_weights
-    if weights is None and 1 in sizes and len(sizes) > 1:
-        rest = (1 - _AR_SHARE) / (len(sizes) - 1)
-        weights = [_AR_SHARE if size == 1 else rest for size in sizes]
+    weights = chosen.block_size_weights or default_weights(sizes)
     fields = {name: getattr(source, name) for name in _SAME}
     fields["rope_parameters"] = dict(fields["rope_parameters"])
     return BlockGenConfig(
@@ -118,6 +115,14 @@ def blockgen_config(source: PreTrainedConfig, chosen: Choices, noisy_attention: 
         ar_prediction="clean",
         noisy_attention=noisy_attention or "block",
     )
+
+
+def default_weights(block_sizes: Sequence[int]) -> list[float] | None:
+    """Weights by which the autoregressive loss counts 1.0, and the losses of all larger blocks 0.3 together."""
+    if 1 not in block_sizes or len(block_sizes) == 1:
+        return None
+    rest = (1 - _AR_SHARE) / (len(block_sizes) - 1)
+    return [_AR_SHARE if size == 1 else rest for size in block_sizes]
 
 
 def causal_config(config: BlockGenConfig) -> PreTrainedConfig:
@@ -170,4 +175,4 @@ _ARCHITECTURES = {
     "smollm3": "SmolLM3ForCausalLM",
 }
 
-__all__ = ["FAMILY", "MODEL_TYPES", "blockgen_config", "causal_config", "source_config"]
+__all__ = ["FAMILY", "MODEL_TYPES", "blockgen_config", "causal_config", "default_weights", "source_config"]

@@ -51,6 +51,13 @@ class BlockGenTrainingArguments(TrainingArguments):
             "global batch. `sequence` gives finer strata, the same for every accumulation, but reuses no mask."
         },
     )
+    block_size_curriculum: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the steps over which block sizes above 1 join the mixture one after the other, the "
+            "smallest first. 0: all from the beginning."
+        },
+    )
     noise_level_sampling: str = field(
         default="sequence", metadata={"help": "One noise level per `sequence` (the paper) or per `block` (BD3-LM)."}
     )
@@ -78,6 +85,13 @@ class BlockGenTrainingArguments(TrainingArguments):
     eval_monte_carlo_samples: int = field(
         default=8, metadata={"help": "Monte-Carlo draws of noise per sequence in evaluation (Eq. 19)."}
     )
+    eval_accepted_rows: int = field(
+        default=0,
+        metadata={
+            "help": "Validation rows whose beginnings are continued greedily to measure how many tokens of its drafts "
+            "the model accepts, for each block size. 0: not measured."
+        },
+    )
     hub_license: str | None = field(
         default=None, metadata={"help": "Licence of a model that is pushed to the Hub, such as apache-2.0."}
     )
@@ -99,6 +113,13 @@ class BlockGenTrainingArguments(TrainingArguments):
         for name, smallest in (("noise_interval_steps", 0), ("noise_interval_rows", 2)):
             if getattr(self, name) < smallest:
                 raise ValueError(f"`{name}` must be at least {smallest}, but is {getattr(self, name)!r}.")
+        if not 0 <= self.block_size_curriculum <= 1:
+            raise ValueError(
+                f"`block_size_curriculum` must be from 0 to 1, a share of the steps, but is "
+                f"{self.block_size_curriculum!r}."
+            )
+        if self.eval_accepted_rows < 0:
+            raise ValueError(f"`eval_accepted_rows` must not be negative, but is {self.eval_accepted_rows!r}.")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"`ema_decay` must be in [0, 1), but is {self.ema_decay!r}.")
         if self.eval_monte_carlo_samples < 1:

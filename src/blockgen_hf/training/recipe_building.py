@@ -178,7 +178,7 @@ def _check_tokenizer(recipe: Recipe, config: BlockGenConfig, tokenizer: PreTrain
     mask = tokenizer.mask_token_id
     if len(tokenizer) > config.vocab_size:
         problem = f"has {len(tokenizer)} tokens, and the model {config.vocab_size}"
-    elif config.diffusion_type == "masked" and mask is not None and mask != config.mask_token_id:
+    elif config.has_mask_row and mask is not None and mask != config.mask_token_id:
         problem = f"has the mask token {mask}, and the model {config.mask_token_id}"
     else:
         return

@@ -20,6 +20,7 @@ from transformers import EvalPrediction
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from transformers.utils import logging
 
+from ..evaluation.acceptance import accepted_draft_tokens, greedy_texts
 from ..evaluation.columns import model_columns
 from ..evaluation.figures import likelihood_metrics, mixture_weights
 from ..evaluation.likelihood import sequence_nll
@@ -47,6 +48,8 @@ from .publishing import PublishingTrainer
 
 logger = logging.get_logger(__name__)
 
+# Of the texts whose drafts are measured.
+_PROMPT_LENGTH, _NEW_TOKENS = 16, 48
 _INTERVALS = "noise_intervals"  # in the state of the training
 
 
@@ -224,7 +227,7 @@ class BlockGenTrainer(PublishingTrainer):
                 self._choose_noise_intervals()
             self.num_steps_trained += 1
             sizes = draws.block_sizes(
-                *drawn_block_sizes(config),
+                *self._drawn_block_sizes(),
                 num_slots * rows if per_row else num_slots,
                 args.block_size_sampling,
             )
@@ -241,6 +244,18 @@ class BlockGenTrainer(PublishingTrainer):
                 )
                 batch.update(noise)
         return batches, num_items_in_batch
+
+    def _drawn_block_sizes(self) -> tuple[list[int], list[float]]:
+        """The block sizes of a step and their weights: of a curriculum those that have joined by now."""
+        sizes, weights = drawn_block_sizes(self.model.config)
+        share = self.args.block_size_curriculum
+        if share == 0 or self.state.max_steps <= 0:
+            return sizes, weights
+        larger = sorted(size for size in sizes if size > 1)
+        stage = int(self.state.global_step / (share * self.state.max_steps) * len(larger))
+        joined = [1, *larger[: stage + 1]]
+        pairs = [(size, weight) for size, weight in zip(sizes, weights, strict=True) if size in joined]
+        return [size for size, _ in pairs], [weight for _, weight in pairs]
 
     def _checked_batch(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """A batch of any collator, with the columns that the model knows: see [`model_columns`]."""
@@ -337,9 +352,25 @@ class BlockGenTrainer(PublishingTrainer):
         return {"loss": metrics["nll_jensen"], **metrics}
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """Of the averaged weights."""
+        """Of the averaged weights; with how many tokens of its drafts the model accepts, if that is asked for."""
         with self.ema.applied(self.model):
-            return super().evaluation_loop(*args, **kwargs)
+            output = super().evaluation_loop(*args, **kwargs)
+            if self.args.eval_accepted_rows > 0 and output.metrics is not None:
+                prefix = kwargs.get("metric_key_prefix", "eval")
+                found = self._accepted_tokens()
+                output.metrics.update({f"{prefix}_accepted_block_size_{size}": mean for size, mean in found.items()})
+        return output
+
+    def _accepted_tokens(self) -> dict[int, float]:
+        """By [`accepted_draft_tokens`], on continuations of the first validation rows."""
+        rows = (torch.as_tensor(row["input_ids"])[:_PROMPT_LENGTH] for row in iterate_rows(self.eval_dataset))
+        prompts = list(islice((row for row in rows if len(row) == _PROMPT_LENGTH), self.args.eval_accepted_rows))
+        if not prompts:
+            return {}
+        new_tokens = min(_NEW_TOKENS, self.model.config.max_position_embeddings - _PROMPT_LENGTH)
+        texts = greedy_texts(self.model, torch.stack(prompts), new_tokens)
+        sizes = [size for size in self.model.config.block_sizes if size > 1]
+        return accepted_draft_tokens(self.model, texts, _PROMPT_LENGTH, sizes)
 
     # Checkpoints
 

@@ -1,0 +1,72 @@
+"""Texts that a model samples from itself: what its drafts are to agree with, and so the best data to adapt it on."""
+
+import json
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..whole_files import write_whole
+
+
+_BATCH = 8
+
+
+@torch.no_grad()
+def write_self_data(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[str],
+    path: Path,
+    *,
+    count: int,
+    prompt_tokens: int,
+    length: int,
+    seed: int = 0,
+) -> int:
+    """
+    Writes a JSONL file of texts, each the beginning of a given one and what the model samples behind it,
+    autoregressively and by its own settings but for temperature 1. The file is written when all are there.
+
+    Args:
+        texts: whose first tokens are the prompts.
+        count: how many to write.
+        prompt_tokens: tokens of a prompt; shorter texts are skipped.
+        length: tokens of a text, its prompt included.
+        seed: of the samples.
+
+    Returns:
+        how many were written: fewer than `count` if there are not so many texts.
+
+    Raises:
+        ValueError: `length` leaves no room behind the prompt, or no text is long enough.
+    """
+    if length <= prompt_tokens:
+        raise ValueError(f"`length` must be more than the {prompt_tokens} tokens of a prompt, but is {length}.")
+    lines: list[str] = []
+    prompts = _prompts(texts, tokenizer, prompt_tokens)
+    settings = dict(decoding="ar", do_sample=True, temperature=1.0, top_k=0, max_new_tokens=length - prompt_tokens)
+    with torch.random.fork_rng():
+        torch.default_generator.manual_seed(seed)
+        while batch := list(islice(prompts, min(_BATCH, count - len(lines)))):
+            ids = torch.tensor(batch, device=model.device)
+            found = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+            rows = tokenizer.batch_decode(found, skip_special_tokens=True)
+            lines += [json.dumps({"text": text}, ensure_ascii=False) for text in rows]
+    if not lines:
+        raise ValueError(f"None of the texts has the {prompt_tokens} tokens of a prompt.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, "\n".join(lines) + "\n")
+    return len(lines)
+
+
+def _prompts(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[list[int]]:
+    for text in texts:
+        ids = tokenizer(text, truncation=True, max_length=length)["input_ids"]
+        if len(ids) == length:
+            yield ids
+
+
+__all__ = ["write_self_data"]

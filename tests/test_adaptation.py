@@ -1,0 +1,92 @@
+"""Adapting a causal language model: small blocks first, drafts that are counted, and an original that stays."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from causal_models import adopted, converted, original, texts
+from tiny import tiny_model, tiny_tokenizer
+from training import make_trainer
+
+from blockgen_hf import BlockGenForDiffusionLM
+from blockgen_hf.cli import main
+from blockgen_hf.evaluation.acceptance import accepted_draft_tokens, greedy_texts
+
+
+def test_accepted_tokens_are_those_of_speculative_decoding() -> None:
+    model = adopted(original(), diffusion_type="uniform")
+    prompts = texts(3, 4)
+    written = greedy_texts(model, prompts, 9)
+    assert torch.equal(written, model.generate(prompts, max_new_tokens=9))
+    found = accepted_draft_tokens(model, written, 4, [1, 4])
+    # By hand: a draft behind every prefix that ends where a block begins.
+    noise = model.fixed_queries(torch.arange(13)[None]).expand_as(written)
+    kept = []
+    for start in (4, 8):
+        canvas = torch.cat([written[:, start : start + 1], noise[:, start + 1 : start + 4]], dim=1)
+        with torch.no_grad():
+            cache = model(written[:, :start]).cache
+            draft = model(noisy_input_ids=canvas, cache=cache, block_size=4).logits.argmax(-1)
+        kept.append((draft == written[:, start + 1 : start + 5]).long().cumprod(-1).sum(-1))
+    assert found[4] == pytest.approx(torch.cat(kept).double().mean().item())
+    assert found[4] >= found[1] == 1
+    query = tiny_model(scale=3.0)
+    assert 0 <= accepted_draft_tokens(query, greedy_texts(query, texts(2, 4).clamp(max=19), 8), 4, [4])[4] <= 4
+
+
+def test_small_blocks_join_the_mixture_first(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, block_size_curriculum=0.5, max_steps=12)
+    seen = []
+    for step in range(12):
+        trainer.state.global_step, trainer.state.max_steps = step, 12
+        seen.append(trainer._drawn_block_sizes()[0])
+    assert seen[:6] == [[1, 2], [1, 2], [1, 2, 4], [1, 2, 4], [1, 2, 4, 8], [1, 2, 4, 8]]
+    assert seen[6:] == [[1, 2, 4, 8]] * 6
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A converted model with a tokenizer, and data beside it."""
+    folder = tmp_path_factory.mktemp("base")
+    converted(folder, original(), name="model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    rows = [{"text": "".join("abcdefghij"[i * j % 10] for j in range(1, 40))} for i in range(1, 50)]
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def adapt(base: Path, output: Path, *options: str) -> None:
+    command = ["adapt", str(base / "model"), "--dataset", str(base / "data.jsonl"), "--output-dir", str(output)]
+    short = ["--batch-size", "4", "--sequence-length", "32", "--validation-documents", "20"]
+    assert main([*command, *short, *options, "training.eval_accepted_rows=2", "training.logging_steps=1"]) == 0
+
+
+def test_an_adapter_is_trained_and_loaded_over_the_base_whose_text_stays(base: Path, tmp_path: Path) -> None:
+    adapt(base, tmp_path / "run", "--max-steps", "4", "--learning-rate", "0.05")
+    log = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    assert any("loss_block_size_2" in entry for entry in log)
+    accepted = [entry["eval_accepted_block_size_4"] for entry in log if "eval_accepted_block_size_4" in entry]
+    assert accepted and all(1 <= mean <= 4 for mean in accepted)
+    plain = BlockGenForDiffusionLM.from_pretrained(base / "model").eval()
+    model = BlockGenForDiffusionLM.from_pretrained(base / "model").eval()
+    model.load_adapter(str(tmp_path / "run"))
+    ids = texts(1, 8)
+    assert torch.equal(model(ids).logits, plain(ids).logits)
+    noise = torch.full_like(ids, model.config.mask_token_id)
+    assert not torch.equal(model(ids, noise, block_size=4).logits, plain(ids, noise, block_size=4).logits)
+
+
+def test_all_weights_are_trained_with_the_autoregressive_loss(base: Path, tmp_path: Path) -> None:
+    adapt(base, tmp_path / "run", "--max-steps", "2", "--mode", "full", "--self-data", "24", "--prompt-tokens", "6")
+    log = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    assert any({"loss_block_size_1", "loss_block_size_2"} <= set(entry) for entry in log)
+    rows = (tmp_path / "run-self-data.jsonl").read_text().splitlines()
+    assert len(rows) == 24 and all(json.loads(row)["text"] for row in rows)
+    assert BlockGenForDiffusionLM.from_pretrained(tmp_path / "run").config.is_anchored
+
+
+def test_other_models_are_sent_to_finetune(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    tiny_model().save_pretrained(tmp_path / "model")
+    assert main(["adapt", str(tmp_path / "model"), "--dataset", "data.jsonl"]) != 0
+    assert "blockgen-hf finetune" in capsys.readouterr().err
