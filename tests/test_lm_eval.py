@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from causal_models import adopted, original
 from tiny import EOS, LETTERS, MASK, generate, tiny_model, tiny_tokenizer
 
 from blockgen_hf import BlockGenForDiffusionLM
@@ -109,6 +110,16 @@ def test_a_folder_serves_the_stock_model_with_remote_code(checkpoint: str) -> No
     settings = {"until": ["jq"], "max_gen_toks": 12, "decoding": "ar"}
     (text,) = lm.generate_until(asked(("abc", settings)), disable_tqdm=True)
     assert text == continued(model, "abc", "jq", decoding="ar", max_new_tokens=12)
+
+
+def test_a_converted_model_has_the_log_likelihoods_of_the_original() -> None:
+    source = original(vocab_size=23, pad_token_id=20)
+    model, requests = adopted(source), asked(*PAIRS)
+    expected = stock(source).loglikelihood(requests, disable_tqdm=True)
+    for found in (stock(model), blockgen(model)):
+        answers = found.loglikelihood(requests, disable_tqdm=True)
+        assert values(answers) == close(values(expected))
+        assert [greedy for _, greedy in answers] == [greedy for _, greedy in expected]
 
 
 def continued(model: BlockGenForDiffusionLM, prompt: str, stop: str, **settings: Any) -> str:
