@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 from tiny import MASK, VOCAB_SIZE, record_forwards, tiny_model, words
+from transformers import DynamicCache, StaticCache
 
 from blockgen_hf import BlockGenForDiffusionLM
 from blockgen_hf.evaluation import evaluate_likelihood, likelihood, likelihood_metrics, sequence_nll
 from blockgen_hf.evaluation.figures import mixture_weights
 from blockgen_hf.evaluation.rows import pad_rows
+from blockgen_hf.modeling import masking_blockgen
 from blockgen_hf.modeling.evaluation_draws_blockgen import EvaluationRows, evaluation_rows
 from blockgen_hf.modeling.sampling_blockgen import CounterGenerator
 
@@ -475,3 +477,58 @@ def test_the_first_figure_of_the_mixture_is_a_bound() -> None:
     assert next(name for name in result.to_dict() if name != "block_sizes") == "jensen"
     assert result.jensen is not None and result.log_sum_exp is not None
     assert result.log_sum_exp.nll < min(figure.nll for figure in result.block_sizes.values()) <= result.jensen.nll
+
+
+# ---- the clean half, computed once
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("variant", ["masked", "uniform_time_conditional", "block_causal"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_draws_share_the_clean_half(
+    variant: str, padded: bool, attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The figures are those of a pass over both halves for each draw; chunks of queries included."""
+    monkeypatch.setattr(masking_blockgen, "CHUNK_SIZE", 8)
+    masking_blockgen._plain_training_mask.cache_clear()
+    model = tiny_model(variant)
+    model.set_attn_implementation(attention)
+    batch = {"input_ids": words(2, 19)}
+    if padded:
+        batch["attention_mask"] = torch.ones(2, 19, dtype=torch.long)
+        batch["attention_mask"][0, 12:] = batch["attention_mask"][1, :4] = 0
+    sizes = [4, 8, 32] if variant == "block_causal" else [1, 4, 5, 32]
+    lengths = []
+    model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    found = sequence_nll(model, batch, sizes, 2)
+    assert lengths[0] == 19 and not any(lengths[1:])
+    with monkeypatch.context() as patch:
+        patch.setattr(likelihood, "DynamicCache", lambda config: None)
+        expected = sequence_nll(model, batch, sizes, 2)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    masking_blockgen._plain_training_mask.cache_clear()
+
+
+def test_the_loss_in_evaluation_mode_shares_it_too() -> None:
+    model, text = tiny_model(), words(2, 16)
+    expected = model(text, labels=text)  # with gradients, every pass for itself
+    with torch.no_grad():
+        found = model(text, labels=text)
+    assert found.cache is None
+    torch.testing.assert_close(found.token_losses, expected.token_losses, rtol=1e-5, atol=1e-6)
+    assert torch.equal(found.logits, expected.logits)
+
+
+@torch.no_grad()
+def test_a_cache_that_cannot_hold_the_clean_half_is_refused() -> None:
+    model, text = tiny_model(), words(2, 16)
+    noise = dict(labels=text, noisy_input_ids=text, noise_level=0.5)
+    other = DynamicCache(config=model.config)
+    model(words(2, 4), cache=other, use_cache=True)
+    for cache in (other, StaticCache(config=model.config, max_cache_len=16)):
+        with pytest.raises(ValueError, match="must be a DynamicCache that is empty"):
+            model(text, **noise, cache=cache)
+    with pytest.raises(ValueError, match="with `document_ids`"):
+        model(text, **noise, cache=DynamicCache(config=model.config), document_ids=torch.zeros_like(text))
+    with pytest.raises(ValueError, match="training has no cache"):
+        model(text, labels=text, cache=other)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import DynamicCache
 from transformers.modeling_utils import unwrap_model
 from transformers.utils import logging
 
@@ -94,6 +95,9 @@ def nll_by_position(
     parts = parts_of(rows.positions, starts)
     shape = len(rows.tokens), len(sizes), monte_carlo_samples, len(starts)
     nll = torch.zeros(shape, dtype=torch.float64, device=rows.tokens.device)
+    shared: dict[str, Any] = {}  # by all draws and block sizes: keys and values of the clean half
+    if document_ids is None and not config.predicts_from_clean:
+        shared["cache"] = DynamicCache(config=config)
     with evaluation_mode(model):
         for column, size in enumerate(sizes):
             exact = is_exact(config, size)
@@ -102,6 +106,7 @@ def nll_by_position(
                     unwrapped.diffusion, rows, size, k, monte_carlo_samples, smallest_time, config.time_conditioning
                 )
                 noise: dict[str, Any] = dict(
+                    shared,
                     noisy_input_ids=draw.noisy_input_ids,
                     noise_level=draw.noise_level,
                     block_size=size,
