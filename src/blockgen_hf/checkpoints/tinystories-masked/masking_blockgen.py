@@ -263,6 +263,7 @@ def make_training_mask(
     window: int | None = None,
     has_anchors: bool = False,
     is_noise_causal: bool = False,
+    clean_is_cached: bool = False,
 ) -> Any:
     """
     The mask of a clean and a noisy half at the same positions, which follow the order of the tokens.
@@ -273,6 +274,7 @@ def make_training_mask(
         attn_implementation (`str`): a name of transformers' attention interface.
         dtype (`torch.dtype`): of the mask of eager attention.
         valid (`torch.BoolTensor` of shape `[B, L]`, *optional*): False for padding.
+        clean_is_cached (`bool`): only the noisy half has queries; the keys are those of both all the same.
 
     Returns:
         what the implementation takes as mask, or [`AttentionChunk`]s on CPUs with `sdpa`. Without padding, documents
@@ -293,8 +295,10 @@ def make_training_mask(
             window=window,
             has_anchors=has_anchors,
             is_noise_causal=is_noise_causal,
+            clean_is_cached=clean_is_cached,
         )
     rules: dict[str, Any] = dict(window=window, has_anchors=has_anchors, is_noise_causal=is_noise_causal)
+    rules["clean_is_cached"] = clean_is_cached
     return _render(
         position_ids, block_size, clean_block_size, attn_implementation, dtype, valid, document_ids, **rules
     )
@@ -323,16 +327,21 @@ def _render(
     dtype: torch.dtype,
     valid: torch.Tensor | None,
     document_ids: torch.Tensor | None,
+    clean_is_cached: bool,
     **rules: Any,
 ) -> Any:
+    clean_positions, clean_valid, cached_positions = position_ids, valid, position_ids.new_empty(1, 0)
+    if clean_is_cached:
+        cached_positions = position_ids if valid is None else torch.where(valid, position_ids, _NEVER)
+        clean_positions, clean_valid = position_ids[:, :0], None
     layout = build_layout(
-        position_ids,
+        clean_positions,
         position_ids,
         block_size,
         clean_block_size,
-        position_ids.new_empty(1, 0),
+        cached_positions,
         num_committed=0,
-        clean_valid=valid,
+        clean_valid=clean_valid,
         noisy_valid=valid,
         document_ids=document_ids,
         **rules,
@@ -343,11 +352,12 @@ def _render(
     largest = block_size if isinstance(block_size, int) else max(block_size)
     if valid is None and document_ids is None:  # blocks start at the start of the row
         overlap = 0 if isinstance(block_size, int) and CHUNK_SIZE % block_size == 0 else largest - 1
-        return _chunks(layout, length, overlap, clean_block_size - 1, clean_block_size == 1 and layout.window is None)
+        is_causal = clean_block_size == 1 and layout.window is None
+        return _chunks(layout, length, overlap, clean_block_size - 1, is_causal, clean_is_cached)
     # Where padding stands between tokens, a block may be spread over the row.
     has_gaps = valid is not None and _has_gaps(valid)
     overlap, clean_overlap = (length, length) if has_gaps else (largest - 1, clean_block_size - 1)
-    return _chunks(layout, length, overlap, clean_overlap, False)
+    return _chunks(layout, length, overlap, clean_overlap, False, clean_is_cached)
 
 
 def _has_gaps(valid: torch.Tensor) -> bool:
@@ -358,26 +368,33 @@ def _has_gaps(valid: torch.Tensor) -> bool:
 
 
 def _chunks(
-    layout: AttentionLayout, length: int, noisy_overlap: int, clean_overlap: int, is_causal: bool
+    layout: AttentionLayout,
+    length: int,
+    noisy_overlap: int,
+    clean_overlap: int,
+    is_causal: bool,
+    clean_is_cached: bool,
 ) -> AttentionChunks:
     """
     Args:
         noisy_overlap, clean_overlap: how far a block of noisy or clean tokens may reach over the ends of a chunk.
         is_causal: whether nothing but causality restricts the clean half, which then is one chunk for fused kernels.
+        clean_is_cached: whether the queries are those of the noisy half alone.
     """
-    chunks = []
+    chunks: list[AttentionChunk] = []
     bounds = [(start, min(start + CHUNK_SIZE, length)) for start in range(0, length, CHUNK_SIZE)]
     reach = length if layout.window is None else layout.window + noisy_overlap  # how far back a chunk sees
-    if is_causal:
+    first_noisy = 0 if clean_is_cached else length
+    if is_causal and not clean_is_cached:
         chunks.append(AttentionChunk(slice(0, length), (slice(0, length),), None))
-    else:
+    elif not clean_is_cached:
         for start, end in bounds:
             keys = slice(max(start - reach, 0), min(end + clean_overlap, length))
             chunks.append(_chunk(layout, slice(start, end), (keys,)))
     for start, end in bounds:
         block = slice(length + max(start - noisy_overlap, 0), length + min(end + noisy_overlap, length))
         keys = slice(max(start - reach, 0), end)
-        chunks.append(_chunk(layout, slice(length + start, length + end), (keys, block)))
+        chunks.append(_chunk(layout, slice(first_noisy + start, first_noisy + end), (keys, block)))
     return tuple(chunks)
 
 
@@ -401,10 +418,11 @@ def attend_in_chunks(
 
     Args:
         attend: an attention function of transformers' interface, `(query, key, value, mask, is_causal=...)`.
-        query, key, value (`torch.Tensor` of shape `[B, heads, 2 L, head_dim]`): of the clean and the noisy half.
+        query, key, value (`torch.Tensor` of shape `[B, heads, 2 L, head_dim]`): of the clean and the noisy half;
+            queries of the noisy half alone, `[B, heads, L, head_dim]`, where the clean one is cached.
 
     Returns:
-        `torch.Tensor` of shape `[B, 2 L, heads, head_dim]`, and no weights.
+        `torch.Tensor` of shape `[B, 2 L, heads, head_dim]`, or `[B, L, heads, head_dim]`, and no weights.
     """
     # Splitting costs nothing in the backward pass, where each slice costs a tensor of zeros of the whole length.
     queries = query.split([chunk.queries.stop - chunk.queries.start for chunk in chunks], dim=2)

@@ -20,7 +20,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, logging
@@ -46,6 +46,7 @@ from .masking_blockgen import BlockSize
 from .objective_blockgen import (
     TrainingDraw,
     autoregressive_draw,
+    check_clean_cache,
     check_training_arguments,
     chunked_mixture_loss,
     draw_training_noise,
@@ -218,7 +219,8 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
                 The clean tokens to learn (not shifted). Where they are -100 the noisy half is clean and costs nothing.
                 In training mode the loss is one draw of the mixture bound. In evaluation mode it is the bound, by two
                 fixed draws of each block size, unless noise or objective are given: reproducible, at the cost of
-                1 + 2 (S - 1) passes of a masked model with S block sizes.
+                1 + 2 (S - 1) passes of a masked model with S block sizes. With noise, an empty `cache` may be given in
+                evaluation mode: further calls with it and the same tokens compute the noisy half alone.
             noise_level (`torch.Tensor` of shape `[]`, `[B]` or `[B, N]`, *optional*):
                 Time t of the noisy tokens, in [0, 1]. Needed by a time-conditional denoiser; drawn with `labels`.
             logits_to_keep (`int` or `torch.Tensor`, defaults to 0):
@@ -258,7 +260,10 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
             _refuse_noise(block_size=None if block_size == 1 else block_size, noise_level=noise_level)
         if labels is not None:
             columns = dict(noisy_input_ids=noisy_input_ids, attention_mask=attention_mask, document_ids=document_ids)
-            check_training_arguments(input_ids, labels, columns, cache=cache, use_cache=use_cache, **kwargs)
+            is_new = self.training or noisy_input_ids is None or self.config.predicts_from_clean
+            refused = cache if is_new else None
+            check_training_arguments(input_ids, labels, columns, cache=refused, use_cache=use_cache, **kwargs)
+            check_clean_cache(cache, labels.shape[1], columns | {"position_ids": position_ids})
         else:
             refuse_count_without_labels(num_items_in_batch)
             if input_ids is None and noisy_input_ids is None:
@@ -384,6 +389,9 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
         if skip_logits is None:
             skip_logits = self.training and self._has_plain_head
         first, *others = draws
+        is_placed = inputs.position_ids is not None or inputs.document_ids is not None
+        if others and not (torch.is_grad_enabled() or is_placed or self.config.predicts_from_clean):
+            inputs = replace(inputs, cache=DynamicCache(config=self.config))  # of the clean half, for all draws
         # CODEPATH: the clean half of adapted models scores block size 1.
         score = self._score_both if self.config.is_anchored and self.training else self._score
         outputs, total, losses = score(first, inputs, skip_logits, **kwargs)
@@ -402,7 +410,7 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
         outputs = self.model(**vars(training_pass), **kwargs)
         states = canvas_states(training_pass, outputs.last_hidden_state)
         total, losses, logits = self._losses(draw, states, skip_logits)
-        return _with_logits(outputs, logits), total, losses
+        return replace(_with_logits(outputs, logits), **named_cache(None)), total, losses
 
     def _score_both(
         self, draw: TrainingDraw, inputs: ForwardInputs, skip_logits: bool, **kwargs: Any
@@ -451,8 +459,10 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
         )
 
     def _training_pass(self, draw: TrainingDraw, inputs: ForwardInputs) -> TrunkInputs:
+        cache = inputs.cache  # of the clean half
         inputs = replace(
             inputs,
+            cache=None,
             input_ids=draw.input_ids,
             noisy_input_ids=draw.noisy_input_ids,
             noisy_position_ids=None,
@@ -468,7 +478,12 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
         is_one_block = isinstance(draw.block_size, int) and draw.block_size >= draw.input_ids.shape[1]
         if is_one_block and inputs.position_ids is None and inputs.document_ids is None:
             return whole_text_pass(inputs)
-        return denoising_pass(self.config, inputs)
+        whole = denoising_pass(self.config, inputs)
+        if cache is None:
+            return whole
+        if cache.get_seq_length() == 0:  # the first draw commits the clean half, later ones read it
+            return replace(whole, cache=cache, use_cache=True)
+        return replace(whole, input_ids=whole.input_ids[:, :0], position_ids=whole.position_ids[:, :0], cache=cache)
 
     @property
     def _has_plain_head(self) -> bool:

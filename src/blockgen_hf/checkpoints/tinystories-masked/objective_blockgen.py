@@ -24,6 +24,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from transformers.cache_utils import Cache, DynamicCache
 
 from .diffusion_blockgen import DiffusionProcess, MaskedDiffusion, check_objective
 from .masking_blockgen import BlockSize
@@ -68,6 +69,23 @@ def check_training_arguments(
                 f"`{name}` must have the shape of `input_ids` {tuple(input_ids.shape)} when `labels` are given, but "
                 f"the shape is {tuple(column.shape)}."
             )
+
+
+def check_clean_cache(cache: Cache | None, length: int, columns: Mapping[str, torch.Tensor | None]) -> None:
+    """
+    Raises:
+        ValueError: a cache that cannot hold the clean half of rows of this length for several draws of noise.
+    """
+    if cache is None:
+        return
+    for name in ("document_ids", "position_ids"):
+        if columns[name] is not None:
+            raise ValueError(f"`cache` cannot keep the clean tokens of an evaluation with `{name}`: leave it out.")
+    if type(cache) is not DynamicCache or cache.get_seq_length() not in (0, length):
+        raise ValueError(
+            f"`cache` must be a DynamicCache that is empty, or that an earlier call with the same {length} tokens has "
+            f"filled, when `labels` are given, but is a {type(cache).__name__} of {cache.get_seq_length()} tokens."
+        )
 
 
 @dataclass(frozen=True)

@@ -141,7 +141,8 @@ class BlockGenModel(BlockGenPreTrainedModel):
             order.
             is_full (`bool`): the caller knows that every query sees every key.
             is_aligned (`bool`): the caller knows that clean and noisy tokens are as many, at the same positions, which
-                follow the order of the tokens (in every document, if there are `document_ids`), and nothing is cached.
+                follow the order of the tokens (in every document, if there are `document_ids`). Nothing is cached,
+                or there are no clean tokens because all of them are.
             num_kept (`int`, *optional*): how many hidden states to return, of the last of the clean and noisy tokens.
                 Default: those of the noisy tokens.
             anchor_rows (`torch.LongTensor` of shape `[B or 1, N]`, *optional*): where noisy tokens are the places of
@@ -167,12 +168,13 @@ class BlockGenModel(BlockGenPreTrainedModel):
         if is_aligned:
             is_causal = False
             mask = self._training_mask(
-                position_ids,
+                noisy_position_ids,
                 block_size,
                 attention_mask,
                 document_ids,
                 cache_window,
                 has_anchors=anchor_rows is not None,
+                clean_is_cached=num_clean == 0,
             )
         else:
             layout = build_layout(
@@ -329,6 +331,7 @@ class BlockGenModel(BlockGenPreTrainedModel):
         document_ids: torch.Tensor | None,
         cache_window: int | None,
         has_anchors: bool,
+        clean_is_cached: bool,
     ) -> Any:
         self._check_attention(needs_mask=True)
         return make_training_mask(
@@ -342,6 +345,7 @@ class BlockGenModel(BlockGenPreTrainedModel):
             window=cache_window,
             has_anchors=has_anchors,
             is_noise_causal=self.config.noisy_attention == "causal",
+            clean_is_cached=clean_is_cached,
         )
 
     def _check_attention(self, needs_mask: bool) -> None:
