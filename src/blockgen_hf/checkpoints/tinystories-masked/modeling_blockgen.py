@@ -390,6 +390,7 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
             skip_logits = self.training and self._has_plain_head
         first, *others = draws
         is_placed = inputs.position_ids is not None or inputs.document_ids is not None
+        # CODEPATH: the clean tokens of adapted models and of the paper's AR baseline predict: no draw shares them.
         if others and not (torch.is_grad_enabled() or is_placed or self.config.predicts_from_clean):
             inputs = replace(inputs, cache=DynamicCache(config=self.config))  # of the clean half, for all draws
         # CODEPATH: the clean half of adapted models scores block size 1.
