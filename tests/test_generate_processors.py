@@ -173,6 +173,22 @@ def test_repetition_penalty_counts_no_padding_and_follows_rows_that_stay(setting
     assert len({len(text) for text in alone}) > 1  # some did end early
 
 
+def test_presence_and_frequency_penalties_are_those_of_openai() -> None:
+    """From the logits of the generated text's tokens, those of the prompt left alone; greedy, so that a sum shows."""
+    model, prompt, penalties = tiny_model(), words(1, 4), (0.7, 0.4)
+    text = prompt
+    for _ in range(NEW_TOKENS):
+        counts = torch.bincount(text[0, 4:], minlength=VOCAB_SIZE)
+        logits = model(text).logits[0, -1] - penalties[0] * (counts > 0) - penalties[1] * counts
+        logits[MASK] = -torch.inf
+        text = torch.cat([text, logits.argmax()[None, None]], dim=1)
+    given = dict(presence_penalty=penalties[0], frequency_penalty=penalties[1], do_sample=False)
+    assert torch.equal(new_tokens(model, prompt, **given, **AR), text[:, 4:])
+    assert not torch.equal(new_tokens(model, prompt, do_sample=False, **AR), text[:, 4:])
+    with pytest.raises(ValueError, match="`presence_penalty` must be a number from -2 to 2, but is 3"):
+        new_tokens(model, prompt, presence_penalty=3.0, **AR)
+
+
 def right_or_refused(model: BlockGenForDiffusionLM, prompts: torch.Tensor, **settings: Any) -> torch.Tensor:
     """What looks at the token just before cannot be had inside of a block: then the setting is refused, not wrong."""
     try:

@@ -103,6 +103,7 @@ def test_processor_with_a_state_for_each_row_sees_the_whole_batch_in_order(setti
         (dict(encoder_no_repeat_ngram_size=1), ARPC),
         (dict(repetition_penalty=3.0), DIFFUSION),
         (dict(repetition_penalty=3.0), ARPC),
+        (dict(presence_penalty=1.0, frequency_penalty=0.8), DIFFUSION),
     ],
     ids=str,
 )

@@ -32,6 +32,7 @@ HOW = {
     "processed": {
         "do_sample": True,
         "repetition_penalty": 1.4,
+        "frequency_penalty": 0.5,
         "no_repeat_ngram_size": 2,
         "min_new_tokens": 5,
         "eos_token_id": EOS,

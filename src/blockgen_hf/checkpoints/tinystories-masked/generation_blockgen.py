@@ -36,7 +36,7 @@ from .generation_configuration_blockgen import (
     NEVER_NONE,
     BlockGenGenerationConfig,
 )
-from .logits_blockgen import STATEFUL_PROCESSORS, looks_at_neighbours
+from .logits_blockgen import STATEFUL_PROCESSORS, OccurrencePenalties, looks_at_neighbours
 from .revision_blockgen import RevisionDecoder
 from .sliding_window_blockgen import check_sliding_window, largest_blocks, most_cached
 from .speculation_blockgen import SpeculativeDecoder
@@ -176,6 +176,15 @@ class BlockGenGenerationMixin(GenerationMixin):
         if generation_config.block_size is None:
             generation_config.block_size = largest
         return generation_config, model_kwargs
+
+    def _get_logits_processor(
+        self, generation_config: GenerationConfig, input_ids_seq_length: int | None = None, **kwargs: Any
+    ) -> LogitsProcessorList:
+        processors = super()._get_logits_processor(generation_config, input_ids_seq_length, **kwargs)
+        penalties = (generation_config.presence_penalty, generation_config.frequency_penalty)
+        if any(penalties):
+            processors.insert(0, OccurrencePenalties(*penalties, prompt_length=input_ids_seq_length or 0))
+        return processors
 
     def _validate_generation_mode(
         self,

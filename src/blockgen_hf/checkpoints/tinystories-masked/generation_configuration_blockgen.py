@@ -52,6 +52,8 @@ _DEFAULTS: dict[str, Any] = {
     "draft_decoding": "block_diffusion",
     "revise_ratio": 0.25,
     "revise_score": "snapshot",
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
     "output_trajectory": False,
     "trajectory_top_k": 0,
     # A diffusion model is sampled from, and from its whole distribution: transformers' default top_k=50 cuts it
@@ -152,6 +154,10 @@ class BlockGenGenerationConfig(GenerationConfig):
         cache_window (`int`, *optional*):
             A sliding window: every token sees the last so many clean tokens before its block, and older ones leave the
             cache. A text may then be longer than the model has positions. Default: all tokens are seen.
+        presence_penalty (`float`, defaults to 0.0):
+            Subtracted from the logits of tokens that the generated text has already, as in OpenAI's API: from -2 to 2.
+        frequency_penalty (`float`, defaults to 0.0):
+            The same, for each time that the generated text has the token.
         output_trajectory (`bool`, defaults to `False`):
             Whether to return the states of each step and the frames that show them, with
             `return_dict_in_generate=True`.
@@ -286,10 +292,15 @@ class BlockGenGenerationConfig(GenerationConfig):
                 f"`nfe_per_block` ({self.nfe_per_block}) and `sampler='first_hitting'` contradict one another: it "
                 "takes a function evaluation for each token. Pass `nfe_per_block=None`."
             )
-        for name, largest in (("confidence_threshold", 1.0), ("entropy_bound", float("inf"))):
+        for name, smallest, largest in (
+            ("confidence_threshold", 0.0, 1.0),
+            ("entropy_bound", 0.0, float("inf")),
+            ("presence_penalty", -2.0, 2.0),
+            ("frequency_penalty", -2.0, 2.0),
+        ):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, (int, float)) or not 0 <= value <= largest):
-                raise ValueError(f"`{name}` must be a number from 0 to {largest:g}, but is {value!r}.")
+            if value is not None and (not isinstance(value, (int, float)) or not smallest <= value <= largest):
+                raise ValueError(f"`{name}` must be a number from {smallest:g} to {largest:g}, but is {value!r}.")
 
     def _validate_drafts(self) -> None:
         if self.decoding != "speculative":

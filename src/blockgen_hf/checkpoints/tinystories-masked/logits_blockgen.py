@@ -71,6 +71,28 @@ def looks_at_neighbours(processor: LogitsProcessor) -> bool:
     return isinstance(processor, logits_process.NoRepeatNGramLogitsProcessor)
 
 
+class OccurrencePenalties(logits_process.RepetitionPenaltyLogitsProcessor):
+    """
+    OpenAI's penalties: from the logit of a token that stands in the generated text, the presence penalty is subtracted
+    once, and the frequency penalty once for each time that it stands there. The prompt does not count.
+
+    A repetition penalty by type, which is called in the same way: with some rows of the text, and how much of each of
+    them to ignore.
+    """
+
+    def __init__(self, presence: float, frequency: float, prompt_length: int) -> None:
+        super().__init__(penalty=1.0, prompt_ignore_length=prompt_length)
+        self.presence = presence
+        self.frequency = frequency
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        columns = torch.arange(input_ids.shape[1], device=input_ids.device)
+        ignored = torch.as_tensor(self.prompt_ignore_length, device=input_ids.device)
+        counted = (columns >= ignored.view(-1, 1)).expand(input_ids.shape).to(scores.dtype)
+        counts = torch.zeros_like(scores).scatter_add(1, input_ids, counted)
+        return scores - self.presence * (counts > 0).to(scores.dtype) - self.frequency * counts
+
+
 class PromptProcessors(LogitsProcessor):
     """
     Processors of the prompts, `encoder_repetition_penalty` and `encoder_no_repeat_ngram_size`: one for each row, which
@@ -258,4 +280,4 @@ class Prediction:
         return self.logits.double().log_softmax(-1)
 
 
-__all__ = ["BlockText", "Prediction", "process_logits", "without_padding"]
+__all__ = ["BlockText", "OccurrencePenalties", "Prediction", "process_logits", "without_padding"]
