@@ -45,13 +45,14 @@ CPU_TORCH = f"{TORCH}+cpu"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 LOCK_TOOL = "uv==0.13.9"
 
-EXTRAS = ["", "[train]", "[train,eval]", "[dev]"]  # each brings what those before it bring
+EVERYTHING = "dev"  # the extra that brings all others
 EXTRA_OF_COMMAND = {
     "train": "[train]",
     "evaluate": "[train]",
     "finetune": "[train]",
     "evaluate-answers": "[train,eval]",
     "evaluate-samples": "[train,eval]",
+    "serve": "[serve]",
 }
 
 LINT_IMPORTS = "from importlinter.cli import lint_imports_command; lint_imports_command()"  # no `python -m` for it
@@ -130,20 +131,27 @@ def install_cpu_torch() -> None:
         )
 
 
+def names_of(extra: str) -> set[str]:
+    """Of extras as pip takes them: `[train,eval]`, or nothing."""
+    return set(extra.strip("[]").split(",")) - {""}
+
+
 def set_up(extra: str) -> None:
     """Installs the project and the pinned releases in .venv, unless the stamp says that this was done."""
     stamp = VENV / "installed.txt"
     key = hashlib.sha256(f"{ROOT}\n{PROJECT}\n{PINS}".encode()).hexdigest()
-    found = stamp.read_text() if stamp.exists() else ""
-    if found in [f"{key} {enough}" for enough in EXTRAS[EXTRAS.index(extra) :]]:
+    stamped, _, found = (stamp.read_text() if stamp.exists() else "").partition(" ")
+    installed = names_of(found) if stamped == key else set()
+    if stamped == key and (names_of(extra) <= installed or EVERYTHING in installed):
         return
+    names = ",".join(sorted(names_of(extra) | installed))
     print(f"Setting up {VENV} (once, a few minutes) ...", flush=True)
     create_venv(VENV)
     if takes_cpu_torch():
         install_cpu_torch()
-    if not pip_install(VENV, "--editable", f"{ROOT}{extra}", pinned=True):
+    if not pip_install(VENV, "--editable", f"{ROOT}[{names}]" if names else str(ROOT), pinned=True):
         sys.exit("The installation failed, see above. It needs a network; run the same command again to continue.")
-    stamp.write_text(f"{key} {extra}")
+    stamp.write_text(f"{key} [{names}]")
 
 
 def lay_over(venv: Path) -> None:

@@ -13,7 +13,19 @@ import traceback
 from collections.abc import Sequence
 
 from .. import __version__
-from . import adapt, bench, convert, evaluate, evaluate_answers, evaluate_samples, finetune, generate, push, train
+from . import (
+    adapt,
+    bench,
+    convert,
+    evaluate,
+    evaluate_answers,
+    evaluate_samples,
+    finetune,
+    generate,
+    push,
+    serve,
+    train,
+)
 from .parsing import PROGRAM, CommandError, Parser
 
 
@@ -27,6 +39,7 @@ COMMANDS = {
     "evaluate-samples": evaluate_samples,
     "convert": convert,
     "push": push,
+    "serve": serve,
     "bench": bench,
 }
 

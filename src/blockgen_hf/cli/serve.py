@@ -1,0 +1,126 @@
+"""Serve a BlockGen model to clients of OpenAI's API."""
+
+import argparse
+import os
+
+from ..checkpoints import SHIPPED
+from ..places import name_without_folder
+from .parsing import (
+    MODEL_HELP,
+    CommandError,
+    add_loading_arguments,
+    cpu_weights,
+    integer,
+    loading_options,
+    model_name,
+)
+
+
+EXAMPLE = f"blockgen-hf serve {SHIPPED}"
+USAGE = "[MODEL]"
+_KEY = "BLOCKGEN_HF_API_KEY"
+_LOG_LEVELS = ("critical", "error", "warning", "info", "debug")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", default=SHIPPED, metavar="MODEL", help=f"{MODEL_HELP} (the default)")
+    group = parser.add_argument_group("model")
+    add_loading_arguments(group)
+    group.add_argument(
+        "--cpu-weights",
+        type=cpu_weights,
+        metavar="NAME",
+        help="pack the weights as int8, float16 or float32, which is faster on an x86 CPU (docs/speed.md)",
+    )
+    group.add_argument(
+        "--served-model-name", metavar="NAME", help="what clients call the model (default: MODEL, without its folders)"
+    )
+    group = parser.add_argument_group("server")
+    group.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all (default: 127.0.0.1)")
+    group.add_argument(
+        "--port", type=integer(0, 65535), default=8000, metavar="N", help="0: a free one (default: 8000)"
+    )
+    group.add_argument("--api-key", metavar="KEY", help=f"key that clients must send (default: ${_KEY}, or none)")
+    group.add_argument(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="origin of a web page that may call the server, such as http://localhost:7860, or *; may be repeated",
+    )
+    group.add_argument(
+        "--shutdown-timeout",
+        type=integer(1),
+        default=60,
+        metavar="SECONDS",
+        help="time for running requests to end after SIGTERM or Ctrl-C (default: 60)",
+    )
+    group.add_argument("--log-level", choices=_LOG_LEVELS, default="info", help="default: info")
+    _add_limits(parser.add_argument_group("limits"))
+
+
+def _add_limits(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--max-batch-rows",
+        type=integer(1),
+        default=16,
+        metavar="N",
+        help="answers that are generated at the same time (default: 16)",
+    )
+    group.add_argument(
+        "--max-queue",
+        type=integer(0),
+        default=128,
+        metavar="N",
+        help="answers that wait for a place; further requests get status 429 (default: 128)",
+    )
+    group.add_argument(
+        "--max-prompt-tokens", type=integer(1), metavar="N", help="tokens of a prompt (default: as the model allows)"
+    )
+    group.add_argument(
+        "--max-tokens", type=integer(1), metavar="N", help="tokens of an answer (default: as the model allows)"
+    )
+    group.add_argument(
+        "--max-choices",
+        type=integer(1),
+        default=16,
+        metavar="N",
+        help="choices of a request: `n` times its prompts (default: 16)",
+    )
+    group.add_argument(
+        "--max-body-bytes", type=integer(1), default=1 << 20, metavar="N", help="size of a body (default: 1 MiB)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        from ..serving.app import create_app
+        from ..serving.bodies import Limits
+        from ..serving.server import Server
+        from ..serving.service import ServerOptions
+    except ImportError as error:
+        raise CommandError(f"The server needs more packages ({error}): pip install 'blockgen-hf[serve]'.") from error
+    from .loading import load, one_line_errors, quiet_transformers
+
+    options = ServerOptions(
+        model_name=args.served_model_name or name_without_folder(args.model),
+        api_key=args.api_key or os.environ.get(_KEY) or None,
+        allow_origins=tuple(args.allow_origin),
+        max_batch_rows=args.max_batch_rows,
+        max_queue=args.max_queue,
+        limits=Limits(args.max_body_bytes, args.max_prompt_tokens, args.max_tokens, args.max_choices),
+    )
+    with quiet_transformers(), one_line_errors():
+        model, tokenizer = load(_source(args.model), **loading_options(args), cpu_weights=args.cpu_weights)
+        app = create_app(model, tokenizer, options)
+        server = Server(app, options.model_name, args.host, args.port, args.shutdown_timeout, args.log_level)
+        server.serve_until_stopped()
+    return 0
+
+
+def _source(name: str) -> str:
+    """Checked here and not by argparse, as what clients call the model is its name as it was given."""
+    try:
+        return model_name(name)
+    except argparse.ArgumentTypeError as error:
+        raise CommandError(error) from error

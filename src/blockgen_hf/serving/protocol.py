@@ -1,0 +1,223 @@
+"""The bodies of requests: OpenAI's fields, and those of BlockGen's decodings beside them."""
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from .errors import ApiError
+
+
+MOST_STOPS = 4
+MOST_TOP_LOGPROBS = 20
+_MOST_BIASES = 1024
+
+Text = Annotated[str, Field(min_length=1)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+# Everything that clients may send and that changes nothing here.
+_IGNORED = (
+    *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
+    *("parallel_tool_calls", "prompt_cache_options"),
+)
+# Fields of OpenAI's that are not served, with the values that ask for nothing.
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "best_of": (1,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "modalities": (["text"],),
+    "moderation": (),
+    "prediction": (),
+    "reasoning_effort": ("none",),
+    "response_format": ({"type": "text"},),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "verbosity": (),
+    "web_search_options": (),
+}
+
+
+class StreamOptions(BaseModel):
+    """`stream_options`."""
+
+    model_config = ConfigDict(strict=True)
+
+    include_usage: bool | None = None
+
+
+class DecodingSettings(BaseModel):
+    """
+    Settings of `BlockGenGenerationConfig`, which checks their values. OpenAI's Python client sends them in
+    `extra_body`.
+    """
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+    decoding: str | None = None
+    block_size: int | None = None
+    denoising_steps: int | None = None
+    nfe_per_block: int | None = None
+    ar_seed_tokens: int | None = None
+    corrector: str | None = None
+    corrector_start: int | None = None
+    corrector_period: int | None = None
+    noise_removal: str | None = None
+    sampler: str | None = None
+    confidence_threshold: float | None = None
+    entropy_bound: float | None = None
+    acceptance: str | None = None
+    draft_steps: int | None = None
+    draft_decoding: str | None = None
+    fused_drafts: bool | None = None
+    revise_block_size: int | list[int] | None = None
+    revise_ratio: float | list[float] | None = None
+    revise_steps: int | list[int] | None = None
+    revise_score: str | None = None
+    top_k: int | None = Field(None, ge=0)
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0)
+
+    def decoding_settings(self) -> dict[str, Any]:
+        """Those that were given."""
+        values = {name: getattr(self, name) for name in DecodingSettings.model_fields}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+class GenerationBody(DecodingSettings):
+    """What completions and chat completions have in common."""
+
+    limit_fields: ClassVar[tuple[str, ...]] = ("max_tokens",)  # the first that is given says how many tokens
+
+    model: str
+    max_tokens: int | None = Field(None, ge=1)
+    n: int | None = Field(None, ge=1)
+    stop: Text | Annotated[list[Text], Field(max_length=MOST_STOPS)] | None = None
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None = (
+        Field(None, max_length=_MOST_BIASES)
+    )
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    stream_drafts: bool | None = None  # ours: drafts of the block in work, as events of another name
+
+    @model_validator(mode="after")
+    def check_stream_options(self) -> "GenerationBody":
+        for name in ("stream_options", "stream_drafts"):
+            if getattr(self, name) and not self.stream:
+                raise ValueError(f"`{name}` needs `stream`: true")
+        return self
+
+    @property
+    def num_choices(self) -> int:
+        return self.n or 1
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def includes_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def is_echoed(self) -> bool:
+        """Whether an answer begins with its prompt."""
+        return False
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Alternatives beside each token; None: no log-probabilities at all."""
+        raise NotImplementedError
+
+    def check_extra_fields(self) -> None:
+        """
+        Raises:
+            ApiError: a field that is not known, or asks for what is not served.
+        """
+        for name, value in (self.model_extra or {}).items():
+            if name in _IGNORED or value is None:
+                continue
+            if name not in _UNSUPPORTED:
+                raise ApiError(400, f"Unknown field `{name}`.", name, "unknown_parameter")
+            if not any(value == neutral and type(value) is type(neutral) for neutral in _UNSUPPORTED[name]):
+                kind = f" of type {value['type']!r}" if isinstance(value, dict) and "type" in value else ""
+                raise ApiError(400, f"`{name}`{kind} is not supported by this server.", name, "unsupported_parameter")
+
+
+class CompletionBody(GenerationBody):
+    """`/v1/completions`."""
+
+    prompt: str | TokenIds | Annotated[list[str | TokenIds], Field(min_length=1)] = ""
+    echo: bool | None = None
+    logprobs: int | None = Field(None, ge=0, le=MOST_TOP_LOGPROBS)
+
+    @property
+    def is_echoed(self) -> bool:
+        return bool(self.echo)
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return list(self.prompt)
+
+
+class TextPart(BaseModel):
+    """A piece of a message."""
+
+    model_config = ConfigDict(strict=True)
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(BaseModel):
+    """A message of a conversation."""
+
+    model_config = ConfigDict(strict=True)
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+
+    def for_template(self) -> dict[str, str]:
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        message = {"role": self.role, "content": text}
+        return message if self.name is None else {**message, "name": self.name}
+
+
+class ChatBody(GenerationBody):
+    """`/v1/chat/completions`."""
+
+    limit_fields: ClassVar[tuple[str, ...]] = ("max_completion_tokens", "max_tokens")
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_TOP_LOGPROBS)
+
+    @model_validator(mode="after")
+    def check_top_logprobs(self) -> "ChatBody":
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("`top_logprobs` needs `logprobs`: true")
+        return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+FIELDS = frozenset(
+    name for model in (CompletionBody, ChatBody, ChatMessage, TextPart, StreamOptions) for name in model.model_fields
+)
+
+__all__ = ["FIELDS", "ChatBody", "CompletionBody", "GenerationBody"]

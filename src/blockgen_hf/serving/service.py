@@ -1,0 +1,225 @@
+"""What happens to the body of a request until its answer goes out, apart from HTTP's paths and headers."""
+
+import asyncio
+import copy
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
+from fastapi import Request
+from fastapi.responses import Response
+from pydantic import ValidationError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .answers import Answers, ChoiceDraft, ChoicePiece
+from .bodies import Limits, ModelFacts, encode_prompts, make_requests
+from .connections import ClientGone, EventStream, read_body, sse, while_connected
+from .engine import EngineClosedError, GenerationEngine, QueueFullError
+from .errors import ApiError, bad_request, invalid_body, shutting_down
+from .formats import AnswerFormat, to_json
+from .handles import RequestHandle
+from .metrics import Metrics
+from .prompt_scores import score_prompt
+from .protocol import FIELDS, GenerationBody
+from .requests import GenerationRequest
+from .text import AnswerText, Piece
+
+
+DRAFT_EVENT = "blockgen.draft"
+_CLIENT_GONE = 499  # nginx's; nobody reads it but the metrics
+Body = TypeVar("Body", bound=GenerationBody)
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """
+    Everything about a server but its model.
+
+    Args:
+        model_name: what clients call the model.
+        api_key: what they must send; None: nothing.
+        allow_origins: origins of web pages that may call the server, `*` for all.
+        max_batch_rows: answers that are generated at the same time.
+        max_queue: answers that wait for that; what is beyond gets a 429.
+        limits: of one request.
+    """
+
+    model_name: str
+    api_key: str | None = None
+    allow_origins: tuple[str, ...] = ()
+    max_batch_rows: int = 16
+    max_queue: int = 128
+    limits: Limits = field(default_factory=Limits)
+
+
+class Service:
+    """Answers requests with a model. Lives in one event loop."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: ServerOptions) -> None:
+        self.options = options
+        self.is_ready = False
+        self.facts = ModelFacts(model.config.max_position_embeddings, model.config.vocab_size, model.generation_config)
+        # Tokenizers change while they encode: the engine, the thread of the prompts and the event loop have their own.
+        self.tokenizer, self._prompt_tokenizer = copy.deepcopy(tokenizer), copy.deepcopy(tokenizer)
+        self.engine = GenerationEngine(model, tokenizer, options.max_batch_rows, options.max_queue)
+        # Reads prompts, checks settings and submits requests, which takes milliseconds.
+        self._prompt_thread = ThreadPoolExecutor(1, thread_name_prefix="blockgen-prompts")
+        self._num_in_prompt_thread = 0
+        self.metrics = Metrics()
+        for name, description in (
+            ("queued", "Answers that wait for a place in the batch."),
+            ("running", "Answers in the batch."),
+            ("cached_tokens", "Tokens in the cache."),
+            ("passes", "Forward passes so far."),
+            ("rows_in_passes", "Rows in the forward passes so far."),
+        ):
+            self.metrics.add_gauge(name, description, partial(self._statistic, name))
+
+    def start(self) -> None:
+        self.engine.start()
+        self.is_ready = True
+
+    async def shutdown(self) -> None:
+        """Takes no more requests. Those that somebody waits for have ended before, or were given up."""
+        self.is_ready = False
+        await asyncio.get_running_loop().run_in_executor(None, partial(self.engine.shutdown, drain=False))
+        self._prompt_thread.shutdown()
+
+    def _statistic(self, name: str) -> float:
+        return float(getattr(self.engine.statistics(), name))
+
+    def check_model(self, name: str) -> None:
+        """
+        Raises:
+            ApiError: 404, it is not the name of the model.
+        """
+        if name != self.options.model_name:
+            message = f"The model {name!r} is not served here: `model` must be {self.options.model_name!r}."
+            raise ApiError(404, message, "model", "model_not_found")
+
+    async def answer(self, request: Request, body_type: type[Body], format_type: type[AnswerFormat]) -> Response:
+        """
+        The answer to a request, whole or as a stream.
+
+        Raises:
+            ApiError: it cannot be answered.
+        """
+        started = time.perf_counter()
+        body = await self._read(request, body_type)
+        answers = await self._start(body, started)
+        answer_format = format_type(self.options.model_name, body.num_logprobs is not None, body.includes_usage)
+        if body.stream:
+            return EventStream(self._events(answers, answer_format, body.includes_usage))
+        try:
+            whole = await while_connected(request.receive, self._collect(answers, answer_format))
+        except ClientGone:
+            return Response(status_code=_CLIENT_GONE)
+        return Response(whole, media_type="application/json")
+
+    async def _read(self, request: Request, body_type: type[Body]) -> Body:
+        text = await read_body(request, self.options.limits.body_bytes)
+        try:
+            body = body_type.model_validate_json(text)
+        except ValidationError as error:
+            raise invalid_body(error, FIELDS) from error
+        body.check_extra_fields()
+        self.check_model(body.model)
+        return body
+
+    async def _start(self, body: GenerationBody, started: float) -> Answers:
+        """
+        Hands the choices of a body to the engine.
+
+        Raises:
+            ApiError: it does not take them.
+        """
+        limits = self.options.limits
+        prompts = await self._in_prompt_thread(encode_prompts, body, self._prompt_tokenizer, limits)
+        requests = make_requests(body, prompts, self.facts, limits)
+        texts = []
+        for prompt in prompts:
+            scores = None
+            if body.is_echoed and body.num_logprobs is not None:
+                scores = await self._in_prompt_thread(score_prompt, self.engine.model, prompt, body.num_logprobs)
+            for _ in range(body.num_choices):
+                text = AnswerText(self.tokenizer, prompt, body.stops)
+                if body.is_echoed:
+                    text.echo(prompt, scores)
+                texts.append(text)
+        try:
+            handles = await self._in_prompt_thread(submit_all, self.engine, requests)
+        except QueueFullError as error:
+            raise queue_full(self.options.max_queue) from error
+        except EngineClosedError as error:
+            raise shutting_down() from error
+        except ValueError as error:
+            raise bad_request(error) from error
+        return Answers(handles, texts, sum(map(len, prompts)), started, self.metrics)
+
+    async def _in_prompt_thread(self, function: Callable[..., Result], *args: Any) -> Result:
+        """Work before the queue, one after the other. Those that wait for it are not more than the queue may hold."""
+        if self._num_in_prompt_thread > self.options.max_queue:
+            raise queue_full(self.options.max_queue)
+        self._num_in_prompt_thread += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._prompt_thread, function, *args)
+        finally:
+            self._num_in_prompt_thread -= 1
+
+    async def _collect(self, answers: Answers, answer_format: AnswerFormat) -> str:
+        """The whole answer, as JSON."""
+        choices = [(Piece(), "length") for _ in answers.texts]
+        async with aclosing(answers.pieces()) as pieces:
+            async for found in pieces:
+                if isinstance(found, ChoicePiece):
+                    before, _ = choices[found.index]
+                    choices[found.index] = (before + found.piece, found.finish_reason or "length")
+        return to_json(answer_format.whole(choices, answers.cost))
+
+    async def _events(
+        self, answers: Answers, answer_format: AnswerFormat, includes_usage: bool
+    ) -> AsyncGenerator[str, None]:
+        """The answer as server-sent events."""
+        try:
+            for chunk in answer_format.openings(len(answers.texts)):
+                yield sse(to_json(chunk))
+            async with aclosing(answers.pieces()) as pieces:
+                async for found in pieces:
+                    if isinstance(found, ChoiceDraft):
+                        yield sse(answer_format.draft(found.index, found.start, found.tokens), DRAFT_EVENT)
+                    else:
+                        yield sse(to_json(answer_format.chunk(found.index, found.piece, found.finish_reason)))
+        except ApiError as error:  # too late for a status
+            yield sse(error.body())
+            return
+        finally:
+            answers.cancel()
+        if includes_usage:
+            yield sse(to_json(answer_format.usage_chunk(answers.cost)))
+        yield sse("[DONE]")
+
+
+def submit_all(engine: GenerationEngine, requests: Sequence[GenerationRequest]) -> list[RequestHandle]:
+    """All of them, or none."""
+    handles: list[RequestHandle] = []
+    try:
+        for request in requests:
+            handles.append(engine.submit(request))
+    except Exception:
+        for handle in handles:
+            handle.cancel()
+        raise
+    return handles
+
+
+def queue_full(max_queue: int) -> ApiError:
+    message = f"The server is busy: {max_queue} requests are waiting already. Try again later."
+    return ApiError(429, message, code="queue_full", headers={"Retry-After": "1"})
+
+
+__all__ = ["DRAFT_EVENT", "ServerOptions", "Service"]
