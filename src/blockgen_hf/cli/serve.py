@@ -8,8 +8,8 @@ from ..places import name_without_folder
 from .parsing import (
     MODEL_HELP,
     CommandError,
+    add_cpu_weights,
     add_loading_arguments,
-    cpu_weights,
     integer,
     loading_options,
     model_name,
@@ -26,12 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", default=SHIPPED, metavar="MODEL", help=f"{MODEL_HELP} (the default)")
     group = parser.add_argument_group("model")
     add_loading_arguments(group)
-    group.add_argument(
-        "--cpu-weights",
-        type=cpu_weights,
-        metavar="NAME",
-        help="pack the weights as int8, float16 or float32, which is faster on an x86 CPU (docs/speed.md)",
-    )
+    add_cpu_weights(group)
     group.add_argument(
         "--served-model-name", metavar="NAME", help="what clients call the model (default: MODEL, without its folders)"
     )
@@ -63,16 +58,22 @@ def _add_limits(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--max-batch-rows",
         type=integer(1),
-        default=16,
+        default=64,
         metavar="N",
-        help="answers that are generated at the same time (default: 16)",
+        help="answers that are generated at the same time (default: 64)",
     )
     group.add_argument(
         "--max-queue",
-        type=integer(0),
+        type=integer(1),
         default=128,
         metavar="N",
         help="answers that wait for a place; further requests get status 429 (default: 128)",
+    )
+    group.add_argument(
+        "--max-cached-tokens",
+        type=integer(1),
+        metavar="N",
+        help="size of the cache: answers in the batch times the length that one may reach (default: no bound)",
     )
     group.add_argument(
         "--max-prompt-tokens", type=integer(1), metavar="N", help="tokens of a prompt (default: as the model allows)"
@@ -100,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
         from ..serving.service import ServerOptions
     except ImportError as error:
         raise CommandError(f"The server needs more packages ({error}): pip install 'blockgen-hf[serve]'.") from error
-    from .loading import load, one_line_errors, quiet_transformers
+    from .loading import load, one_line_errors, pack_weights, quiet_transformers
 
     options = ServerOptions(
         model_name=args.served_model_name or name_without_folder(args.model),
@@ -108,10 +109,12 @@ def run(args: argparse.Namespace) -> int:
         allow_origins=tuple(args.allow_origin),
         max_batch_rows=args.max_batch_rows,
         max_queue=args.max_queue,
+        max_cached_tokens=args.max_cached_tokens,
         limits=Limits(args.max_body_bytes, args.max_prompt_tokens, args.max_tokens, args.max_choices),
     )
     with quiet_transformers(), one_line_errors():
-        model, tokenizer = load(_source(args.model), **loading_options(args), cpu_weights=args.cpu_weights)
+        model, tokenizer = load(_source(args.model), **loading_options(args))
+        pack_weights(model, args.cpu_weights)
         app = create_app(model, tokenizer, options)
         server = Server(app, options.model_name, args.host, args.port, args.shutdown_timeout, args.log_level)
         server.serve_until_stopped()

@@ -46,14 +46,16 @@ class ServerOptions:
         allow_origins: origins of web pages that may call the server, `*` for all.
         max_batch_rows: answers that are generated at the same time.
         max_queue: answers that wait for that; what is beyond gets a 429.
+        max_cached_tokens: bounds the memory of the cache, see `GenerationEngine`.
         limits: of one request.
     """
 
     model_name: str
     api_key: str | None = None
     allow_origins: tuple[str, ...] = ()
-    max_batch_rows: int = 16
+    max_batch_rows: int = 64
     max_queue: int = 128
+    max_cached_tokens: int | None = None
     limits: Limits = field(default_factory=Limits)
 
 
@@ -66,7 +68,13 @@ class Service:
         self.facts = ModelFacts(model.config.max_position_embeddings, model.config.vocab_size, model.generation_config)
         # Tokenizers change while they encode: the engine, the thread of the prompts and the event loop have their own.
         self.tokenizer, self._prompt_tokenizer = copy.deepcopy(tokenizer), copy.deepcopy(tokenizer)
-        self.engine = GenerationEngine(model, tokenizer, options.max_batch_rows, options.max_queue)
+        self.engine = GenerationEngine(
+            model,
+            tokenizer,
+            options.max_batch_rows,
+            options.max_queue,
+            max_cached_tokens=options.max_cached_tokens,
+        )
         # Reads prompts, checks settings and submits requests, which takes milliseconds.
         self._prompt_thread = ThreadPoolExecutor(1, thread_name_prefix="blockgen-prompts")
         self._num_in_prompt_thread = 0
