@@ -33,7 +33,7 @@ STORIES = (
     "Tom and Sam were friends.",
     "",
     "The big brown bear was very hungry. He walked through the forest and looked for honey. He saw a tree with a "
-    "hole. In the hole there were many bees. The bear was not afraid of them, because he had thick fur. He put his paw",
+    "hole. In the hole there were many bees. The bear was not afraid of them, because he had thick fur. He put a paw",
     "Ben had a red ball. He liked to",
     "It was a sunny day. Mia and her mom went to the park. They saw ducks, a dog and",
 )
