@@ -185,11 +185,12 @@ class BlockDecoder:
     def _take(self, tokens: torch.Tensor, event: str) -> torch.Tensor:
         """The next tokens `[A, n]` become text; see [`DecodingState.accept`]."""
         state = self.state
+        if self.recorder is None:
+            return state.accept(tokens, self.stopping_criteria)
         going_on = ~state.done
         rows, columns = state.active[going_on], state.columns(tokens.shape[1])[going_on]
         new_tokens = state.accept(tokens, self.stopping_criteria)
-        if self.recorder is not None:
-            self.recorder.take(state, rows, columns, event)
+        self.recorder.take(state, rows, columns, event)
         return new_tokens
 
     def _show(self, event: str, tokens: torch.Tensor, **facts: Any) -> None:

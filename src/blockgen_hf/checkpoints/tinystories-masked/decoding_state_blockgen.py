@@ -102,6 +102,8 @@ class DecodingState:
         # grid start at columns of their own.
         self.start = torch.full((batch_size, 1), self.prompt_width, device=device)
         self.first_column = self.prompt_width
+        # Whether all active rows are known to start at `first_column`: looking would wait for the device.
+        self.is_even = True
         if is_anchored:
             self._hold_back_anchor()
         if grid > 1:
@@ -133,6 +135,7 @@ class DecodingState:
             self.pending = self.pending[:, : self.pending.shape[1] - held_back]
             self.start = self.start - held_back
         else:
+            self.is_even = False
             remainders = self.context_mask.long().sum(-1, keepdim=True) % grid
             self.start = self.start - remainders
             context_columns = torch.arange(self.context_mask.shape[1], device=remainders.device)
@@ -235,12 +238,14 @@ class DecodingState:
         columns = self.columns(length)
         taken = torch.ones_like(columns, dtype=torch.bool)
         if counts is not None:
+            self.is_even = len(counts) == 1
             taken = torch.arange(length, device=counts.device) < counts[:, None]
         tokens = torch.where(self.done[:, None], self.pad_token_id, tokens)
         tokens = torch.where(taken, tokens, self.tokens[self.active[:, None], columns])
         self.tokens[self.active[:, None], columns] = tokens
         first = max(self.prompt_width, self.first_column)
-        self._find_ends(columns, taken, first, stopping_criteria)
+        is_even = self.is_even and counts is None
+        self._find_ends(columns, taken, first, is_even, stopping_criteria)
 
         # With the pads that now stand behind an end: the cache holds what the sequences say.
         skipped = int(self.anchor_is_committed)
@@ -257,7 +262,9 @@ class DecodingState:
         self._drop_done_rows()
         if counts is not None:
             self._close_gaps()
-        return self.sequences()[:, first : None if self.is_finished else self.first_column]
+        if self.is_finished:
+            return self.sequences()[:, first:]
+        return self.tokens[:, first : self.first_column]
 
     def _leave_out(self, taken: torch.Tensor) -> None:
         """The last pending columns hold what is `taken` `[A, n]` of them: the others are padding between tokens."""
@@ -310,7 +317,12 @@ class DecodingState:
         return self.cache is None or (not self.cache.is_compileable and can_gather(self.cache))
 
     def _find_ends(
-        self, columns: torch.Tensor, taken: torch.Tensor, first: int, stopping_criteria: StoppingCriteriaList
+        self,
+        columns: torch.Tensor,
+        taken: torch.Tensor,
+        first: int,
+        is_even: bool,
+        stopping_criteria: StoppingCriteriaList,
     ) -> None:
         """
         Evaluates the criteria on every prefix that the new columns complete, as they would be token by token, and
@@ -320,9 +332,12 @@ class DecodingState:
         by_text = [criterion for criterion in stopping_criteria if not isinstance(criterion, MaxTimeCriteria)]
         by_clock = [criterion for criterion in stopping_criteria if isinstance(criterion, MaxTimeCriteria)]
         width = self.prompt_width + self.max_new_tokens
-        last = min(self.first_column + columns.shape[1] + int(self.start.max() - self.start.min()), width)
+        ahead = 0 if is_even else int(self.start.max() - self.start.min())
+        last = min(self.first_column + columns.shape[1] + ahead, width)
         was_done = self.done
-        completed = [column for column in columns[taken].unique().tolist() if first <= column < last]
+        completed = list(range(first, last))
+        if not is_even:
+            completed = [column for column in columns[taken].unique().tolist() if first <= column < last]
         for column in completed:
             present = ((columns == column) & taken).any(-1) & ~self.done
             self.num_new_tokens[self.active] += present.long()
@@ -342,10 +357,11 @@ class DecodingState:
         return stops[self.active]
 
     def _drop_done_rows(self) -> None:
-        if self.done.all():
+        num_done = int(self.done.sum())
+        if num_done == self.done.numel():
             self.dropped_rows = self.dropped_rows or self.active.numel() < self.tokens.shape[0]
             self.active = self.active[:0]
-        elif self.done.any() and not self.keep_all_rows:
+        elif num_done and not self.keep_all_rows:
             kept = (~self.done).nonzero().squeeze(-1)
             self.dropped_rows = True
             self.active, self.done, self.start = self.active[kept], self.done[kept], self.start[kept]
