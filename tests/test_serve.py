@@ -147,6 +147,34 @@ def test_a_cancelled_stream_leaves_no_work_behind(server: Running) -> None:
     assert server.metric("blockgen_cancelled_requests_total") == before + 1
 
 
+def test_a_client_that_goes_away_before_its_answer_leaves_no_work_behind(server: Running) -> None:
+    before = server.metric("blockgen_cancelled_requests_total")
+    with pytest.raises(openai.APITimeoutError):
+        server.client_with(timeout=0.2).completions.create(model="tiny", prompt=PROMPT, n=16, **LONG)
+    wait_for(lambda: server.metric("blockgen_cancelled_requests_total") == before + 1)
+    wait_for(lambda: server.metric("blockgen_running") + server.metric("blockgen_queued") == 0)
+
+
+@pytest.mark.slow
+def test_clients_at_once_get_the_answers_of_each_alone(server: Running) -> None:
+    """Unlike prompts, lengths, seeds and decodings; more than there is room for at once."""
+    requests: list[dict[str, Any]] = [
+        {
+            "prompt": "abcdefghij"[: number % 11],
+            "seed": number,
+            "max_tokens": 4 + 5 * (number % 7),
+            "extra_body": list(SETTINGS.values())[number % len(SETTINGS)],
+        }
+        for number in range(64)
+    ]
+    alone = [complete(server, **request).choices[0].text for request in requests]
+    with ThreadPoolExecutor(64) as threads:
+        found = list(threads.map(lambda request: complete(server, **request).choices[0].text, requests * 2))
+    assert found == alone * 2
+    assert server.metric("blockgen_rows_in_passes") > 1.5 * server.metric("blockgen_passes") > 0
+    assert server.metric("blockgen_cached_tokens") == 0
+
+
 # ---- log-probabilities
 def ar_log_probs(text: str) -> torch.Tensor:
     logits = served_model()(chat_tokenizer()(text, return_tensors="pt")["input_ids"]).logits[0, :-1]
@@ -231,6 +259,8 @@ BAD_FIELDS = {
     "type": ({"temperature": "hot"}, 400, "temperature", "'hot'"),
     "boolean": ({"n": True}, 400, "n", "integer"),
     "range": ({"temperature": 3}, 400, "temperature", "less than or equal to 2"),
+    "no temperature": ({"temperature": 1e-40}, 400, "temperature", "must be 0 or at least 1e-06"),
+    "endless penalty": ({"repetition_penalty": 1e-40}, 400, "repetition_penalty", "0.01"),
     "many stops": ({"stop": list("abcde")}, 400, "stop", "at most 4"),
     "empty stop": ({"stop": ""}, 400, "stop", "at least 1"),
     "many choices": ({"n": 17}, 400, "n", "16 choices at most"),
@@ -299,6 +329,26 @@ def test_what_the_queue_cannot_hold_gets_a_429() -> None:
         with pytest.raises(openai.RateLimitError, match="busy"):
             complete(server, n=3, **LONG)
         assert complete(server).choices[0].text == complete(server).choices[0].text
+
+
+def test_a_server_that_stops_says_503_and_an_engine_that_fails_500(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with running(served_model(), chat_tokenizer()) as server:
+        whole = complete(server).choices[0].text
+
+        def fail(*args: Any) -> None:
+            raise RuntimeError("out of memory")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(server.service.engine._passes, "run", fail)
+            with pytest.raises(openai.InternalServerError, match="Its log says more"):
+                complete(server)
+            with pytest.raises(openai.APIError, match="Its log says more"):
+                list(complete(server, stream=True))
+        assert complete(server).choices[0].text == whole
+        server.service.engine.shutdown()
+        assert refusal(server, {"model": "tiny", "prompt": PROMPT})[0] == 503
 
 
 # ---- for whoever runs it

@@ -10,6 +10,7 @@ from .errors import ApiError
 MOST_STOPS = 4
 MOST_TOP_LOGPROBS = 20
 _MOST_BIASES = 1024
+_LEAST_TEMPERATURE = 1e-6  # logits that are divided by much less are no longer numbers
 
 Text = Annotated[str, Field(min_length=1)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
@@ -76,7 +77,7 @@ class DecodingSettings(BaseModel):
     revise_score: str | None = None
     top_k: int | None = Field(None, ge=0)
     min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
 
     def decoding_settings(self) -> dict[str, Any]:
         """Those that were given."""
@@ -106,7 +107,9 @@ class GenerationBody(DecodingSettings):
     stream_drafts: bool | None = None  # ours: drafts of the block in work, as events of another name
 
     @model_validator(mode="after")
-    def check_stream_options(self) -> "GenerationBody":
+    def check_values(self) -> "GenerationBody":
+        if self.temperature and self.temperature < _LEAST_TEMPERATURE:
+            raise ValueError(f"`temperature` must be 0 or at least {_LEAST_TEMPERATURE}, but is {self.temperature}")
         for name in ("stream_options", "stream_drafts"):
             if getattr(self, name) and not self.stream:
                 raise ValueError(f"`{name}` needs `stream`: true")
