@@ -1,18 +1,32 @@
 """The generation engine: an answer is the one that its request gets alone, and no request disturbs another."""
 
+import asyncio
 import random
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from tiny import BLOCK_CAUSAL, EOS, tiny_model, words
+from tiny import BLOCK_CAUSAL, EOS, PAD, assert_near, tiny_model, tiny_tokenizer, words
 
 from blockgen_hf import BlockGenForDiffusionLM, BlockGenGenerationConfig
-from blockgen_hf.serving.engine import GenerationEngine
+from blockgen_hf.serving.engine import EngineClosedError, GenerationEngine, QueueFullError
+from blockgen_hf.serving.generations import Generation
 from blockgen_hf.serving.handles import RequestHandle
-from blockgen_hf.serving.requests import Event, FailedEvent, FinishedEvent, GenerationRequest, TokensEvent
+from blockgen_hf.serving.passes import SharedPasses
+from blockgen_hf.serving.requests import (
+    DraftEvent,
+    Event,
+    FailedEvent,
+    FinishedEvent,
+    GenerationRequest,
+    TokensEvent,
+    Usage,
+)
 
 
 ENDS = [3, 4, EOS]
@@ -89,3 +103,274 @@ def test_answers_are_those_of_generate_alone(variant: str) -> None:
         statistics = engine.statistics()
     assert statistics.rows_in_passes > 1.5 * statistics.passes
     assert statistics.queued == statistics.running == statistics.cached_tokens == 0
+
+
+def test_prompts_of_rows_that_leave_and_come_do_not_mix() -> None:
+    """Slots of the cache are taken over by other rows, and rows of one row only are passes of their own."""
+    model = tiny_model().double()
+    with running(model, max_batch_rows=3, prefill_chunk=4) as engine:
+        lengths = [(30, 3), (2, 12), (17, 5), (0, 9), (9, 2), (25, 8), (1, 1)]
+        for round_ in (0, 1):
+            handles = [engine.submit(request(n + 10 * round_, *pair, decoding="ar")) for n, pair in enumerate(lengths)]
+            for handle in handles:
+                assert_answered_as_alone(model, handle)
+
+
+@pytest.mark.parametrize("decoding", ["ar", "block_diffusion", "speculative"])
+def test_stop_strings_end_a_text_at_the_token_that_completes_them(decoding: str) -> None:
+    model, tokenizer = tiny_model().double(), tiny_tokenizer()
+    settings: dict[str, Any] = dict(num_tokens=12, decoding=decoding, suppress_tokens=[*ENDS, PAD])
+    with running(model, tokenizer=tokenizer) as engine:
+        free = text(list(engine.submit(request(3, **settings))))
+        for last in (3, 11):  # of the last token only the string tells that it stops the text
+            pair = free[last - 1 : last + 1]
+            first = next(i for i in range(1, len(free)) if free[i - 1 : i + 1] == pair)
+            stops = ("zz", "".join(tokenizer.convert_ids_to_tokens(pair)))
+            events = list(engine.submit(replace(request(3, **settings), stop=stops)))
+            assert text(events) == free[: first + 1]
+            assert isinstance(events[-1], FinishedEvent) and events[-1].reason == "stop"
+
+
+def test_a_row_of_a_dense_model_is_served_too() -> None:
+    model = tiny_model(block_sizes=[1], next_token_prediction=True).double()
+    with running(model, prefill_chunk=4) as engine:
+        handles = [engine.submit(request(n, prompt=3 + 5 * n, decoding="ar")) for n in range(4)]
+        for handle in handles:
+            assert_answered_as_alone(model, handle)
+
+
+# log-probabilities and drafts
+
+
+@pytest.mark.parametrize("settings", [EVERY[0], EVERY[3], EVERY[7], EVERY[9]], ids=lambda value: value["decoding"])
+def test_logprobs_are_those_of_the_ar_pass_and_change_no_text(settings: dict[str, Any]) -> None:
+    model = tiny_model().double()
+    asked = request(5, num_tokens=10, **settings)
+    with running(model) as engine:
+        others = [engine.submit(request(n, **settings)) for n in range(3)]
+        events = list(engine.submit(replace(asked, num_logprobs=2)))
+        assert all(text(list(handle)) for handle in others)
+    tokens = text(events)
+    assert tokens == alone(model, asked).sequences[0, 4:].tolist()
+    whole = torch.tensor([[*asked.input_ids, *tokens]])
+    expected = model(whole).logits[0, 3:-1].log_softmax(-1)
+    found = [each for event in events if isinstance(event, TokensEvent) for each in event.logprobs or ()]
+    assert [each.token_id for each in found] == tokens
+    assert_near(torch.tensor([each.logprob for each in found]).double(), expected.gather(1, whole[0, 4:, None])[:, 0])
+    for each, best in zip(found, expected.topk(2).indices.tolist(), strict=True):
+        assert [token for token, _ in each.top] == best
+
+
+def test_drafts_are_told_where_they_are_asked_for() -> None:
+    """They stand behind the tokens that came before, and give way to what is said later."""
+    model = tiny_model().double()
+    asked = request(2, num_tokens=12, decoding="block_diffusion", block_size=4)
+    generation_events: list[Event] = []
+    handle = RequestHandle(replace(asked, stream_drafts=True), lambda: None)
+    handle.put = generation_events.append  # type: ignore[method-assign]
+    generation, passes = Generation(model, None, handle.request, handle), SharedPasses(model, 64)
+    passes.slots.add(generation.cache)
+    with torch.no_grad():
+        generation.go_on(0)
+        while not generation.is_finished:
+            assert generation.call is not None
+            passes.run(passes.choose([generation.call]))
+            generation.go_on(0)
+    assert text(generation_events) == alone(model, asked).sequences[0, 4:].tolist()
+    count = 0
+    for event in generation_events:
+        if isinstance(event, DraftEvent):
+            assert event.start == count and len(event.token_ids) == 4
+        elif isinstance(event, TokensEvent):
+            count += len(event.token_ids)
+    assert sum(isinstance(event, DraftEvent) for event in generation_events) >= 3
+
+
+def test_a_draft_that_nobody_has_read_gives_way() -> None:
+    handle = RequestHandle(request(), lambda: None)
+    for event in (TokensEvent((1,)), DraftEvent((2,), 1), DraftEvent((3,), 1), FinishedEvent("length", Usage(4))):
+        handle.put(event)
+    assert list(handle) == [TokensEvent((1,)), FinishedEvent("length", Usage(4))]
+
+
+# what requests may do to one another
+
+
+def test_cancelled_requests_leave_and_the_others_stay_as_they_are() -> None:
+    model = tiny_model().double()
+    with running(model, max_batch_rows=4) as engine:
+        handles = [engine.submit(request(n, num_tokens=20, decoding="ar")) for n in range(8)]
+        first = next(iter(handles[1]))
+        for handle in (handles[1], handles[7]):  # one in the batch, one in the queue
+            handle.cancel()
+        for number, handle in enumerate(handles):
+            if number not in (1, 7):
+                assert_answered_as_alone(model, handle)
+        cancelled, never_started = list(handles[1])[-1], list(handles[7])
+        statistics = engine.statistics()
+    assert isinstance(first, TokensEvent)
+    assert isinstance(cancelled, FinishedEvent) and cancelled.reason == "cancelled"
+    assert cancelled.usage.function_evaluations > 0
+    assert never_started == [FinishedEvent("cancelled", Usage(4))]
+    assert statistics.finished["cancelled"] == 2 and statistics.running == 0
+
+
+def test_an_error_of_a_pass_fails_its_requests_and_not_the_engine() -> None:
+    model = tiny_model().double()
+    broken = tiny_model().double()
+    forward, calls = broken.model.forward, iter(range(1000))
+
+    def fails_once(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == 3:
+            raise RuntimeError("out of memory")
+        return forward(*args, **kwargs)
+
+    broken.model.forward = fails_once
+    with running(broken) as engine:
+        failed = [list(engine.submit(request(n, decoding="ar")))[-1] for n in range(1)]
+        assert_answered_as_alone(model, engine.submit(request(7, decoding="ar")))
+        assert engine.statistics().finished["failed"] == 1
+    assert isinstance(failed[0], FailedEvent) and "out of memory" in str(failed[0].error)
+
+
+def test_an_error_of_one_row_is_its_own() -> None:
+    """Everything suppressed for one token: a request whose distribution is empty, beside others."""
+    model = tiny_model().double()
+    nothing = request(1, decoding="ar", suppress_tokens=list(range(23)))
+    with running(model) as engine:
+        handles = [engine.submit(each) for each in (request(0, decoding="ar"), nothing, request(2, decoding="ar"))]
+        assert_answered_as_alone(model, handles[0])
+        assert isinstance(list(handles[1])[-1], FailedEvent)
+        assert_answered_as_alone(model, handles[2])
+
+
+@contextmanager
+def recorded_passes(model: BlockGenForDiffusionLM) -> Iterator[list[dict[str, Any]]]:
+    """The arguments of the passes of the trunk."""
+    passes: list[dict[str, Any]] = []
+    hook = model.model.register_forward_pre_hook(lambda _, __, kwargs: passes.append(kwargs), with_kwargs=True)
+    try:
+        yield passes
+    finally:
+        hook.remove()
+
+
+def test_a_long_prompt_is_read_in_parts_between_which_others_go_on() -> None:
+    engine = GenerationEngine(tiny_model().double(), prefill_chunk=4)
+    long, short = (
+        RequestHandle(request(n, prompt, 14, decoding="ar", suppress_tokens=ENDS), lambda: None)
+        for n, prompt in enumerate((40, 2))
+    )
+    engine._queue.extend([long, short])
+    with recorded_passes(engine.model) as passes, torch.no_grad():
+        while not long._events:
+            engine._step()
+    assert len(short._events) >= 9
+    assert max(each["input_ids"].shape[1] for each in passes) == 4
+
+
+def test_memory_of_the_cache_is_bounded() -> None:
+    model = tiny_model().double()
+    with running(model, max_cached_tokens=40) as engine, recorded_passes(model) as passes:
+        handles = [engine.submit(request(n, prompt=4, num_tokens=8, decoding="ar")) for n in range(9)]
+        texts = [text(list(handle)) for handle in handles]
+        with pytest.raises(ValueError, match="may have 41 tokens, .* room for 40"):
+            engine.submit(request(prompt=20, num_tokens=21))
+    assert all(texts)
+    assert max(len(each["input_ids"]) for each in passes) == 3  # of 12 tokens each
+    assert engine._passes.slots.num_tokens == 0
+
+
+@contextmanager
+def held_model() -> Iterator[tuple[BlockGenForDiffusionLM, threading.Event]]:
+    """A model whose passes wait for the event."""
+    model, go_on = tiny_model().double(), threading.Event()
+    model.model.register_forward_pre_hook(lambda *_: go_on.wait(60) and None)
+    try:
+        yield model, go_on
+    finally:
+        go_on.set()
+
+
+def submit_one_in_work_and_two_waiting(engine: GenerationEngine) -> list[RequestHandle]:
+    first = engine.submit(request(0, decoding="ar"))
+    while not engine.statistics().running:
+        time.sleep(0.001)
+    return [first, *(engine.submit(request(number, decoding="ar")) for number in (1, 2))]
+
+
+def test_a_full_queue_refuses_and_draining_answers_what_was_taken() -> None:
+    with held_model() as (model, go_on):
+        engine = GenerationEngine(model, max_batch_rows=1, max_queue=2)
+        with pytest.raises(EngineClosedError):
+            engine.submit(request())
+        engine.start()
+        handles = submit_one_in_work_and_two_waiting(engine)
+        with pytest.raises(QueueFullError, match="2 requests wait already"):
+            engine.submit(request(3))
+        assert engine.statistics().queued == 2
+        threading.Timer(0.05, go_on.set).start()
+        engine.shutdown(drain=True, timeout=60)
+        with pytest.raises(EngineClosedError):
+            engine.submit(request(4))
+        for handle in handles:
+            assert_answered_as_alone(model, handle)
+
+
+def test_shutting_down_without_draining_cancels_everything() -> None:
+    with held_model() as (model, go_on):
+        engine = GenerationEngine(model, max_batch_rows=1)
+        engine.start()
+        handles = submit_one_in_work_and_two_waiting(engine)
+        threading.Timer(0.05, go_on.set).start()
+        engine.shutdown(drain=False, timeout=60)
+        for handle in handles:
+            assert isinstance(last := list(handle)[-1], FinishedEvent) and last.reason == "cancelled"
+
+
+def test_an_event_loop_in_another_thread_reads_events() -> None:
+    model = tiny_model().double()
+
+    async def read(handle: RequestHandle) -> list[Event]:
+        return [event async for event in handle.events()]
+
+    async def read_all(handles: list[RequestHandle]) -> list[list[Event]]:
+        return await asyncio.gather(*map(read, handles))
+
+    with running(model) as engine:
+        handles = [engine.submit(request(number, decoding="ar")) for number in range(3)]
+        answers = asyncio.run(read_all(handles))
+    for handle, events in zip(handles, answers, strict=True):
+        assert text(events) == alone(model, handle.request).sequences[0, 4:].tolist()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(settings=dict(num_beams=2)), "beam_sample is not supported"),
+        (dict(settings=dict(num_return_sequences=2)), "`num_return_sequences=2` is not supported"),
+        (dict(settings=dict(cache_window=8)), "`cache_window=8` is not supported"),
+        (dict(settings=dict(top_p=-0.5)), "top_p"),
+        (dict(settings=dict(sampler="first_hitting", decoding="arpc")), "sampler"),
+        (dict(settings=dict(nfe_per_block=1, decoding="arpc")), "nfe_per_block"),
+        (dict(settings=dict(max_new_tokens=None)), "`max_new_tokens` must be set"),
+        (dict(settings=dict(max_new_tokens=61)), "`max_new_tokens` must be at most 60"),
+        (dict(input_ids=(1, 23)), "ids of the vocabulary"),
+        (dict(input_ids=(1, 22)), "mask token"),
+        (dict(num_logprobs=-1), "`num_logprobs` must be a number from 0 to 23"),
+        (dict(stop=("a",)), "`stop` needs an engine with a tokenizer"),
+        (dict(stop=("",)), "not empty"),
+        (dict(seed=2**64), "`seed` must be an integer of 64 bits"),
+    ],
+    ids=lambda value: str(value),
+)
+def test_requests_that_generate_would_refuse_are_refused_before_they_wait(
+    changes: dict[str, Any], message: str
+) -> None:
+    with running(tiny_model()) as engine:
+        with pytest.raises(ValueError, match=message):
+            settings = dict(max_new_tokens=8) | changes.get("settings", {})
+            others = {name: value for name, value in changes.items() if name != "settings"}
+            asked = replace(request(), generation_config=BlockGenGenerationConfig(**settings), **others)
+            engine.submit(asked)
+        assert engine.statistics().queued == engine.statistics().running == 0

@@ -6,6 +6,7 @@ computing them. So there is one implementation of the decodings, which knows not
 """
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -39,6 +40,7 @@ _NOT_SERVED = {
     "use_cache": (None, True),
     "cache_implementation": (None,),
     "max_time": (None,),
+    "cache_window": (None,),
     "stop_strings": (None,),
     "prefill_chunk_size": (None,),
     "output_trajectory": (None, False),
@@ -67,6 +69,8 @@ def served_model(
     trunk, head = copy.copy(model.base_model), copy.copy(model.get_output_embeddings())
     served._modules = {**model._modules, model.base_model_prefix: trunk, "lm_head": head}
     trunk.forward, head.forward = run_trunk, run_head
+    for part in (trunk, head):  # hooks belong to the passes that are computed
+        part._forward_pre_hooks, part._forward_hooks = OrderedDict(), OrderedDict()
     generator = torch.Generator().manual_seed(seed)
     served.draw_seed = lambda: int(torch.randint(2**62, (), generator=generator))
     return served
