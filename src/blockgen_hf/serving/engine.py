@@ -268,7 +268,8 @@ class GenerationEngine:
             self._leave(generation)
 
     def _end(self, generation: Generation, error: BaseException) -> None:
-        generation.throw(error)
+        if not generation.is_finished:
+            generation.throw(error)
         self._leave(generation)
 
     def _leave(self, generation: Generation) -> None:

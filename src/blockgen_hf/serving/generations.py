@@ -69,6 +69,8 @@ def served_model(
     trunk, head = copy.copy(model.base_model), copy.copy(model.get_output_embeddings())
     served._modules = {**model._modules, model.base_model_prefix: trunk, "lm_head": head}
     trunk.forward, head.forward = run_trunk, run_head
+    for part in (served, trunk, head):
+        part._compiled_call_impl = None
     for part in (trunk, head):  # hooks belong to the passes that are computed
         part._forward_pre_hooks, part._forward_hooks = OrderedDict(), OrderedDict()
     generator = torch.Generator().manual_seed(seed)

@@ -20,9 +20,9 @@ from .cache_slots import CacheSlots, RowCache
 
 # Logits are large: so many positions are projected to the vocabulary at once.
 _MOST_PROJECTED = 512
-# A pass costs as much as so many tokens before it computes the first. Passes are joined where the padding costs less.
-_TOKENS_OF_A_PASS = 64
+# Passes are joined where that costs at most half more than their tokens alone, and as much as a pass of 64 tokens.
 _MOST_PADDING = 0.5
+_COST_OF_A_PASS = 64
 _NO_BLOCK = -1
 
 
@@ -135,7 +135,8 @@ class SharedPasses:
         if projections:  # what is half done goes first
             return list(choose_projections(projections))
         trunk_calls = [call for call in calls if isinstance(call, TrunkCall)]
-        return list(choose_together(trunk_calls, [self._next_part(call) for call in trunk_calls]))
+        parts = [self._next_part(call) for call in trunk_calls]
+        return list(choose_together(trunk_calls, parts, self.model.config.hidden_size))
 
     def run(self, calls: Sequence[Call]) -> None:
         """
@@ -196,31 +197,36 @@ def choose_projections(calls: list[HeadCall]) -> list[HeadCall]:
     return chosen
 
 
-def choose_together(calls: list[TrunkCall], parts: list[TrunkCall]) -> list[TrunkCall]:
+def choose_together(calls: list[TrunkCall], parts: list[TrunkCall], hidden_size: int) -> list[TrunkCall]:
     """
     The call that waits longest, and with it those whose padding costs less than passes of their own.
 
     Args:
         calls: all that wait, the first for the longest time.
         parts: what each of them needs next.
+        hidden_size: of the model. For a token, 6 d keys cost as much as all products with weights.
     """
     if not calls:
         return []
-    num_clean, num_noisy = parts[0].num_clean, parts[0].num_noisy
 
-    def distance(index: int) -> int:
-        return abs(parts[index].num_clean - parts[0].num_clean) + abs(parts[index].num_noisy - parts[0].num_noisy)
+    def cost(part: TrunkCall) -> float:
+        return (part.num_clean + part.num_noisy) * (1 + part.cache.length / (6 * hidden_size))
 
+    first = parts[0]
+    num_clean, num_noisy, length = first.num_clean, first.num_noisy, first.cache.length
     chosen: list[TrunkCall] = []
-    tokens = 0
-    for index in sorted(range(len(calls)), key=distance):  # stable: the first comes first
+    sum_of_costs = 0.0
+    # By how they differ from the first, which comes first itself.
+    for index in sorted(range(len(calls)), key=lambda index: abs(cost(parts[index]) - cost(first))):
         part = parts[index]
         clean, noisy = max(num_clean, part.num_clean), max(num_noisy, part.num_noisy)
-        needed = tokens + part.num_clean + part.num_noisy
-        if chosen and (len(chosen) + 1) * (clean + noisy) > (1 + _MOST_PADDING) * needed + _TOKENS_OF_A_PASS:
+        longest = max(length, part.cache.length)
+        joined = (len(chosen) + 1) * (clean + noisy) * (1 + longest / (6 * hidden_size))
+        apart = sum_of_costs + cost(part)
+        if chosen and joined > (1 + _MOST_PADDING) * apart + _COST_OF_A_PASS:
             continue
         chosen.append(calls[index])
-        num_clean, num_noisy, tokens = clean, noisy, needed
+        num_clean, num_noisy, length, sum_of_costs = clean, noisy, longest, apart
     return chosen
 
 
