@@ -1,6 +1,7 @@
 """The generation engine: an answer is the one that its request gets alone, and no request disturbs another."""
 
 import asyncio
+import copy
 import random
 import threading
 import time
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from causal_models import adopted, original
 from tiny import BLOCK_CAUSAL, EOS, PAD, assert_near, tiny_model, tiny_tokenizer, words
 
 from blockgen_hf import BlockGenForDiffusionLM, BlockGenGenerationConfig
@@ -45,6 +47,7 @@ EVERY: list[dict[str, Any]] = [
     dict(decoding="speculative", block_size=4, fused_drafts=True, acceptance="rejection"),
     dict(decoding="draft_revise", block_size=4, revise_block_size=8),
 ]
+DENSE: dict[str, Any] = dict(block_sizes=[1], next_token_prediction=True)
 
 
 @contextmanager
@@ -70,7 +73,9 @@ def text(events: list[Event]) -> list[int]:
 def alone(model: BlockGenForDiffusionLM, asked: GenerationRequest) -> Any:
     torch.manual_seed(asked.seed)
     input_ids = torch.tensor([asked.input_ids], dtype=torch.long)
-    return model.generate(input_ids, generation_config=asked.generation_config, return_dict_in_generate=True)
+    settings = copy.deepcopy(asked.generation_config)
+    settings.return_dict_in_generate = True
+    return model.generate(input_ids, attention_mask=torch.ones_like(input_ids), generation_config=settings)
 
 
 def assert_answered_as_alone(model: BlockGenForDiffusionLM, handle: RequestHandle) -> None:
@@ -85,16 +90,20 @@ def assert_answered_as_alone(model: BlockGenForDiffusionLM, handle: RequestHandl
         assert finished.usage.function_evaluations == int(expected.num_function_evaluations)
 
 
-@pytest.mark.parametrize("variant", ["masked", "uniform", "time_conditional", "block_causal"])
+@pytest.mark.parametrize(
+    "variant", ["masked", "uniform", "time_conditional", "block_causal", "adopted masked", "adopted uniform"]
+)
 def test_answers_are_those_of_generate_alone(variant: str) -> None:
     """Decodings, settings, lengths and seeds in one batch, admitted at odd times, prompts read in parts."""
-    model, schedule = tiny_model(variant).double(), random.Random(0)
+    is_adopted = variant.startswith("adopted")
+    model = adopted(original(), diffusion_type=variant.split()[1]) if is_adopted else tiny_model(variant)
+    model, schedule = model.double(), random.Random(0)
     decodings = DIFFUSION[:1] if variant in BLOCK_CAUSAL else EVERY
     with running(model, prefill_chunk=8, max_batch_rows=6) as engine:
         waiting: list[RequestHandle] = []
         for number in range(14):
             settings = decodings[number % len(decodings)]
-            asked = request(number, schedule.randrange(30), schedule.randrange(1, 13), **settings)
+            asked = request(number, schedule.randrange(is_adopted, 30), schedule.randrange(1, 13), **settings)
             waiting.append(engine.submit(asked))
             while schedule.random() < 0.4 and waiting:
                 assert_answered_as_alone(model, waiting.pop(0))
@@ -132,7 +141,7 @@ def test_stop_strings_end_a_text_at_the_token_that_completes_them(decoding: str)
 
 
 def test_a_row_of_a_dense_model_is_served_too() -> None:
-    model = tiny_model(block_sizes=[1], next_token_prediction=True).double()
+    model = tiny_model(**DENSE).double()
     with running(model, prefill_chunk=4) as engine:
         handles = [engine.submit(request(n, prompt=3 + 5 * n, decoding="ar")) for n in range(4)]
         for handle in handles:
@@ -142,21 +151,33 @@ def test_a_row_of_a_dense_model_is_served_too() -> None:
 # log-probabilities and drafts
 
 
-@pytest.mark.parametrize("settings", [EVERY[0], EVERY[3], EVERY[7], EVERY[9]], ids=lambda value: value["decoding"])
-def test_logprobs_are_those_of_the_ar_pass_and_change_no_text(settings: dict[str, Any]) -> None:
-    model = tiny_model().double()
+@pytest.mark.parametrize(
+    ("kind", "decoding"),
+    [
+        *(("masked", decoding) for decoding in ("ar", "block_diffusion", "speculative", "draft_revise")),
+        *(("adopted", decoding) for decoding in ("ar", "block_diffusion", "speculative", "fused", "arpc")),
+        ("dense", "ar"),
+    ],
+)
+def test_logprobs_are_those_of_the_ar_pass_and_change_no_text(kind: str, decoding: str) -> None:
+    model = adopted(original()) if kind == "adopted" else tiny_model(**DENSE if kind == "dense" else {})
+    model = model.double()
+    settings: dict[str, Any] = dict(decoding=decoding, block_size=1 if kind == "dense" else 4)
+    if decoding == "fused":
+        settings |= dict(decoding="speculative", fused_drafts=True)
     asked = request(5, num_tokens=10, **settings)
     with running(model) as engine:
-        others = [engine.submit(request(n, **settings)) for n in range(3)]
+        others = [engine.submit(request(n, **settings)) for n in range(2)]
         events = list(engine.submit(replace(asked, num_logprobs=2)))
         assert all(text(list(handle)) for handle in others)
     tokens = text(events)
     assert tokens == alone(model, asked).sequences[0, 4:].tolist()
-    whole = torch.tensor([[*asked.input_ids, *tokens]])
-    expected = model(whole).logits[0, 3:-1].log_softmax(-1)
+    with torch.no_grad():
+        expected = model(torch.tensor([[*asked.input_ids, *tokens]])).logits[0, 3:-1].log_softmax(-1)
     found = [each for event in events if isinstance(event, TokensEvent) for each in event.logprobs or ()]
     assert [each.token_id for each in found] == tokens
-    assert_near(torch.tensor([each.logprob for each in found]).double(), expected.gather(1, whole[0, 4:, None])[:, 0])
+    of_tokens = expected.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+    assert_near(torch.tensor([each.logprob for each in found], dtype=torch.float64), of_tokens)
     for each, best in zip(found, expected.topk(2).indices.tolist(), strict=True):
         assert [token for token, _ in each.top] == best
 

@@ -160,13 +160,14 @@ class Generation:
 
     def _run_trunk(self, *, cache: RowCache, **arguments: Any) -> Any:
         arguments["attention_mask"] = None  # a row alone has no padding
-        if arguments["noisy_input_ids"].shape[1] > 0 or self.model.config.next_token_prediction:
+        call = TrunkCall(cache, arguments)
+        if call.num_kept:  # a pass that predicts nothing only commits
             self.usage = replace(self.usage, function_evaluations=self.usage.function_evaluations + 1)
-        return getcurrent().parent.switch(TrunkCall(cache, arguments))
+        return getcurrent().parent.switch(call)
 
     def _run_head(self, hidden_states: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = getcurrent().parent.switch(HeadCall(hidden_states))
-        if self.request.num_logprobs is not None and self.config.decoding == "ar":
+        if self.request.num_logprobs is not None:
             self._last_logits = logits.clone()  # the caller may overwrite them
         return logits
 
@@ -205,7 +206,7 @@ class Generation:
     def _logprobs(self, count: int) -> tuple[TokenLogprob, ...]:
         """Of the last tokens of the text."""
         logits = self._ar_logits(count)
-        if self.model.config.diffusion_type == "masked" and not self.model.config.next_token_prediction:
+        if self.model.config.has_mask_row:
             logits[:, self.model.config.mask_token_id] = -torch.inf
         log_probs = logits.double().log_softmax(-1)
         num_top = min(self.request.num_logprobs or 0, log_probs.shape[-1])
@@ -219,11 +220,20 @@ class Generation:
 
     def _ar_logits(self, count: int) -> torch.Tensor:
         """Logits of block size 1 at the last tokens of the text, `[count, V]`."""
-        if self.config.decoding == "ar" and self._last_logits is not None:
-            return self._last_logits.flatten(0, -2)[-count:].float()
-        self._num_scored += 1
         text = [*self.request.input_ids, *self.tokens]
+        is_clean = self.model.config.predicts_from_clean
+        # Passes of `decoding="ar"` have them; so has one that committed the clean token which predicts the first.
+        is_known = self.config.decoding == "ar" or (is_clean and self.cache.length >= len(text) - count)
+        if is_known and self._last_logits is not None:
+            return self._last_logits.flatten(0, -2)[:count].float()
+        self._num_scored += 1
         device = self.model.device
+        modulations = self.model.base_model.constant_modulations(device)
+        # CODEPATH: clean tokens of adapted models predict; elsewhere noised queries at the places of the tokens do.
+        if is_clean:
+            before = torch.tensor([text[self.cache.length : -1]], dtype=torch.long, device=device)
+            arguments = dict(input_ids=before, use_cache=False, logits_to_keep=count)
+            return self.model(**arguments, modulations=modulations, **named_cache(self.cache)).logits[0].float()
         positions = torch.arange(len(text) - count, len(text), device=device)[None]
         outputs = self.model(
             input_ids=torch.tensor([text[self.cache.length :]], dtype=torch.long, device=device),
@@ -231,7 +241,7 @@ class Generation:
             noisy_position_ids=positions,
             block_size=1,
             noise_level=1.0,
-            modulations=self.model.base_model.constant_modulations(device),
+            modulations=modulations,
             **named_cache(self.cache),
         )
         return outputs.logits[0].float()

@@ -58,6 +58,16 @@ class TrunkCall:
         count = self.arguments["num_committed"]
         return self.num_clean if count is None else count
 
+    @property
+    def num_kept(self) -> int:
+        """How many hidden states are asked for, of the last of the clean and noisy tokens."""
+        count = self.arguments["num_kept"]
+        return self.num_noisy if count is None else count
+
+    @property
+    def has_anchors(self) -> bool:
+        return self.arguments["anchor_rows"] is not None
+
     def noisy_blocks(self) -> torch.Tensor:
         """The block of each noisy token, `[1, N]`, from 0 on."""
         blocks = self.arguments["noisy_block_ids"]
@@ -70,7 +80,7 @@ class TrunkCall:
         """A pass that only commits the first so many tokens."""
         first = {name: self.arguments[name][:, :num_tokens] for name in ("input_ids", "position_ids")}
         none = {name: self.arguments[name][:, :0] for name in ("noisy_input_ids", "noisy_position_ids")}
-        others = dict(noisy_block_ids=None, num_committed=None, is_full=False)
+        others = dict(noisy_block_ids=None, anchor_rows=None, num_committed=None, num_kept=None, is_full=False)
         return TrunkCall(self.cache, {**self.arguments, **first, **none, **others}, turn=self.turn)
 
     def drop_first_part(self, num_tokens: int) -> None:
@@ -173,8 +183,6 @@ class SharedPasses:
         rows = [call.cache for call in calls]
         cache, start = self.slots.for_pass(rows, num_clean + num_noisy)
         arguments = calls[0].arguments if len(calls) == 1 else joined_arguments(calls, start, num_clean, num_noisy)
-        # CODEPATH: the paper's AR baseline has no noisy tokens: clean ones predict.
-        is_dense = self.model.config.next_token_prediction
         states = self.trunk(cache=cache, **arguments).last_hidden_state
         self.slots.store(cache, rows, [call.num_committed for call in calls], start)
         tokens = sum(call.num_clean + call.num_noisy for call in calls)
@@ -182,9 +190,27 @@ class SharedPasses:
         self.counts.rows += len(calls)
         self.counts.tokens += tokens
         self.counts.padding += len(calls) * (num_clean + num_noisy) - tokens
-        return [
-            states[index, None, : call.num_clean if is_dense else call.num_noisy] for index, call in enumerate(calls)
-        ]
+        if len(calls) == 1:
+            return [with_length(states, calls[0].num_kept)]
+        return [kept_states(states[index], call, num_noisy) for index, call in enumerate(calls)]
+
+
+def kept_states(states: torch.Tensor, call: TrunkCall, num_noisy: int) -> torch.Tensor:
+    """
+    What a call asked for, `[1, kept, d]`, of the hidden states of its row in a joined pass: of N noisy columns, or of
+    the clean ones before them too.
+    """
+    num_clean = len(states) - num_noisy
+    noisy = states[num_clean:][: call.num_noisy]
+    if num_clean == 0 or call.num_kept <= call.num_noisy:
+        return noisy[None]
+    return with_length(torch.cat([states[: call.num_clean], noisy])[None], call.num_kept)
+
+
+def with_length(states: torch.Tensor, length: int) -> torch.Tensor:
+    """The last so many states `[1, n, d]`; zeros for those of the first part of a prompt, which nobody looks at."""
+    missing = length - states.shape[1]
+    return torch.nn.functional.pad(states, (0, 0, missing, 0)) if missing > 0 else states[:, -missing:]
 
 
 def choose_projections(calls: list[HeadCall]) -> list[HeadCall]:
@@ -223,7 +249,8 @@ def choose_together(calls: list[TrunkCall], parts: list[TrunkCall], hidden_size:
         longest = max(length, part.cache.length)
         joined = (len(chosen) + 1) * (clean + noisy) * (1 + longest / (6 * hidden_size))
         apart = sum_of_costs + cost(part)
-        if chosen and joined > (1 + _MOST_PADDING) * apart + _COST_OF_A_PASS:
+        is_too_much = joined > (1 + _MOST_PADDING) * apart + _COST_OF_A_PASS
+        if chosen and (is_too_much or part.has_anchors != first.has_anchors):
             continue
         chosen.append(calls[index])
         num_clean, num_noisy, length, sum_of_costs = clean, noisy, longest, apart
@@ -258,6 +285,7 @@ def joined_arguments(calls: list[TrunkCall], num_cached: int, num_clean: int, nu
         ]
         noise_level = padded(levels, num_noisy, 1.0)
     commits = any(call.num_committed for call in calls)
+    keeps_clean = any(call.num_kept > call.num_noisy for call in calls)
     return dict(
         input_ids=column_wise("input_ids", num_clean),
         noisy_input_ids=column_wise("noisy_input_ids", num_noisy),
@@ -270,6 +298,8 @@ def joined_arguments(calls: list[TrunkCall], num_cached: int, num_clean: int, nu
         use_cache=commits,
         num_committed=num_clean if commits else None,
         noise_level=noise_level,
+        num_kept=num_clean + num_noisy if keeps_clean else None,
+        anchor_rows=padded([each["anchor_rows"] for each in arguments], num_noisy) if calls[0].has_anchors else None,
         modulations=arguments[0].get("modulations"),
     )
 
