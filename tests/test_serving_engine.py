@@ -5,7 +5,7 @@ import copy
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -16,10 +16,11 @@ from causal_models import adopted, original
 from tiny import BLOCK_CAUSAL, EOS, PAD, assert_near, tiny_model, tiny_tokenizer, words
 
 from blockgen_hf import BlockGenForDiffusionLM, BlockGenGenerationConfig
+from blockgen_hf.serving.cache_slots import RowCache
 from blockgen_hf.serving.engine import EngineClosedError, GenerationEngine, QueueFullError
 from blockgen_hf.serving.generations import Generation
 from blockgen_hf.serving.handles import RequestHandle
-from blockgen_hf.serving.passes import SharedPasses
+from blockgen_hf.serving.passes import SharedPasses, TrunkCall, choose_together
 from blockgen_hf.serving.requests import (
     DraftEvent,
     Event,
@@ -395,3 +396,24 @@ def test_requests_that_generate_would_refuse_are_refused_before_they_wait(
             asked = replace(request(), generation_config=BlockGenGenerationConfig(**settings), **others)
             engine.submit(asked)
         assert engine.statistics().queued == engine.statistics().running == 0
+
+
+def call(num_clean: int, num_noisy: int, num_cached: int = 10) -> TrunkCall:
+    cache = RowCache()
+    cache.row.length = num_cached
+    clean, noisy = (torch.zeros(1, length, dtype=torch.long) for length in (num_clean, num_noisy))
+    return TrunkCall(cache, dict(input_ids=clean, noisy_input_ids=noisy, anchor_rows=None))
+
+
+@pytest.mark.parametrize(
+    ("waiting", "joined"),
+    [
+        ([call(1, 1)] * 2 + [call(16, 16)], range(3)),  # a few tokens of padding
+        ([call(1, 1)] * 40 + [call(16, 16)] * 40, range(40)),
+        ([call(0, 16)] * 20 + [call(0, 16, 4000)] + [call(0, 16)] * 20, [*range(20), *range(21, 41)]),  # a long text
+    ],
+)
+def test_passes_are_joined_where_padding_costs_little(waiting: list[TrunkCall], joined: Iterable[int]) -> None:
+    calls = [replace(each) for each in waiting]
+    chosen = choose_together(calls, calls, hidden_size=64)
+    assert {id(each) for each in chosen} == {id(calls[index]) for index in joined}

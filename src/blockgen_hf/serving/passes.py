@@ -309,4 +309,4 @@ def padded(rows: list[torch.Tensor], length: int, value: float = 0) -> torch.Ten
     return torch.cat([torch.nn.functional.pad(row, (0, length - row.shape[1]), value=value) for row in rows])
 
 
-__all__ = ["Call", "HeadCall", "PassCounts", "SharedPasses", "TrunkCall"]
+__all__ = ["Call", "HeadCall", "PassCounts", "SharedPasses", "TrunkCall", "choose_together"]
