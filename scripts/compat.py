@@ -42,6 +42,7 @@ SHORT = ("generate", "cache names")  # a minute: what generates, and what releas
 PARTS_OF = {  # what a dependency can break
     "transformers": tuple(PARTS),
     "torch": ("generate", "cache", "cache names", "forward", "remote code", "trainer", "PEFT"),
+    "huggingface-hub": ("remote code", "trainer", "push", "data"),
     "accelerate": ("trainer", "push", "PEFT", "TRL"),
     "datasets": ("trainer", "TRL", "data"),
     "peft": ("PEFT", "TRL"),

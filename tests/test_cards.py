@@ -4,6 +4,7 @@ import json
 import re
 import sys
 import types
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -457,6 +458,9 @@ def test_a_space_has_its_metadata(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "space").iterdir()} == {"README.md", "app.py", "requirements.txt"}
     data = RepoCard.load(tmp_path / "space" / "README.md", repo_type="space").data.to_dict()
     assert data["sdk"] == "gradio" and data["app_file"] == "app.py" and data["models"] == ["me/tiny"]
+    required = (tmp_path / "space" / "requirements.txt").read_text().split()
+    assert [line.split(">")[0].split("<")[0] for line in required] == ["torch", "transformers"]
+    assert all(line in metadata.requires("blockgen-hf") for line in required)
     assert 'MODEL = "me/tiny"' in (tmp_path / "space" / "app.py").read_text()
     with pytest.raises(ValueError, match="holds something"):
         write_space(tmp_path / "space", "me/tiny", license="mit")

@@ -1,6 +1,7 @@
 """What PyPI would get: a wheel and an sdist, installed in bare environments, with everything inside that they need."""
 
 import os
+import re
 import subprocess
 import sys
 import venv
@@ -52,3 +53,12 @@ def test_an_installed_package_writes_text_in_a_folder_elsewhere(kind: str, patte
     assert Path(where.strip()).is_relative_to(site_packages)
     text = call(scripts / "blockgen-hf", "generate", "Once upon a time", "--max-new-tokens", "8", cwd=elsewhere)
     assert text.startswith("Once upon a time")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "src").glob("**/requirements.txt")), ids=lambda path: path.parent.name)
+def test_metrics_ask_for_the_releases_that_the_package_declares(path: Path) -> None:
+    """Their folders are uploaded as they are, so that each repeats the ranges of pyproject.toml."""
+    declared = set(re.findall(r'"([\w-]+[><=][^"; ]*)', (ROOT / "pyproject.toml").read_text(encoding="utf-8")))
+    lines = [line.split("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    without_range = {"numpy"}  # comes with what the package needs
+    assert [line for line in lines if line and line not in declared | without_range] == []

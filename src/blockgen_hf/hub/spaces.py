@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import tempfile
+from importlib.metadata import requires
 from pathlib import Path
 
 from huggingface_hub import RepoCard
@@ -18,7 +19,7 @@ from .licenses import check_license
 
 
 GRADIO = "6.31.0"  # that the app was tried with
-_REQUIREMENTS = ("torch>=2.6", "transformers>=5.20,<6")  # Spaces bring gradio themselves
+_PACKAGES = ("torch", "transformers")  # what the app imports; Spaces bring gradio themselves
 
 
 def write_space(folder: str | Path, model_id: str, *, license: str, title: str | None = None) -> None:
@@ -57,13 +58,19 @@ def write_space(folder: str | Path, model_id: str, *, license: str, title: str |
     folder.absolute().parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.absolute().parent))
     try:
-        requirements = "".join(f"{line}\n" for line in _REQUIREMENTS)
+        requirements = "".join(f"{line}\n" for line in _requirements())
         for name, content in (("app.py", app), ("requirements.txt", requirements), (README, str(card))):
             write_whole(unfinished / name, content)
         unfinished.chmod(0o755)
         unfinished.replace(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _requirements() -> list[str]:
+    """The releases that this package declares."""
+    declared = requires("blockgen-hf") or []
+    return [line for line in declared if re.split(r"[^\w-]", line)[0] in _PACKAGES and "extra ==" not in line]
 
 
 __all__ = ["GRADIO", "write_space"]
