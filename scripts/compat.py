@@ -71,6 +71,8 @@ def try_release(
         installed = run.pip_install(venv, "--upgrade", requirement, *kept)
     if not installed:
         return {"package": name, "release": requirement, "others": "not installed here"}
+    if name == "torch":  # quanto compiles its kernels beside itself, for the torch that it meets: not those of .venv
+        run.pip_install(venv, "--no-deps", "--ignore-installed", f"optimum-quanto=={pinned['optimum-quanto']}")
     found = run.releases(venv)
     others = [
         f"{other} {release}" for other, release in found.items() if other != name and pinned.get(other) != release
