@@ -5,9 +5,17 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
-from packaging import version
-from tiny import BLOCK_CAUSAL, CAUSAL, MASK, VARIANTS, left_padded, record_forwards, tiny_model, words
+from tiny import (
+    BLOCK_CAUSAL,
+    CAUSAL,
+    MASK,
+    VARIANTS,
+    left_padded,
+    record_forwards,
+    skip_without_quantised_caches,
+    tiny_model,
+    words,
+)
 from transformers import Cache, DynamicCache, QuantizedCache, StaticCache
 
 from blockgen_hf import BlockGenConfig, BlockGenForDiffusionLM
@@ -22,15 +30,12 @@ def fast_or_slow(variants: Iterable[str]) -> list[Any]:
 
 
 def fp8_cache(config: BlockGenConfig) -> Cache:
-    if not hasattr(transformers.cache_utils, "Fp8QuantizedLayer"):
-        pytest.skip("this transformers has no fp8 caches, which came with 5.21")
-    if version.parse(torch.__version__) < version.parse("2.7"):
-        pytest.skip("with torch 2.6, fp8 caches of transformers give NaN on CPUs")
+    skip_without_quantised_caches("fp8")
     return QuantizedCache("fp8", config)
 
 
 def quanto_cache(config: BlockGenConfig) -> Cache:
-    pytest.importorskip("optimum.quanto", reason="optimum-quanto is not installed")
+    skip_without_quantised_caches("quanto")
     return QuantizedCache("quanto", config, nbits=4, q_group_size=8, residual_length=3)
 
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from tiny import (
     BLOCK_CAUSAL,
     CAUSAL,
@@ -15,6 +14,7 @@ from tiny import (
     left_padded,
     num_rows,
     record_forwards,
+    skip_without_quantised_caches,
     tiny_model,
     words,
 )
@@ -322,10 +322,7 @@ def test_every_cache_gives_the_same_text(variant: str, decoding: str) -> None:
 @pytest.mark.parametrize("backend", ["fp8", "quanto"])
 def test_quantised_cache_generates(backend: str, decoding: str) -> None:
     """Within its rounding error: the prompt is kept, and with a prompt shorter than anything rounded, the text too."""
-    if backend == "quanto":
-        pytest.importorskip("optimum.quanto", reason="optimum-quanto is not installed")
-    elif not hasattr(transformers.cache_utils, "Fp8QuantizedLayer"):
-        pytest.skip("this transformers has no fp8 caches, which came with 5.21")
+    skip_without_quantised_caches(backend)
     model, prompt = tiny_model(), words(2, 5)
     config = {"backend": backend} | ({"q_group_size": 8, "residual_length": 3} if backend == "quanto" else {})
     text = generate(

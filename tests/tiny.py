@@ -5,7 +5,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
+import transformers
+from packaging import version
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -164,3 +167,13 @@ def num_rows(call: dict[str, Any]) -> int:
     """Batch size of a recorded forward pass."""
     ids = call["input_ids"] if call.get("input_ids") is not None else call["noisy_input_ids"]
     return ids.shape[0]
+
+
+def skip_without_quantised_caches(backend: str) -> None:
+    """`"quanto"` or `"fp8"`: what is not installed, or does not work, in the releases of today."""
+    if backend == "quanto":
+        pytest.importorskip("optimum.quanto", reason="optimum-quanto is not installed")
+    elif not hasattr(transformers.cache_utils, "Fp8QuantizedLayer"):
+        pytest.skip("this transformers has no fp8 caches, which came with 5.21")
+    elif version.parse(torch.__version__) < version.parse("2.7"):
+        pytest.skip("with torch 2.6, fp8 caches of transformers give NaN on CPUs")
