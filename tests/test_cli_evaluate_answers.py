@@ -148,7 +148,7 @@ def test_adapter(evaluate: Command, fail: Command, tmp_path: Path) -> None:
     adapter = ("--adapter", str(tmp_path / "adapter"))
     assert "`weights` was" in fail("--decodings", "ar:do_sample=False", *adapter)
     out = evaluate("--decodings", "ar:do_sample=False", *adapter, "--overwrite")
-    assert out.splitlines()[0].endswith(f" with {tmp_path / 'adapter'}")
+    assert out.splitlines()[0].endswith(f" with {tmp_path / 'adapter'} (float32 weights)")
     adapted = (tmp_path / "out" / "generations.jsonl").read_text()
     texts = [[json.loads(line)["text"] for line in file.splitlines()[1:]] for file in (plain, adapted)]
     assert texts[0] != texts[1]
