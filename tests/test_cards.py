@@ -2,8 +2,6 @@
 
 import json
 import re
-import sys
-import types
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -11,9 +9,8 @@ from typing import Any
 import pytest
 import yaml
 from huggingface_hub import DatasetCard, ModelCard, RepoCard
-from tiny import framed_tokenizer, tiny_model, tiny_tokenizer
+from tiny import tiny_model, tiny_tokenizer
 
-from blockgen_hf.checkpoints import shipped_checkpoint
 from blockgen_hf.hub.cards import model_card, samples_card, template, write_samples
 from blockgen_hf.hub.licenses import LICENSES
 from blockgen_hf.hub.spaces import write_space
@@ -375,93 +372,17 @@ def test_no_samples_are_refused(tmp_path: Path) -> None:
 # Space
 
 
-class StubGradio(types.ModuleType):
-    """Every component is a no-op; `Interface` keeps what it was given."""
-
-    class Error(Exception):
-        pass
-
-    def __init__(self) -> None:
-        super().__init__("gradio")
-        self.interfaces: list[tuple[Any, dict[str, Any]]] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *args, **kwargs: (name, args, kwargs)
-
-    def Interface(self, function: Any, **kwargs: Any) -> None:
-        self.interfaces.append((function, kwargs))
-
-
-def run_app(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Any], StubGradio]:
-    gradio = StubGradio()
-    monkeypatch.setitem(sys.modules, "gradio", gradio)
-    namespace: dict[str, Any] = {"__name__": "app"}
-    exec((folder / "app.py").read_text(), namespace)
-    return namespace, gradio
-
-
-def test_the_spaces_app_generates_with_every_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_space(tmp_path / "space", str(shipped_checkpoint()), license="apache-2.0", title="Stories")
-    app, gradio = run_app(tmp_path / "space", monkeypatch)
-    assert app["DECODINGS"] == ["arpc", "block_diffusion", "speculative", "ar"]
-    ((function, interface),) = gradio.interfaces
-    assert len(interface["inputs"]) == function.__code__.co_argcount and len(interface["outputs"]) == 2
-    texts = {}
-    for decoding in app["DECODINGS"]:
-        text, cost = function("Once upon a time", decoding, 8, 4, 16, 0.8, 1)
-        assert text.startswith("Once upon a time") and len(text) > 20
-        texts[decoding] = text
-        evaluations, per_forward, drafts = re.fullmatch(
-            r"(\d+) function evaluations, ([\d.]+) tokens per forward(, \d+ of \d+ drafted tokens accepted)?", cost
-        ).groups()
-        assert (drafts is not None) == (decoding == "speculative")
-        assert int(evaluations) >= 7 and 0 < float(per_forward) < 3
-        assert function("Once upon a time", decoding, 8, 4, 16, 0.8, 1) == (text, cost)
-    assert len(set(texts.values())) == 3 and texts["speculative"] == texts["ar"]
-    assert function("", "ar", 8, 4, 8, 0.0, 1)[0] == function("", "ar", 8, 4, 8, 0.0, 2)[0]
-    with pytest.raises(gradio.Error, match="the model takes 256"):
-        function("word " * 300, "ar", 8, 4, 8, 0.8, 1)
-
-
-def test_the_app_leaves_special_tokens_of_the_tokenizer_out_of_a_prompt(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = save(tmp_path / "tiny")
-    framed_tokenizer().save_pretrained(model)
-    write_space(tmp_path / "space", str(model), license="mit")
-    app, _ = run_app(tmp_path / "space", monkeypatch)
-    prompts: list[list[int]] = []
-    real = app["model"].generate
-
-    def generate(input_ids: Any, **options: Any) -> Any:
-        prompts.append(input_ids[0].tolist())
-        return real(input_ids, **options)
-
-    monkeypatch.setattr(app["model"], "generate", generate)
-    app["generate"]("abcd", "ar", 1, 2, 4, 1.0, 0)
-    assert prompts == [tiny_tokenizer()("abcd")["input_ids"]]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_app_knows_the_decodings_of_each_kind(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_space(tmp_path / "space", str(save(tmp_path / "tiny", kind)), license="mit")
-    app, _ = run_app(tmp_path / "space", monkeypatch)
-    assert app["DECODINGS"] == KINDS[kind][2]
-    size = app["SIZES"][-1]
-    for decoding in app["DECODINGS"]:
-        assert app["generate"]("abcd", decoding, size, 2, 8, 1.0, 0)[0].startswith("abcd")
-
-
 def test_a_space_has_its_metadata(tmp_path: Path) -> None:
     write_space(tmp_path / "space", "me/tiny", license="mit", title="Letters")
     assert {path.name for path in tmp_path.iterdir()} == {"space"}
-    assert {path.name for path in (tmp_path / "space").iterdir()} == {"README.md", "app.py", "requirements.txt"}
+    found = {path.name for path in (tmp_path / "space").iterdir()}
+    assert found == {"README.md", "app.py", "requirements.txt", "frames.py", "replay", "writing.py"}
     data = RepoCard.load(tmp_path / "space" / "README.md", repo_type="space").data.to_dict()
     assert data["sdk"] == "gradio" and data["app_file"] == "app.py" and data["models"] == ["me/tiny"]
     required = (tmp_path / "space" / "requirements.txt").read_text().split()
     assert [line.split(">")[0].split("<")[0] for line in required] == ["torch", "transformers"]
     assert all(line in metadata.requires("blockgen-hf") for line in required)
-    assert 'MODEL = "me/tiny"' in (tmp_path / "space" / "app.py").read_text()
+    assert 'MODEL, TITLE = "me/tiny", "Letters"' in (tmp_path / "space" / "app.py").read_text()
     with pytest.raises(ValueError, match="holds something"):
         write_space(tmp_path / "space", "me/tiny", license="mit")
     with pytest.raises(ValueError, match="no licence"):
@@ -470,5 +391,5 @@ def test_a_space_has_its_metadata(tmp_path: Path) -> None:
 
 
 def test_templates_are_part_of_the_package() -> None:
-    for name in ("model_card.md", "samples_card.md", "space_card.md", "space_app.py"):
+    for name in ("model_card.md", "samples_card.md", "space/README.md", "space/app.py", "space/writing.py"):
         assert template(name)

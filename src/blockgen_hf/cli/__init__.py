@@ -17,6 +17,7 @@ from . import (
     adapt,
     bench,
     convert,
+    demo,
     evaluate,
     evaluate_answers,
     evaluate_samples,
@@ -31,6 +32,7 @@ from .parsing import PROGRAM, CommandError, Parser
 
 COMMANDS = {
     "generate": generate,
+    "demo": demo,
     "train": train,
     "finetune": finetune,
     "adapt": adapt,

@@ -5,6 +5,7 @@ import re
 import shutil
 import tempfile
 from importlib.metadata import requires
+from importlib.resources import files
 from pathlib import Path
 
 from huggingface_hub import RepoCard
@@ -24,8 +25,8 @@ _PACKAGES = ("torch", "transformers")  # what the app imports; Spaces bring grad
 
 def write_space(folder: str | Path, model_id: str, *, license: str, title: str | None = None) -> None:
     """
-    Writes a Gradio Space: `app.py`, `requirements.txt`, and `README.md` with its metadata. `blockgen-hf push
-    --repo-type space` uploads it.
+    Writes a Gradio Space: `app.py` with what it imports, `requirements.txt`, and `README.md` with its metadata.
+    `blockgen-hf push --repo-type space` uploads it, `blockgen-hf demo` runs the same app on this machine.
 
     Args:
         folder (`str` or `Path`): a new or empty folder.
@@ -53,13 +54,20 @@ def write_space(folder: str | Path, model_id: str, *, license: str, title: str |
         license=license,
         tags=["blockgen"],
     )
-    card = RepoCard.from_template(data, template_str=template("space_card.md"), model_id=model_id)
-    app = re.sub('"MODEL_ID"', lambda found: json.dumps(model_id), template("space_app.py"))
+    card = RepoCard.from_template(data, template_str=template("space/README.md"), model_id=model_id)
+    names = {"MODEL_ID": model_id, "MODEL_TITLE": title}
+    app = re.sub('"(MODEL_ID|MODEL_TITLE)"', lambda found: json.dumps(names[found[1]]), template("space/app.py"))
+    contents = {
+        "app.py": app,
+        "requirements.txt": "".join(f"{line}\n" for line in _requirements()),
+        README: str(card),
+        **_parts(),
+    }
     folder.absolute().parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.absolute().parent))
     try:
-        requirements = "".join(f"{line}\n" for line in _requirements())
-        for name, content in (("app.py", app), ("requirements.txt", requirements), (README, str(card))):
+        for name, content in contents.items():
+            (unfinished / name).parent.mkdir(exist_ok=True)
             write_whole(unfinished / name, content)
         unfinished.chmod(0o755)
         unfinished.replace(folder)
@@ -71,6 +79,20 @@ def _requirements() -> list[str]:
     """The releases that this package declares."""
     declared = requires("blockgen-hf") or []
     return [line for line in declared if re.split(r"[^\w-]", line)[0] in _PACKAGES and "extra ==" not in line]
+
+
+def _parts() -> dict[str, str]:
+    """What the app imports: copies of this package's files, which stand alone."""
+    package = files("blockgen_hf")
+    viewer = [file for file in (package / "replay").iterdir() if file.is_file()]
+    return {
+        "writing.py": template("space/writing.py"),
+        "frames.py": (package / "generation" / "frames.py").read_text(encoding="utf-8"),
+        **{
+            f"replay/{file.name}": file.read_text(encoding="utf-8")
+            for file in sorted(viewer, key=lambda file: file.name)
+        },
+    }
 
 
 __all__ = ["GRADIO", "write_space"]

@@ -350,4 +350,8 @@
     draw();
   }
   show();
+  // In a frame of another page: how high it has to be.
+  if (window.parent !== window) {
+    new ResizeObserver(() => window.parent.postMessage({ replayHeight: root.offsetHeight }, "*")).observe(root);
+  }
 })();
