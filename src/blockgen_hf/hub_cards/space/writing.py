@@ -138,7 +138,7 @@ class Writer:
             ValueError: the prompt is too long, or the model does not know these settings.
         """
         input_ids = self._encode(prompt, fields)
-        header = {
+        header: dict[str, Any] = {
             "decoding": fields.decoding,
             "mask_token": self.model.config.mask_token_id if self.model.config.diffusion_type == "masked" else None,
             "frames": [],
