@@ -13,6 +13,7 @@ from tiny import tiny_model, tiny_tokenizer
 
 from blockgen_hf.hub.cards import model_card, samples_card, template, write_samples
 from blockgen_hf.hub.licenses import LICENSES
+from blockgen_hf.hub.push import plan_push
 from blockgen_hf.hub.spaces import write_space
 
 
@@ -383,6 +384,10 @@ def test_a_space_has_its_metadata(tmp_path: Path) -> None:
     assert [line.split(">")[0].split("<")[0] for line in required] == ["torch", "transformers"]
     assert all(line in metadata.requires("blockgen-hf") for line in required)
     assert 'MODEL, TITLE = "me/tiny", "Letters"' in (tmp_path / "space" / "app.py").read_text()
+    plan = plan_push(tmp_path / "space", "me/demo", repo_type="space")  # every part of the app is taken
+    assert {file.path for file in plan.files} == {
+        path.relative_to(tmp_path / "space").as_posix() for path in (tmp_path / "space").rglob("*") if path.is_file()
+    }
     with pytest.raises(ValueError, match="holds something"):
         write_space(tmp_path / "space", "me/tiny", license="mit")
     with pytest.raises(ValueError, match="no licence"):

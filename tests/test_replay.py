@@ -180,7 +180,6 @@ def test_generate_saves_a_replay(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["--save-html", "missing/replay.html"], "must be a file in a folder that exists"),
         (["--save-svg", "x.svg", "--compare"], "--save-svg shows a single decoding"),
         (["--save-html", "x.html", "--num-samples", "2"], "--save-html replays a single text"),
-        (["--trajectory-top-k", "2"], "--trajectory-top-k has no meaning without --save-html"),
     ],
 )
 def test_replays_that_cannot_be_are_refused(

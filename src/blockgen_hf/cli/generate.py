@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 EXAMPLE = 'blockgen-hf generate "Once upon a time" --decoding arpc --block-size 16'
 USAGE = "[PROMPT ...]"
+_LIKELY = 5  # most likely tokens that a page shows for each position
 _SETTINGS = (
     "decoding",
     "block_size",
@@ -84,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompt-file",
         type=Path,
         metavar="FILE",
-        help="read prompts from a text file, one per line, or from a .jsonl file with a `prompt` in each line",
+        help="text file with a prompt per line, or .jsonl file with `prompt` in each line",
     )
     _add_model_arguments(parser.add_argument_group("model"))
     _add_decoding_arguments(parser.add_argument_group("decoding (default: the model's generation config)"))
@@ -103,7 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compare", action="store_true", help="continue the prompt with every decoding and print a table"
     )
     group.add_argument("--json", action="store_true", help="print the result as JSON instead of text")
-    _add_replay_arguments(parser.add_argument_group("replay (docs/replay.md)"))
+    _add_replay_arguments(group)
 
 
 def _add_replay_arguments(group: argparse._ArgumentGroup) -> None:
@@ -111,16 +112,10 @@ def _add_replay_arguments(group: argparse._ArgumentGroup) -> None:
         "--save-html",
         type=Path,
         metavar="FILE",
-        help="write a page that replays every step; with --compare, two decodings side by side",
+        help="write a page that replays every step, also of --compare",
     )
     group.add_argument("--save-svg", type=Path, metavar="FILE", help="write an animated SVG")
     group.add_argument("--save-gif", type=Path, metavar="FILE", help="write a GIF (needs Pillow)")
-    group.add_argument(
-        "--trajectory-top-k",
-        type=integer(0, 100),
-        metavar="N",
-        help="--save-html: most likely tokens to show for each position (default: 5)",
-    )
 
 
 def _add_model_arguments(group: argparse._ArgumentGroup) -> None:
@@ -178,7 +173,7 @@ def _add_decoding_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--acceptance",
         choices=CHOICES["acceptance"],
-        help="speculative: keep draft tokens that ar draws too (the default), or by rejection sampling",
+        help="speculative: keep draft tokens that ar draws too (default), or by rejection",
     )
     group.add_argument(
         "--draft-steps", type=int, metavar="N", help="speculative: denoising steps per draft (default: 1)"
@@ -189,7 +184,7 @@ def _add_decoding_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--fused-drafts",
         action=argparse.BooleanOptionalAction,
-        help="speculative: one pass verifies a draft and makes the next (default: on a GPU)",
+        help="speculative: one pass verifies and drafts (default: on a GPU)",
     )
     for option, parse, metavar, meaning in (  # a list has a number for each stage
         ("--revise-block-size", int, "N,...", "tokens revised together"),
@@ -197,7 +192,12 @@ def _add_decoding_arguments(group: argparse._ArgumentGroup) -> None:
         ("--revise-steps", int, "N,...", "denoising steps per block"),
     ):
         group.add_argument(option, type=one_or_list_of(parse), metavar=metavar, help=f"draft_revise: {meaning}")
-    group.add_argument("--revise-score", choices=CHOICES["revise_score"], help="draft_revise: which tokens to revise")
+    group.add_argument(
+        "--revise-score",
+        choices=CHOICES["revise_score"],
+        metavar="NAME",
+        help="draft_revise: snapshot, ar_surprisal, posthoc or random: which tokens to revise",
+    )
     group.add_argument(
         "--cache-window", type=int, metavar="N", help="sliding window of N tokens, for texts of any length"
     )
@@ -234,8 +234,7 @@ def run(args: argparse.Namespace) -> int:
     if args.stop:
         settings["stop_strings"] = args.stop
     if _replay_files(args):
-        top_k = 5 if args.trajectory_top_k is None else args.trajectory_top_k
-        settings |= {"output_trajectory": True, "trajectory_top_k": top_k if args.save_html else 0}
+        settings |= {"output_trajectory": True, "trajectory_top_k": _LIKELY if args.save_html else 0}
     prompts = _read_prompts(args)
 
     from .loading import one_line_errors, quiet_transformers
@@ -321,8 +320,6 @@ def _replay_files(args: argparse.Namespace) -> list[str]:
 
 def _check_replay(args: argparse.Namespace) -> None:
     files = _replay_files(args)
-    if args.trajectory_top_k is not None and args.save_html is None:
-        raise CommandError("--trajectory-top-k has no meaning without --save-html.")
     if files and args.num_samples > 1:
         raise CommandError(f"{files[0]} replays a single text: leave --num-samples out.")
     pictures = [option for option in files if option != "--save-html"]
