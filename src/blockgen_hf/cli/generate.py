@@ -85,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompt-file",
         type=Path,
         metavar="FILE",
-        help="text file with a prompt per line, or .jsonl file with `prompt` in each line",
+        help="text file with a prompt per line, or .jsonl with `prompt` in each line",
     )
     _add_model_arguments(parser.add_argument_group("model"))
     _add_decoding_arguments(parser.add_argument_group("decoding (default: the model's generation config)"))
@@ -133,7 +133,7 @@ def _add_decoding_arguments(group: argparse._ArgumentGroup) -> None:
         "--nfe-per-block",
         type=int,
         metavar="N",
-        help="function evaluations per block, instead of --denoising-steps (default for arpc: half the block size)",
+        help="function evaluations per block (default for arpc: half the block size)",
     )
     group.add_argument(
         "--ar-seed-tokens",
