@@ -154,7 +154,12 @@ def _add_decoding_arguments(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="arpc: every N-th step from the first informed one on is informed",
     )
-    group.add_argument("--noise-removal", choices=CHOICES["noise_removal"], help="how the last step of a block draws")
+    group.add_argument(
+        "--noise-removal",
+        choices=CHOICES["noise_removal"],
+        metavar="NAME",
+        help="last step of a block: ancestral or greedy",
+    )
     group.add_argument(
         "--sampler", choices=CHOICES["sampler"], help="block_diffusion: how a block is denoised (default: ancestral)"
     )
