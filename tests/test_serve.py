@@ -10,9 +10,13 @@ from contextlib import suppress
 from http.client import HTTPConnection
 from typing import Any
 
-import openai
 import pytest
 import torch
+
+
+pytest.importorskip("fastapi", reason="the extra `serve` needs Python 3.11")
+
+import openai
 from serving import Running, chat_tokenizer, events, expected_text, running, served_model, wait_for
 from tiny import EOS, MASK, NUM_WORDS
 
