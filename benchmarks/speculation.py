@@ -38,6 +38,7 @@ PROMPTS = (
 SPECULATIVE = {"decoding": "speculative", "fused_drafts": False}
 CONTENDERS: dict[str, dict[str, Any]] = {
     "ar": {"decoding": "ar"},
+    "speculative": {"decoding": "speculative", "block_size": 8},
     "speculative, block 4": {**SPECULATIVE, "block_size": 4},
     "speculative, block 8": {**SPECULATIVE, "block_size": 8},
     "speculative, block 8, rejection": {**SPECULATIVE, "block_size": 8, "acceptance": "rejection"},

@@ -13,7 +13,7 @@ from transformers import DynamicCache, QuantizedCache, StaticCache, TextStreamer
 
 from blockgen_hf import BlockGenForDiffusionLM
 from blockgen_hf.generation import speculation_blockgen
-from blockgen_hf.generation.speculation_blockgen import DraftLengths, RoundCosts
+from blockgen_hf.generation.draft_lengths_blockgen import DraftLength, RoundCosts
 
 
 PADDED = left_padded([words(3), words(6, seed=1), words(1, seed=2), words(4, seed=7)])
@@ -22,7 +22,7 @@ PADDED = left_padded([words(3), words(6, seed=1), words(1, seed=2), words(4, see
 @pytest.fixture(autouse=True)
 def fixed_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     """How much is drafted does not depend on the clock here."""
-    monkeypatch.setattr(RoundCosts, "needed", lambda self, default: default)
+    monkeypatch.setattr(RoundCosts, "of_token", lambda self: 0.002)
 
 
 HOW = {
@@ -309,31 +309,51 @@ def test_worthless_drafts_cost_a_few_passes_only() -> None:
         assert passes(model, block_size=8, do_sample=True, fused_drafts=fused, acceptance="match") < 1.25
 
 
-@given(st.lists(st.integers(0, 4), min_size=1, max_size=60))
-def test_drafts_are_as_long_as_they_may_be_and_stop_where_they_do_not_pay(accepted: list[int]) -> None:
-    lengths = DraftLengths(1, longest=4, needed=1.2)
+@pytest.mark.parametrize("is_fused", [False, True])
+@given(accepted=st.lists(st.integers(0, 4), min_size=1, max_size=60))
+def test_drafts_are_as_long_as_they_may_be_and_stop_where_they_do_not_pay(is_fused: bool, accepted: list[int]) -> None:
+    length = DraftLength(4, RoundCosts(torch.device("cpu")), (is_fused,))
+
+    def draft(accepted: int) -> int:
+        drafted, fused = length.best()
+        assert 0 <= drafted <= 4 and fused in (is_fused, False)
+        if drafted:
+            length.record([drafted], [min(accepted, drafted)], is_fused)
+        else:
+            length.wait()
+        return drafted
+
     for kept in accepted:
-        drafted = lengths.of_row(0)
-        assert 0 <= drafted <= 4
-        lengths.record(0, drafted, min(kept, drafted))
+        draft(kept)
     for _ in range(40):
-        lengths.record(0, lengths.of_row(0), 0)
-    tried = 0
-    for _ in range(1000):
-        tried += lengths.of_row(0) > 0
-        lengths.record(0, lengths.of_row(0), 0)
-    assert tried <= 8  # after 16, 32, 64, 128, 256, 256, ... tokens
+        draft(0)
+    assert sum(draft(0) > 0 for _ in range(1000)) <= 8  # after 16, 32, 64, 128, 256, 256, ... tokens
 
 
-def test_what_a_draft_must_bring_is_what_its_round_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drafts_are_longer_where_more_is_accepted() -> None:
+    lengths = {}
+    for accepted in (0, 1, 7):
+        length = DraftLength(7, RoundCosts(torch.device("cpu")), (False, True))
+        for _ in range(20):
+            if drafted := length.best()[0]:
+                length.record([drafted], [min(accepted, drafted)], False)
+        lengths[accepted] = length.best()[0]
+    assert lengths[0] == 0 < lengths[1] < lengths[7] == 7
+
+
+def test_what_a_token_costs_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In rounds without a draft, by a round of ten tokens more; the first is not looked at."""
     monkeypatch.undo()
-    costs, now = RoundCosts(torch.device("cpu")), iter([0.0, 2.0, 10.0, 15.0, 20.0, 25.0])
+    costs, now = RoundCosts(torch.device("cpu")), iter([0.0, 2.0, 10.0, 90.0, 100.0, 103.0])
     monkeypatch.setattr(costs, "_clock", lambda: next(now))
-    assert costs.needed(1.4) == 1.4
-    for drafted in (False, True, True):
+    unmeasured = costs.of_token()
+    for tokens in (0, 10, 10):
+        assert costs.of_token() == unmeasured
         costs.start()
-        costs.stop(drafted)
-    assert costs.needed(1.4) == pytest.approx(5 / 2 - 1)
+        costs.stop(0, tokens)
+    assert costs.of_token() == pytest.approx((3 / 2 - 1) / 10)
+    costs.forget()
+    assert costs.of_token() == pytest.approx((3 / 2 - 1) / 10) and not costs.has_plain_round
 
 
 # ---- the forward pass
