@@ -33,7 +33,7 @@ class RoundCosts:
 
     _MEMORY = 0.8
     # What a token costs as long as nothing is known (docs/speed.md).
-    _TOKEN_ON_CPU, _TOKEN_ELSEWHERE = 0.03, 0.001
+    _TOKEN_ON_CPU, _TOKEN_ELSEWHERE = 0.06, 0.001
 
     def __init__(self, device: torch.device, draft_passes: int = 0) -> None:
         self.draft_passes = draft_passes
@@ -132,8 +132,8 @@ class DraftLength:
 
     _MEMORY = 0.9
     _FIRST_WAIT, _LONGEST_WAIT = 16, 256
-    # Four failures in a row stop a row that never drafted before, and two one that has waited.
-    _CREDIT, _CREDIT_LATER = 0.5, 0.15
+    # Four failures in a row stop a row that never drafted before, and one failure a row that has waited.
+    _CREDIT, _CREDIT_LATER = 0.5, 0.1
 
     def __init__(self, longest: int, costs: RoundCosts, ways: tuple[bool, ...]) -> None:
         self.longest = longest
