@@ -41,7 +41,7 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     "speculative": {"decoding": "speculative", "block_size": 8},
     "speculative, block 4": {**SPECULATIVE, "block_size": 4},
     "speculative, block 8": {**SPECULATIVE, "block_size": 8},
-    "speculative, block 8, rejection": {**SPECULATIVE, "block_size": 8, "acceptance": "rejection"},
+    "rejection": {**SPECULATIVE, "block_size": 8, "acceptance": "rejection"},
     "speculative, block 8, fused": {**SPECULATIVE, "block_size": 8, "fused_drafts": True},
     "speculative, block 8, 2 steps": {**SPECULATIVE, "block_size": 8, "draft_steps": 2},
 }
@@ -79,11 +79,11 @@ def measure(name: str, model: BlockGenForDiffusionLM, batch_size: int, sampled: 
     chosen = [options.prompts[i : i + batch_size] for i in range(0, len(options.prompts), batch_size)]
     inputs = [dict(tokenizer(batch, return_tensors="pt", padding=True).to(model.device)) for batch in chosen]
     settings = {"max_new_tokens": options.new_tokens, "do_sample": sampled, "eos_token_id": None}
-    runs: dict[str, list[Any]] = {contender: [] for contender in CONTENDERS}
+    runs: dict[str, list[Any]] = {contender: [] for contender in options.contenders}
     for repeat in range(options.repeats + 1):  # the first warms up
-        for contender, how in CONTENDERS.items():
+        for contender in runs:
             torch.manual_seed(repeat)
-            runs[contender].append(run(model, inputs, {**settings, **how}))
+            runs[contender].append(run(model, inputs, {**settings, **CONTENDERS[contender]}))
     baseline = [found["counts"][0] / found["seconds"] for found in runs["ar"][1:]]
     rows = []
     for contender, found in runs.items():
@@ -118,17 +118,20 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--num-prompts", type=int, default=len(PROMPTS))
     parser.add_argument("--batch-sizes", default="1,8")
+    parser.add_argument("--models", default="tinystories-masked,random")
+    parser.add_argument("--contenders", default=";".join(CONTENDERS), help="`ar` and others, separated by semicolons")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     options.prompts = PROMPTS[: options.num_prompts]
+    options.contenders = options.contenders.split(";")
     torch.set_num_threads(1)
     trained = BlockGenForDiffusionLM.from_pretrained(shipped_checkpoint()).eval().to(options.device)
     models = {"tinystories-masked": trained, "random": random_like(trained).to(options.device)}
     sizes = [int(size) for size in options.batch_sizes.split(",")]
     rows = []
-    for (name, model), size, sampled in itertools.product(models.items(), sizes, (False, True)):
-        rows += measure(name, model, size, sampled, options)
+    for name, size, sampled in itertools.product(options.models.split(","), sizes, (False, True)):
+        rows += measure(name, models[name], size, sampled, options)
     columns = (
         "model",
         "rows",
