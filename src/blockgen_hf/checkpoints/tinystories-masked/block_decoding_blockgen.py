@@ -79,6 +79,8 @@ class BlockDecoder:
         self.settings = generation_config
         self.stopping_criteria = stopping_criteria
         self.streamer = streamer
+        # Whether the streamer sees the block after every step.
+        self.shows_steps = hasattr(streamer, "put_draft")
         self.block_size = generation_config.block_size
         config = model.config
         self.block_grid = config.block_sizes[0] if config.clean_attention == "block_causal" else 1
@@ -405,7 +407,7 @@ class BlockDecoder:
         """One denoiser pass, as [`Predict`] says; the first of a block commits the tokens before it."""
         state, config = self.state, self.model.config
         self._commit_what_cannot_ride()
-        has_drafts = hasattr(self.streamer, "put_draft")
+        has_drafts = self.shows_steps
         tells_likely = self.recorder is not None and self.recorder.top_k > 0
         wanted = torch.ones_like(where) if has_drafts or tells_likely else where
         num_wanted = int(wanted.sum())

@@ -15,7 +15,13 @@
 
 import torch
 from transformers.cache_utils import Cache
-from transformers.generation.stopping_criteria import MaxTimeCriteria, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.stopping_criteria import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from .cache_blockgen import can_gather, gather_tokens, keep_rows
 from .inputs_blockgen import last_columns
@@ -335,19 +341,43 @@ class DecodingState:
         ahead = 0 if is_even else int(self.start.max() - self.start.min())
         last = min(self.first_column + columns.shape[1] + ahead, width)
         was_done = self.done
-        completed = list(range(first, last))
-        if not is_even:
-            completed = [column for column in columns[taken].unique().tolist() if first <= column < last]
-        for column in completed:
-            present = ((columns == column) & taken).any(-1) & ~self.done
-            self.num_new_tokens[self.active] += present.long()
-            self.done = self.done | (present & self._stops(by_text, column + 1))
+        new = taken & (columns >= first) & (columns < last) & ~was_done[:, None]
+        ends = self._ends_by_token(columns, by_text, last)
+        if ends is None:
+            completed = range(first, last) if is_even else columns[new].unique().tolist()
+            for column in completed:
+                present = ((columns == column) & new).any(-1) & ~self.done
+                self.num_new_tokens[self.active] += present.long()
+                self.done = self.done | (present & self._stops(by_text, column + 1))
+        else:
+            ends = (ends & new).long()
+            self.num_new_tokens[self.active] += (new & (ends.cumsum(-1) == ends)).sum(-1)
+            self.done = was_done | ends.any(-1)
         behind = torch.arange(self.tokens.shape[1], device=columns.device) >= (
             self.prompt_width + self.num_new_tokens[self.active, None]
         )
         ended = (self.done & ~was_done)[:, None] & behind
         self.tokens[self.active] = self.tokens[self.active].masked_fill(ended, self.pad_token_id)
-        self.done = self.done | self._stops(by_clock, last)
+        if by_clock:
+            self.done = self.done | self._stops(by_clock, last)
+
+    def _ends_by_token(
+        self, columns: torch.Tensor, criteria: list[StoppingCriteria], last: int
+    ) -> torch.Tensor | None:
+        """
+        Where a text may end, `[A, n]`, by criteria that look at its last token or its length only; None if there are
+        others, or if one warns of the length.
+        """
+        tokens = self.tokens[self.active[:, None], columns]
+        ends = torch.zeros_like(columns, dtype=torch.bool)
+        for criterion in criteria:
+            if type(criterion) is EosTokenCriteria:
+                ends = ends | torch.isin(tokens, criterion.eos_token_id.to(tokens.device))
+            elif type(criterion) is MaxLengthCriteria and last <= (criterion.max_position_embeddings or last):
+                ends = ends | (columns + 1 >= criterion.max_length)
+            else:
+                return None
+        return ends
 
     def _stops(self, criteria: list[StoppingCriteria], length: int) -> torch.Tensor:
         """Whether any criterion stops each active row `[A]`. Criteria see every row, done or not, as everywhere."""

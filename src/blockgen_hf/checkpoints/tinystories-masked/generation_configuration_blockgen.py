@@ -137,8 +137,9 @@ class BlockGenGenerationConfig(GenerationConfig):
             Of `decoding="draft_revise"`: how the draft and its revisions are denoised.
         fused_drafts (`bool`, *optional*):
             Of `decoding="speculative"`: whether one pass verifies a draft and makes the next one, behind every token
-            that the verification may end with. That takes fewer passes of more tokens. Default: on accelerators, where
-            tokens hardly cost, and not on CPUs. Drafts of several steps have passes of their own.
+            that the verification may end with. That takes fewer passes of more tokens. Default: whatever is faster by
+            the measured costs; with `acceptance="rejection"`, whose text depends on it, on accelerators and not on
+            CPUs. Drafts of several steps have passes of their own.
         revise_block_size (`int` or `list[int]`, *optional*):
             Of `decoding="draft_revise"`: B(k), tokens of the text that are revised together. A list has one for each
             stage behind the draft. Default: the largest that the model was trained for.

@@ -51,6 +51,7 @@ class ForwardInputs:
         use_cache (`bool`): whether to add the call's clean tokens to it.
         num_committed (`int`, *optional*): how many of them, from the first on; default: all.
         noisy_block_ids (`torch.LongTensor` of shape `[B or 1, N]`, *optional*): the blocks of the noisy tokens.
+        isolate_first (`bool`): whether the first token of each block sees no other of it.
         noise_level (`torch.Tensor` or `float`, *optional*): time t of the noisy tokens.
         cache_window (`int`, *optional*): how many clean tokens each token sees, the nearest ones.
         cache_start (`torch.LongTensor` of shape `[B or 1, 1]`, *optional*): position of the first cached token.
@@ -70,6 +71,7 @@ class ForwardInputs:
     noisy_block_ids: torch.Tensor | None = None
     cache_window: int | None = None
     cache_start: torch.Tensor | None = None
+    isolate_first: bool = False
 
     @property
     def num_clean(self) -> int:
@@ -181,6 +183,7 @@ class TrunkInputs:
     num_committed: int | None = None
     noise_level: torch.Tensor | float | None = None
     noisy_block_ids: torch.Tensor | None = None
+    isolate_first: bool = False
     document_ids: torch.Tensor | None = None
     cache_window: int | None = None
     cache_start: torch.Tensor | None = None
@@ -305,6 +308,7 @@ def denoising_pass(config: BlockGenConfig, inputs: ForwardInputs) -> TrunkInputs
         num_committed=inputs.num_committed,
         noise_level=inputs.noise_level,
         noisy_block_ids=inputs.noisy_block_ids,
+        isolate_first=inputs.isolate_first,
         document_ids=documents,
         cache_window=inputs.cache_window,
         cache_start=inputs.cache_start,
@@ -387,6 +391,8 @@ def _check_blocks(config: BlockGenConfig, inputs: ForwardInputs, num_noisy: int)
     _check_num_committed(inputs)
     ids = inputs.noisy_block_ids
     if ids is None:
+        if inputs.isolate_first:
+            raise ValueError("`isolate_first=True` needs `noisy_block_ids`, whose blocks it is about.")
         return
     if inputs.noisy_position_ids is None or ids.shape[-1] != num_noisy or config.clean_attention != "causal":
         raise ValueError(

@@ -157,6 +157,7 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
         block_size: int | Sequence[int] | None = None,
         noisy_position_ids: torch.Tensor | None = None,
         noisy_block_ids: torch.Tensor | None = None,
+        isolate_first: bool = False,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         cache: Cache | None = None,
@@ -193,6 +194,9 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
                 The blocks of the noisy tokens, in place of `block_size`: those of one id, from 0 on, are a block that
                 starts at the smallest of their positions. Blocks may overlap, so that one pass can ask for several
                 continuations. With `noisy_position_ids`.
+            isolate_first (`bool`, defaults to `False`):
+                With `noisy_block_ids`: the first token of each block sees no other token of it, as with block size 1,
+                and is seen by them. One pass then predicts the next token autoregressively and drafts those behind it.
             attention_mask (`torch.Tensor` of shape `[B, past + C]`, *optional*):
                 Zero for padding among cached and clean tokens. It gives the default positions.
             position_ids (`torch.LongTensor` of shape `[B or 1, C]`, *optional*):
@@ -283,6 +287,7 @@ class BlockGenForDiffusionLM(BlockGenPreTrainedModel, BlockGenGenerationMixin):
             noisy_block_ids=noisy_block_ids,
             cache_window=cache_window,
             cache_start=cache_start,
+            isolate_first=isolate_first,
         )
         if labels is None and noisy_input_ids is None:
             inputs = replace(inputs, use_cache=self._causal_use_cache(use_cache))

@@ -14,107 +14,31 @@
 """
 Speculation: the text of autoregressive decoding in fewer passes, with the model's own blocks as drafts.
 
-Block size B drafts, block size 1 verifies. A verification reads the clean tokens and the draft, with a fully noised
-query behind every prefix of it: these are the queries of `decoding="ar"`, with the same random numbers. The draft is
-kept as long as it agrees, and the first token that does not is replaced by the autoregressive one, so that every round
-ends with one token at least. What was kept rides on the next pass, which commits it: no rejected token ever reaches
-the cache, of whatever class that is.
+Block size B drafts, block size 1 verifies. A pass reads the clean tokens and a draft, with a fully noised query behind
+every prefix of it: these are the queries of `decoding="ar"`, with the same random numbers. The draft is kept as long
+as it agrees, and the first token that does not is replaced by the autoregressive one, so that every pass gives one
+token at least. What was kept rides on the next pass, which commits it: no rejected token ever reaches the cache, of
+whatever class that is.
 
-Drafts have a pass of their own, or are made by the verification of the draft before: then a block of B noised tokens
-stands behind every prefix, and the one behind the prefix that is kept is the next draft (`fused_drafts`).
+The next draft is made by the same passes. Behind a query stand more noised tokens, which see it and one another: with
+it they are a block of B, whose first token is drawn autoregressively, and whose others are the draft behind it. Blocks
+stand behind every prefix of a draft, so that one of them is the next draft whatever is kept (`fused_drafts`), or
+behind the text alone, in a pass that has no draft to verify.
 """
 
-import time
 from typing import Any
 
 import torch
 from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
+from .diffusion_blockgen import MaskedDiffusion
 from .sampling_blockgen import sample_categorical
 from .block_decoding_blockgen import BlockDecoder
 from .denoising_blockgen import Purpose
+from .draft_lengths_blockgen import DraftLength, RoundCosts
 from .generation_configuration_blockgen import BlockGenGenerationConfig
 from .logits_blockgen import ROW_PROCESSORS, BlockText, Prediction, process_logits
-
-
-class DraftLengths:
-    """
-    How long the next draft of each row is: a token more than was accepted lately, none where drafts do not pay.
-
-    A row whose drafts are accepted too rarely to pay for their passes, or three times in a row not at all, decodes
-    autoregressively, and tries again after 16 tokens, then 32, and so on up to 256.
-
-    Args:
-        num_rows (`int`): rows of the batch.
-        longest (`int`): bound of a draft.
-        needed (`float`): accepted tokens a round below which a draft does not pay; 0: it always does.
-    """
-
-    _MEMORY = 0.85
-    _FIRST_WAIT, _LONGEST_WAIT = 16, 256
-
-    def __init__(self, num_rows: int, longest: int, needed: float) -> None:
-        self.longest = longest
-        self.needed = needed
-        self.accepted = [1.5 * needed] * num_rows  # a moving average
-        self.failures = [0] * num_rows  # in a row
-        self.waiting = [0] * num_rows
-        self.next_wait = [self._FIRST_WAIT] * num_rows
-
-    def of_row(self, row: int) -> int:
-        return 0 if self.waiting[row] > 0 else max(1, min(self.longest, round(self.accepted[row]) + 2))
-
-    def of_rows(self, rows: list[int]) -> int:
-        """The length for all of them: what is verified of one costs little for the others."""
-        return max(map(self.of_row, rows), default=0)
-
-    def record(self, row: int, drafted: int, accepted: float) -> None:
-        """After a round, which ended with one token more than it accepted."""
-        if self.waiting[row] > 0:
-            self.waiting[row] = max(0, self.waiting[row] - int(accepted) - 1)
-            return
-        if drafted == 0:
-            return
-        # A draft that was accepted whole might have been accepted further.
-        reached = accepted + 1 if accepted == drafted else accepted
-        self.accepted[row] = self._MEMORY * self.accepted[row] + (1 - self._MEMORY) * reached
-        self.failures[row] = 0 if accepted else self.failures[row] + 1
-        if self.needed > 0 and (self.accepted[row] < self.needed or self.failures[row] == 3):
-            self.waiting[row] = self.next_wait[row]
-            self.next_wait[row] = min(2 * self.next_wait[row], self._LONGEST_WAIT)
-            self.accepted[row], self.failures[row] = 1.1 * self.needed, 0  # one failure sends it back
-        elif reached > self.needed:
-            self.next_wait[row] = self._FIRST_WAIT
-
-
-class RoundCosts:
-    """
-    What a round with a draft costs on this machine, in rounds without one: hardly more on accelerators; on CPUs more
-    the more rows there are. Only where the text does not depend on what is drafted may a clock decide.
-    """
-
-    _MEMORY = 0.8
-
-    def __init__(self, device: torch.device) -> None:
-        # Of the process on CPUs, which other jobs on the machine disturb less; every round waits for its tokens.
-        self._clock = time.process_time if device.type == "cpu" else time.perf_counter
-        self._started = 0.0
-        self._seconds: dict[bool, float] = {}
-
-    def start(self) -> None:
-        self._started = self._clock()
-
-    def stop(self, drafted: bool) -> None:
-        seconds = self._clock() - self._started
-        before = self._seconds.get(drafted, seconds)
-        self._seconds[drafted] = self._MEMORY * before + (1 - self._MEMORY) * seconds
-
-    def needed(self, default: float) -> float:
-        """How many accepted tokens a round must bring on average, or the default as long as nothing is known."""
-        if len(self._seconds) < 2 or not self._seconds[False]:
-            return default
-        return max(0.1, self._seconds[True] / self._seconds[False] - 1)
 
 
 class SpeculativeDecoder(BlockDecoder):
@@ -122,9 +46,6 @@ class SpeculativeDecoder(BlockDecoder):
     One call of `generate` with `decoding="speculative"`. After [`~SpeculativeDecoder.run`] it holds, beside what a
     [`BlockDecoder`] holds, `num_drafted_tokens` and `num_accepted_tokens` `[B]`.
     """
-
-    # How many accepted tokens pay for a pass more, and for a block behind every prefix (docs/speed.md).
-    _NEEDED_APART, _NEEDED_FUSED = 1.4, 0.6
 
     def __init__(
         self,
@@ -138,6 +59,7 @@ class SpeculativeDecoder(BlockDecoder):
     ) -> None:
         drafting = generation_config.drafting()
         super().__init__(model, input_ids, logits_processor, stopping_criteria, drafting, *args, **kwargs)
+        self.shows_steps = False  # a draft is shown when it is finished
         # Drafts need not be right: processors that look at the text before a token have their say in the verification.
         self.verifying_processors = self.logits_processor
         self.logits_processor = LogitsProcessorList(
@@ -145,136 +67,177 @@ class SpeculativeDecoder(BlockDecoder):
         )
         self.rejects = generation_config.acceptance == "rejection" and drafting.do_sample
         self.has_steps = generation_config.draft_steps > 1 or generation_config.draft_decoding == "arpc"
-        is_fused = generation_config.fused_drafts
-        if is_fused is None:
-            is_fused = input_ids.device.type != "cpu"
-        self.is_fused = is_fused and not self.has_steps
         rows, device = input_ids.shape[0], input_ids.device
-        self.needed = self._NEEDED_FUSED if self.is_fused else self._NEEDED_APART
-        longest = max(1, self.block_size - self.is_fused)
-        # A row that does not draft saves nothing as long as another one does: the batch stops drafting as one. Where
+        self.costs = RoundCosts(device, drafting.function_evaluations(generation_config.draft_steps) * self.has_steps)
+        longest = self.block_size if self.has_steps else max(1, self.block_size - 1)
+        ways = self._ways(generation_config.fused_drafts, device)
+        # A row that does not draft saves nothing as long as another one does: the rows of a batch draft as one. Where
         # the text depends on what is drafted, each row decides for itself, as it would alone.
-        self.lengths = DraftLengths(rows, longest, self.needed if self.rejects else 0.0)
-        self.batch = DraftLengths(1, longest, self.needed)
-        self.costs = RoundCosts(device)
-        self.num_drafted_tokens = torch.zeros(rows, dtype=torch.long, device=device)
-        self.num_accepted_tokens = torch.zeros(rows, dtype=torch.long, device=device)
-        # Rows whose last round made them a draft, where that is part of a verification.
-        self.has_draft = [False] * rows
-        # The next draft `[A, n]`, and what its tokens were drawn from `[A, n, V]` where that is asked for.
+        self.lengths = [DraftLength(longest, self.costs, ways) for _ in range(rows if self.rejects else 1)]
+        self._counts = [[0, 0] for _ in range(rows)]  # drafted and accepted tokens
+        # The next draft `[A, n]`, how much of it each row of the batch has, and what its tokens were drawn from.
         self.draft = input_ids.new_empty(rows, 0)
-        self.draft_probs: torch.Tensor | None = None
+        self.in_hand = [0] * rows
+        self.proposal: Prediction | None = None
+
+    def _ways(self, is_fused: bool | None, device: torch.device) -> tuple[bool, ...]:
+        """Whether drafts are fused with a verification: as asked for, or whatever turns out to be faster."""
+        if self.has_steps:
+            return (False,)
+        if is_fused is None:
+            return (device.type != "cpu",) if self.rejects else (False, True)
+        return (is_fused,)
+
+    @property
+    def num_drafted_tokens(self) -> torch.Tensor:
+        return torch.tensor([drafted for drafted, _ in self._counts], device=self.state.tokens.device)
+
+    @property
+    def num_accepted_tokens(self) -> torch.Tensor:
+        return torch.tensor([accepted for _, accepted in self._counts], device=self.state.tokens.device)
 
     @torch.no_grad()
     def run(self) -> None:
-        # The first round reads the prompt, the second tells what a round without a draft costs.
-        num_plain = max(self.num_seeded, 0 if self.rejects else 2)
-        num_rounds = 0
-        while not self.state.is_finished:
+        # The first round reads the prompt, the second tells how long a round without a draft takes.
+        for number in range(self.state.max_new_tokens):
+            if self.state.is_finished:
+                break
+            num_rows = self.state.active.numel()
             self.costs.start()
-            drafted = self._round(may_draft=num_rounds >= num_plain)
-            if num_rounds:
-                self.costs.stop(drafted)
-            num_rounds += 1
+            passes, tokens = self._round(may_draft=number >= self.num_seeded)
+            if self.state.active.numel() < num_rows:
+                self.costs.forget()
+            elif number:
+                self.costs.stop(passes, tokens)
         if self.streamer is not None:
             self.streamer.end()
 
-    def _round(self, may_draft: bool) -> bool:
+    def _round(self, may_draft: bool) -> tuple[int, int]:
         """
-        Verifies a draft, or draws the next token where there is none; at least one token of every row.
+        A pass that verifies a draft, makes the next one, or both; at least one token of every row.
 
         Returns:
-            whether drafts were made or verified.
+            how many passes and tokens of all rows it had more than a round of autoregressive decoding.
+        """
+        rows, room = self.state.active.tolist(), self.state.room().tolist()
+        passes, tokens = 0, 0
+        if may_draft and (self.rejects or self.costs.has_plain_round):
+            if self.has_steps:
+                passes, tokens = self._make_draft(max(room) - 1)
+            widths = self._widths(rows, room)
+        else:
+            widths = [0] * len(rows)
+        # The last token of a row is never drafted: the verification ends with it.
+        limits = [min(self.in_hand[row], left - 1) for row, left in zip(rows, room, strict=True)]
+        if max(limits) > 0 or max(widths) > 0:
+            return passes, tokens + self._draft_round(rows, limits, widths)
+        self._plain_round(rows)
+        return 0, 0
+
+    def _widths(self, rows: list[int], room: list[int]) -> list[int]:
+        """How long the next draft of each row shall be, 0: none. A row that verifies one makes another if fused."""
+        if self.has_steps:
+            return [0] * len(rows)
+        if self.rejects:
+            found = [self.lengths[row].best() for row in rows]
+        else:
+            found = [self.lengths[0].best(len(rows))] * len(rows)
+        bounds = room if self.rejects else [max(room)] * len(rows)
+        return [
+            max(0, min(length, bound - 2)) if is_fused or not self.in_hand[row] else 0
+            for row, (length, is_fused), bound in zip(rows, found, bounds, strict=True)
+        ]
+
+    def _plain_round(self, rows: list[int]) -> None:
+        """A token of every row, at the price that it has with `decoding="ar"`."""
+        self._drop_draft()
+        if len(rows) > 1 and len(self.logits_processor) < len(self.verifying_processors):
+            self._draft_round(rows, [0] * len(rows), [0] * len(rows))  # each row has another text before the token
+        else:
+            drafting, self.logits_processor = self.logits_processor, self.verifying_processors
+            token = self._autoregressive_token()
+            self.logits_processor = drafting
+            self._record(token[:, :0], token, [1] * len(rows))
+            self._accept(token, "ar")
+        for length in [self.lengths[row] for row in rows] if self.rejects else self.lengths:
+            length.wait()
+
+    def _draft_round(self, rows: list[int], limits: list[int], widths: list[int]) -> int:
+        """
+        A pass that verifies so much of the draft of each row as `limits` says, and drafts so much as `widths` says.
+
+        Returns:
+            how many tokens of all rows it had more than a round of autoregressive decoding.
         """
         state = self.state
-        rows = state.active.tolist()
-        room = state.room()
-        # The last token of a row is never drafted: the verification ends with it.
-        may_draft = may_draft and (self.rejects or self.batch.waiting[0] == 0)
-        length = min(self.lengths.of_rows(rows), int(room.max()) - 1) if may_draft else 0
-        if length == 0 and len(rows) == 1:
-            self._autoregressive_round(rows[0])
-            return False
-        # What is proposed depends on the length of the block. Where the text depends on that, it is the same for all.
-        width = self.lengths.longest if self.rejects else length
-        if not self.is_fused and length > 0:
-            self._make_draft(width)
-        draft = self.draft[:, :length]
-        num_drafted = draft.shape[1]
-        next_length = 0
-        if self.is_fused and length > 0:  # behind the longest prefix there is no more room than that
-            next_length = width if self.rejects else min(self.lengths.longest, int(room.max()) - 1)
-        limits = self._own_lengths(rows, room, num_drafted)
-        verified = torch.minimum(room - 1, limits)
-        if num_drafted:
-            is_drafted = self._range(num_drafted) < verified[:, None]
+        draft = self.draft[:, : max(limits)]
+        is_fused = any(limit and width for limit, width in zip(limits, widths, strict=True))
+        num_read = state.pending.shape[1]
+        if draft.shape[1]:
+            is_drafted = self._range(draft.shape[1]) < torch.tensor(limits, device=draft.device)[:, None]
             self._show("draft", draft, noise=torch.zeros_like(is_drafted), free=is_drafted)
-        tokens, accepted, drafts = self._verify_draft(draft, next_length, limits)
-        counts = torch.minimum(accepted + 1, room)
+        logits, drafts = self._pass(draft, widths, num_blocks=len(draft[0]) + 1 if is_fused else 1)
+        tokens, accepted = self._verify_draft(logits, draft, limits)
+        kept = accepted.tolist()
+        counts = [count + 1 for count in kept]
         if not state.is_ragged:
-            counts = torch.where(state.done, counts.max(), counts).min().expand(len(counts))
-        self._record(rows, draft, tokens, counts)
+            going_on = [count for count, done in zip(counts, state.done.tolist(), strict=True) if not done]
+            counts = [min(going_on)] * len(counts)
+        self._record(draft, tokens, counts)
 
         before, known = state.active, state.num_new_tokens.clone()
-        new_tokens = state.accept(tokens, self.stopping_criteria, counts)
-        taken = (state.num_new_tokens - known)[before]
-        accepted_now = torch.minimum(torch.minimum(accepted, verified), torch.minimum(counts, taken))
-        self.num_drafted_tokens[before] += torch.where(taken > 0, verified, 0)
-        self.num_accepted_tokens[before] += accepted_now
-        for row, drafted, kept in zip(rows, verified.tolist(), accepted_now.tolist(), strict=True):
-            self.lengths.record(row, drafted, kept)
-        self.batch.needed = self.costs.needed(self.needed)
-        self.batch.record(0, num_drafted, float(accepted_now.double().mean()))
+        new_tokens = self._accept_some(tokens, counts)
+        taken = (state.num_new_tokens - known)[before].tolist()
+        kept = [min(numbers) for numbers in zip(kept, counts, taken, strict=True)]
         if self.recorder is not None:
-            self.recorder.verified(state, rows, draft, verified.tolist(), accepted_now.tolist(), taken.tolist())
+            self.recorder.verified(state, rows, draft, limits, kept, taken)
+        for row, limit, count, number in zip(rows, limits, kept, taken, strict=True):
+            self._counts[row][0] += limit if number else 0
+            self._counts[row][1] += count
+        self._learn(rows, limits, kept, is_fused)
         if new_tokens.shape[1]:
             self._put(new_tokens)
-        self._next_draft(drafts, counts - 1, torch.isin(before, state.active))
-        return length > 0
+        self._next_draft(drafts, [count - 1 for count in counts], widths, torch.isin(before, state.active))
+        num_noisy = logits.shape[1] + (0 if drafts is None else drafts.shape[1] * drafts.shape[2])
+        return (num_read + draft.shape[1] + num_noisy - 2) * len(rows)
 
-    def _own_lengths(self, rows: list[int], room: torch.Tensor, num_drafted: int) -> torch.Tensor:
-        """
-        How much of the draft each row may use, `[A]`. Where the text depends on that, as much as it would have alone:
-        so it has the same text in every batch.
-        """
+    def _accept_some(self, tokens: torch.Tensor, counts: list[int]) -> torch.Tensor:
+        """So many of the tokens `[A, n]` of each row become text."""
+        tokens = tokens[:, : max(counts)]
+        if min(counts) == max(counts):
+            return self.state.accept(tokens, self.stopping_criteria)
+        return self.state.accept(tokens, self.stopping_criteria, torch.tensor(counts, device=tokens.device))
+
+    def _learn(self, rows: list[int], limits: list[int], kept: list[int], is_fused: bool) -> None:
         if not self.rejects:
-            return torch.full_like(room, num_drafted)
-        own = [self.lengths.of_row(row) for row in rows]
-        if self.is_fused:
-            drafted = [length if self.has_draft[row] else 0 for row, length in zip(rows, own, strict=True)]
-            for row, length in zip(rows, own, strict=True):
-                self.has_draft[row] = length > 0
-            own = drafted
-        return torch.minimum(room.new_tensor(own), room - 1).clamp(max=num_drafted)
-
-    def _autoregressive_round(self, row: int) -> None:
-        """A token of the only row, at the price that it has with `decoding="ar"`."""
-        self.draft, self.draft_probs, self.has_draft[row] = self.draft[:, :0], None, False
-        drafting, self.logits_processor = self.logits_processor, self.verifying_processors
-        token = self._autoregressive_token()
-        self.logits_processor = drafting
-        self._record([row], token[:, :0], token, torch.ones_like(token[:, 0]))
-        self._accept(token, "ar")
-        self.lengths.record(row, 0, 0)
-        self.batch.record(0, 0, 0)
+            if max(limits):
+                self.lengths[0].record(limits, kept, is_fused)
+            return
+        for row, limit, count in zip(rows, limits, kept, strict=True):
+            if limit:
+                self.lengths[row].record([limit], [count], is_fused)
+            else:
+                self.lengths[row].wait()
 
     # drafts
 
-    def _make_draft(self, length: int) -> None:
-        """A draft in passes of its own, by one denoising step or by several."""
-        generator, goes_on = self._generator(length), ~self.state.done
+    def _make_draft(self, bound: int) -> tuple[int, int]:
+        """A draft by several denoising steps, in passes of its own: how many, and their tokens."""
+        state, num_rows = self.state, self.state.active.numel()
+        length = min(self.lengths[0].best(num_rows)[0], bound)
+        if length <= 0:
+            return 0, 0
+        evaluations = state.num_function_evaluations.max()
+        generator, goes_on = self._generator(length), ~state.done
         numbers = generator.fold_in(self._purpose).uniform()
         noise = self.process.prior(numbers.shape, numbers.device, generator.fold_in(Purpose.PRIOR))
-        if self.has_steps:
-            block = self._block(generator, goes_on[:, None].expand_as(noise), numbers=numbers)
-            is_verified = self._range(length) < self.state.room()[:, None] - 1
-            self._show("noise", noise, noise=block.free, free=block.free & is_verified)
-            self.draft = self._denoise_by_steps(block, noise)
-        else:
-            everywhere = torch.ones_like(noise, dtype=torch.bool)
-            start = torch.ones(len(noise), dtype=torch.float64, device=noise.device)
-            self._draw_draft(self._denoise(noise, everywhere, goes_on, start), numbers)
+        block = self._block(generator, goes_on[:, None].expand_as(noise), numbers=numbers)
+        is_verified = self._range(length) < state.room()[:, None] - 1
+        self._show("noise", noise, noise=block.free, free=block.free & is_verified)
+        self.draft, self.in_hand = self._denoise_by_steps(block, noise), [length] * len(self.in_hand)
         self._show_draft()
+        passes = int(state.num_function_evaluations.max() - evaluations)
+        return passes, passes * length * num_rows
 
     @property
     def _purpose(self) -> Purpose:
@@ -284,31 +247,39 @@ class SpeculativeDecoder(BlockDecoder):
         """
         return Purpose.DRAFT if self.rejects else Purpose.AR_TOKEN
 
-    def _draw_draft(self, prediction: Prediction, numbers: torch.Tensor) -> None:
-        self.draft = prediction.sample(numbers.flatten()).view_as(numbers)
-        self.draft_probs = None
-        if self.rejects:
-            self.draft_probs = prediction.log_probs().exp().view(*numbers.shape, -1)
+    def _drop_draft(self) -> None:
+        self.draft, self.proposal = self.state.tokens.new_empty(self.state.active.numel(), 0), None
+        self.in_hand = [0] * len(self.in_hand)
 
-    def _next_draft(self, drafts: torch.Tensor | None, kept: torch.Tensor, stays: torch.Tensor) -> None:
+    def _next_draft(
+        self, drafts: torch.Tensor | None, kept: list[int], widths: list[int], stays: torch.Tensor
+    ) -> None:
         """
         The draft behind the prefix that was kept.
 
         Args:
-            drafts (`torch.Tensor` of shape `[A, n + 1, m, V]`, *optional*): logits behind every prefix.
-            kept (`torch.LongTensor` of shape `[A]`): how many drafted tokens were kept.
+            drafts (`torch.Tensor` of shape `[A, n + 1 or 1, m, V]`, *optional*): logits behind every prefix, or behind
+                the text.
+            kept (`list[int]`): how many drafted tokens of each of the A rows were kept.
+            widths (`list[int]`): how long their drafts are.
             stays (`torch.BoolTensor` of shape `[A]`): rows that did not end.
         """
-        self.draft, self.draft_probs = self.state.tokens.new_empty(self.state.active.numel(), 0), None
+        self._drop_draft()
         if drafts is None or self.state.is_finished:
             return
-        logits = drafts[stays][torch.arange(len(self.draft), device=kept.device), kept[stays]]
-        numbers = self._generator(logits.shape[1]).fold_in(self._purpose).uniform()
-        everywhere = torch.ones_like(numbers, dtype=torch.bool)
-        prediction = self._predicted(logits.flatten(0, 1), everywhere, torch.zeros_like(numbers, dtype=torch.long))
+        # Where there is no draft behind what was kept, none was asked for.
+        place = torch.tensor(kept, device=stays.device).clamp(max=drafts.shape[1] - 1)
+        logits = drafts[torch.arange(len(drafts), device=stays.device), place][stays]
+        numbers = self._numbers(self._purpose, logits.shape[1])
+        everywhere = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
+        canvas = torch.zeros_like(everywhere, dtype=torch.long)
+        self.proposal = self._predicted(logits.flatten(0, 1), everywhere, canvas)
         if self.recorder is not None:
-            self.recorder.predict("diffusion", self.state, everywhere, prediction)
-        self._draw_draft(prediction, numbers)
+            self.recorder.predict("diffusion", self.state, everywhere, self.proposal)
+        self.draft = self.proposal.sample(numbers).view_as(canvas)
+        staying = [width for width, row_stays in zip(widths, stays.tolist(), strict=True) if row_stays]
+        for row, width in zip(self.state.active.tolist(), staying, strict=True):
+            self.in_hand[row] = width
         self._show_draft()
 
     def _show_draft(self) -> None:
@@ -318,85 +289,93 @@ class SpeculativeDecoder(BlockDecoder):
     # verification
 
     def _verify_draft(
-        self, draft: torch.Tensor, next_length: int, limits: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        self, logits: torch.Tensor, draft: torch.Tensor, limits: list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        One pass over a draft `[A, n]`, n = 0 included, of which each row uses so much as `limits` `[A]` says.
+        From the logits behind every prefix of a draft `[A, n]`, n = 0 included, of which each row uses so much as
+        `limits` says.
 
         Returns:
-            the tokens of decoding autoregressively `[A, n + 1]`, right up to the first that is not in the draft; how
-            many of the draft are accepted, `[A]`; and the logits of the next draft, `[A, n + 1, m, V]`.
+            the tokens of decoding autoregressively `[A, n + 1]`, right up to the first that is not in the draft, and
+            how many of the draft are accepted, `[A]`.
         """
         state, num_drafted = self.state, draft.shape[1]
-        generator = self._generator(num_drafted + 1)
-        logits, drafts = self._verification_pass(draft, next_length)
         prediction = self._verified(logits, draft)
-        tokens = prediction.sample(generator.fold_in(Purpose.AR_TOKEN).uniform().flatten()).view(len(draft), -1)
         if self.rejects and num_drafted:
-            tokens, agrees = self._test_probabilities(prediction, draft, limits, tokens)
+            tokens, accepted = self._test_probabilities(prediction, draft, limits)
         else:
-            agrees = tokens[:, :num_drafted] == draft
+            tokens = prediction.sample(self._numbers(Purpose.AR_TOKEN, num_drafted + 1)).view(len(draft), -1)
+            accepted = (tokens[:, :num_drafted] == draft).long().cumprod(-1).sum(-1)
+            if min(limits) < num_drafted:
+                accepted = accepted.minimum(torch.tensor(limits, device=accepted.device))
         if self.recorder is not None:
             self.recorder.judge(state, tokens, prediction)
-        accepted = agrees.long().cumprod(-1).sum(-1)
-        return torch.where(state.done[:, None], state.pad_token_id, tokens), accepted, drafts
+        return torch.where(state.done[:, None], state.pad_token_id, tokens), accepted
 
     def _test_probabilities(
-        self, prediction: Prediction, draft: torch.Tensor, limits: torch.Tensor, drawn: torch.Tensor
+        self, prediction: Prediction, draft: torch.Tensor, limits: list[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Speculative sampling (Leviathan et al., 2023): a token is kept with the probability min(1, p / q); the first
-        that is not is replaced by a draw from (p - q)+, and behind the whole draft there is one from p, `drawn`.
+        that is not is replaced by a draw from (p - q)+, and behind the whole draft there is one from p.
 
         Returns:
-            tokens `[A, n + 1]`, the replacement at the first that is not kept, and which ones are kept, `[A, n]`.
+            tokens `[A, n + 1]`, those behind the first that is not kept without meaning, and how many are kept, `[A]`.
         """
-        num_drafted = draft.shape[1]
+        num_rows, num_drafted = draft.shape
+        logits = prediction.logits.unflatten(0, (num_rows, num_drafted + 1))
+        p = Prediction(logits[:, :-1].flatten(0, 1), True).log_prob(draft.flatten()).view_as(draft)
+        if self.proposal is None:
+            raise RuntimeError("a draft has no distribution that it was drawn from.")
+        proposal = self.proposal.logits.unflatten(0, (num_rows, -1))[:, :num_drafted]
+        q = Prediction(proposal.flatten(0, 1), True).log_prob(draft.flatten()).view_as(draft)
+        usable = torch.tensor(limits, device=draft.device)
         generator = self._generator(num_drafted + 1)
-        target = prediction.log_probs().exp().view(len(draft), num_drafted + 1, -1)
-        is_proposed = self._range(num_drafted + 1) < limits[:, None]
-        proposed = torch.zeros_like(target)
-        if self.draft_probs is not None:
-            proposed[:, :num_drafted] = self.draft_probs[:, :num_drafted]
-        p = target[:, :num_drafted].gather(-1, draft[..., None]).squeeze(-1)
-        q = proposed[:, :num_drafted].gather(-1, draft[..., None]).squeeze(-1)
-        kept = is_proposed[:, :-1] & (generator.fold_in(Purpose.ACCEPT).uniform()[:, :num_drafted] * q < p)
-        residual = (target - proposed).clamp(min=0)
+        passes = generator.fold_in(Purpose.ACCEPT).uniform()[:, :num_drafted] * q.exp() < p.exp()
+        accepted = (passes & (self._range(num_drafted) < usable[:, None])).long().cumprod(-1).sum(-1)
+
+        # One draw for each row: what stands behind the tokens that are kept.
+        row, is_rejected = self._range(num_rows), accepted < usable
+        target = logits[row, accepted].softmax(-1)
+        proposed = proposal[row, accepted.clamp(max=num_drafted - 1)].softmax(-1)
+        residual = torch.where(is_rejected[:, None], (target - proposed).clamp(min=0), target)
         # Where the laws are the same but for rounding, nothing is ever rejected, and nothing is left to draw from.
         residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, target)
-        replaced = sample_categorical(residual, generator.fold_in(Purpose.RESIDUAL).uniform())
-        tokens = torch.where(is_proposed, replaced, drawn)
-        first = torch.nn.functional.pad(kept.long().cumprod(-1), (0, 1)).bool()
-        tokens = torch.where(first, torch.nn.functional.pad(draft, (0, 1)), tokens)
-        return tokens, kept
+        redrawn, drawn = (generator.fold_in(purpose).uniform() for purpose in (Purpose.RESIDUAL, Purpose.AR_TOKEN))
+        number = torch.where(is_rejected[:, None], redrawn, drawn)[row, accepted]
+        last = sample_categorical(residual, number)
+        whole = torch.nn.functional.pad(draft, (0, 1))
+        return torch.where(self._range(num_drafted + 1) < accepted[:, None], whole, last[:, None]), accepted
 
-    def _verification_pass(self, draft: torch.Tensor, next_length: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Logits of the queries behind every prefix, `[A, n + 1, V]`, and of blocks behind them."""
-        state = self.state
-        num_rows, num_queries = len(draft), draft.shape[1] + 1
-        # The block starts with the token that the verification draws: it is not predicted, and makes the block longer.
-        width = next_length + 1 if next_length else 0
+    def _pass(
+        self, draft: torch.Tensor, widths: list[int], num_blocks: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Logits of the queries behind every prefix of a draft `[A, n]`, `[A, n + 1, V]`, and of the blocks that the
+        first `num_blocks` of the queries begin, `[A, num_blocks, m, V]`.
+        """
+        state, num_queries, width = self.state, draft.shape[1] + 1, max(widths)
         self._commit_what_cannot_ride()
         if num_queries == 1 and not width:  # as `decoding="ar"`, whose mask is simpler
             return self._next_token_logits(), None
         if state.is_anchored:
-            return self._anchored_verification_pass(draft, width)
-        positions = state.next_positions(num_queries + width)
-        queries = self._queries(positions[:, :num_queries])
-        noisy, where, blocks = [queries], [positions[:, :num_queries]], [self._range(num_queries)[None]]
+            return self._anchored_pass(draft, widths, num_blocks)
+        index = self._range(num_queries)
+        blocks = None
         if width:
-            keys = self._generator(num_queries + width).fold_in(Purpose.PRIOR)
-            prior = self.process.prior((num_rows, num_queries + width), draft.device, keys)
-            place = self._range(num_queries)[:, None] + self._range(width)  # behind prefix i: i, i + 1, ...
-            noisy.append(prior[:, place.flatten()])
-            where.append(positions[:, place.flatten()])
-            blocks.append((num_queries + self._range(num_queries)).repeat_interleave(width)[None])
+            begins = index[:num_blocks].repeat_interleave(width)
+            behind = self._range(width).repeat(num_blocks)
+            place = torch.nn.functional.pad(behind, (num_queries, 0), value=-1)
+            blocks = self._own_blocks(torch.cat([index, begins]), place, widths)
+            index = torch.cat([index, begins + behind + 1])
+        positions = state.next_positions(num_queries + width)
         outputs = self._forward(
             input_ids=torch.cat([state.pending, draft], dim=1),
-            noisy_input_ids=torch.cat(noisy, dim=1),
-            noisy_position_ids=torch.cat(where, dim=1),
-            noisy_block_ids=torch.cat(blocks, dim=1),
-            block_size=self.block_size,
+            noisy_input_ids=self._noise(positions[:, :num_queries], index[num_queries:]),
+            noisy_position_ids=positions[:, index],
+            noisy_block_ids=blocks,
+            isolate_first=blocks is not None,
+            block_size=1 if blocks is None else self.block_size,
             attention_mask=state.mask_with(draft.shape[1]),
             use_cache=state.cache is not None,
             num_committed=state.pending.shape[1] if state.cache is not None else None,
@@ -407,28 +386,62 @@ class SpeculativeDecoder(BlockDecoder):
         logits = outputs.logits
         if not width:
             return logits, None
-        behind = logits[:, num_queries:].unflatten(1, (num_queries, width))
-        return logits[:, :num_queries], behind[:, :, 1:]
+        return logits[:, :num_queries], logits[:, num_queries:].unflatten(1, (num_blocks, width))
 
-    def _anchored_verification_pass(self, draft: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _own_blocks(self, ids: torch.Tensor, place: torch.Tensor, widths: list[int]) -> torch.Tensor:
         """
-        As [`~SpeculativeDecoder._verification_pass`], where clean tokens predict: the draft is read as the text that
-        it may become. A canvas behind every prefix begins with its last token, whose prediction is the verification.
+        The blocks `[N]` of noised tokens, each with its `place` in the draft, `[N]`: `[1, N]`, or `[A, N]` where the
+        drafts of the rows are not equally long. What a row has too many stands alone.
         """
-        state, num_queries = self.state, draft.shape[1] + 1
-        clean = state.canvas(torch.nn.functional.pad(draft, (0, 1)))  # the last token of the text, and the draft
-        if not width:
+        if not self.rejects or min(widths) == max(widths):
+            return ids[None]
+        longest = torch.tensor(widths, device=ids.device)[:, None]
+        return torch.where(place < longest, ids, self._range(len(ids)) + len(ids))
+
+    def _noise(self, positions: torch.Tensor, behind: torch.Tensor) -> torch.Tensor:
+        """
+        The queries of the next tokens, at `positions` `[A or 1, n + 1]`, and the noised tokens that are so many tokens
+        `behind` the text, `[A, N]`.
+        """
+        queries = self._queries(positions)
+        if not len(behind):
+            return queries
+        if isinstance(self.process, MaskedDiffusion):
+            prior = self.process.prior((len(queries), len(behind)), queries.device)
+        else:
+            length = int(behind[-1]) + 1
+            keys = self._generator(length).fold_in(Purpose.PRIOR)
+            prior = self.process.prior((len(queries), length), queries.device, keys)[:, behind]
+        return torch.cat([queries, prior], dim=1)
+
+    def _numbers(self, purpose: Purpose, length: int) -> torch.Tensor:
+        """What the next `length` tokens are drawn with, `[A length]`; nothing where they are not drawn."""
+        if not self.settings.do_sample:
+            return torch.empty(0)
+        return self._generator(length).fold_in(purpose).uniform().flatten()
+
+    def _anchored_pass(
+        self, draft: torch.Tensor, widths: list[int], num_blocks: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        As [`~SpeculativeDecoder._pass`], where clean tokens predict: the draft is read as the text that it may become.
+        A canvas behind every prefix begins with its last token, whose prediction is the verification.
+        """
+        state, num_queries, width = self.state, draft.shape[1] + 1, max(widths) + 1
+        if width == 1:
             return self._clean_logits(torch.nn.functional.pad(draft, (0, 1))), None
+        clean = state.canvas(torch.nn.functional.pad(draft, (0, 1)))  # the last token of the text, and the draft
         length = num_queries - 1 + width
         keys = self._generator(length).fold_in(Purpose.PRIOR)
         prior = self.process.prior((len(draft), length), draft.device, keys)
         place = self._range(num_queries)[:, None] + self._range(width)  # behind prefix i: i, i + 1, ...
         canvases = torch.cat([clean[..., None], prior[:, place[:, 1:]]], dim=-1)
+        blocks = self._range(num_queries).repeat_interleave(width)
         outputs = self._forward(
             input_ids=torch.cat([state.pending, clean], dim=1),
             noisy_input_ids=canvases.flatten(1),
             noisy_position_ids=state.next_positions(length)[:, place.flatten()],
-            noisy_block_ids=self._range(num_queries).repeat_interleave(width)[None],
+            noisy_block_ids=self._own_blocks(blocks, self._range(width).repeat(num_queries) - 1, widths),
             block_size=self.block_size,
             attention_mask=state.mask_with(num_queries),
             use_cache=state.cache is not None,
@@ -438,7 +451,7 @@ class SpeculativeDecoder(BlockDecoder):
         state.count_evaluation()
         state.mark_anchor_committed()
         logits = outputs.logits.unflatten(1, (num_queries, width))
-        return logits[:, :, 0], logits[:, :, 1:]
+        return logits[:, :, 0], logits[:, :num_blocks, 1:]
 
     def _range(self, length: int) -> torch.Tensor:
         return torch.arange(length, device=self.state.tokens.device)
@@ -468,13 +481,14 @@ class SpeculativeDecoder(BlockDecoder):
         everywhere = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
         return self._predicted(logits.flatten(0, 1), everywhere, torch.zeros_like(everywhere, dtype=torch.long))
 
-    def _record(self, rows: list[int], draft: torch.Tensor, tokens: torch.Tensor, counts: torch.Tensor) -> None:
+    def _record(self, draft: torch.Tensor, tokens: torch.Tensor, counts: list[int]) -> None:
         """Two states a round: the draft, and what was kept of it with the token that follows; pads behind."""
         if not self.settings.output_trajectory:
             return
-        kept = torch.where(self._range(tokens.shape[1]) < counts[:, None], tokens, self.state.pad_token_id)
+        longest = torch.tensor(counts, device=tokens.device)[:, None]
+        kept = torch.where(self._range(tokens.shape[1]) < longest, tokens, self.state.pad_token_id)
         drafted = torch.nn.functional.pad(draft, (0, 1), value=self.state.pad_token_id)
         self._trajectory.append((self._all_rows(drafted), self._all_rows(kept)))
 
 
-__all__ = ["DraftLengths", "SpeculativeDecoder"]
+__all__ = ["SpeculativeDecoder"]
