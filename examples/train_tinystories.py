@@ -1,5 +1,5 @@
 """
-Trains the small BlockGen model of the package: byte-level BPE tokenizer, model, evaluation and model card.
+Trains the small BlockGen models of the package: byte-level BPE tokenizer, model, evaluation and model card.
 
 It uses plain `transformers.Trainer`: `BlockGenForDiffusionLM.forward(input_ids, labels)` draws block size, noise level
 and noise itself. By default, the stories come from the Hub (`roneneldan/TinyStories`). `--train-file` reads a local
@@ -7,13 +7,21 @@ text instead (also `.xz`), with a line `<|endoftext|>` after each story. Run the
 checkpoint.
 
     python examples/train_tinystories.py --output-dir runs/tinystories --max-steps 3000
+
+`--init-from` continues from a trained model of the same width. A deeper model repeats its layers, and a uniform model
+may start from a masked one, which costs a fraction of training from the beginning:
+
+    python examples/train_tinystories.py --output-dir runs/uniform --init-from runs/tinystories/final --num-layers 6 \
+        --diffusion-type uniform --max-steps 1500
 """
 
 import argparse
 import json
 import lzma
+import re
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -47,7 +55,7 @@ tags:
 - block-diffusion
 ---
 
-# BlockGen, masked, TinyStories, {parameters:.1f}M parameters
+# BlockGen, {diffusion_type}, TinyStories, {parameters:.1f}M parameters
 
 A small [BlockGen](https://github.com/jdeschena/blockgen) model for trying things out: one denoiser that generates
 autoregressively, by block diffusion, or by block diffusion with an autoregressive corrector (ARPC). It writes simple
@@ -65,15 +73,16 @@ print(tokenizer.decode(outputs[0], skip_special_tokens=True))
 
 ## Model
 
-Masked diffusion, {layers} layers of width {width}, {positions} positions, a byte-level BPE vocabulary of {vocabulary}
+{noise}, {layers} layers of width {width}, {positions} positions, a byte-level BPE vocabulary of {vocabulary}
 tokens. Block sizes {block_sizes} with weights {weights}, causal attention among clean tokens. The weights are
 stored in bfloat16 and loaded in float32.
 
 ## Training
 
 {stories:,} stories of TinyStories (CDLA-Sharing-1.0, which leaves trained models unrestricted), joined with
-`<|endoftext|>` and cut into rows of {positions} tokens; unweighted cross entropy (BlockGen, Sec. 5.1). {steps:,} steps
-of {batch_size} rows, {tokens:,} tokens or {epochs:.1f} epochs, AdamW with peak learning rate {learning_rate:g} and
+`<|endoftext|>` and cut into rows of {positions} tokens; {objective} (BlockGen, Sec. 5.1). {start}{steps:,} steps
+of {batch_size} rows, {tokens:,} tokens or {epochs:.1f} epochs, {optimizer} with peak learning rate
+{learning_rate:g} and
 cosine decay, {minutes:.0f} minutes on a CPU. Script: `examples/train_tinystories.py`.
 
 ## Evaluation
@@ -106,6 +115,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--hidden-size", type=int, default=192)
     parser.add_argument("--num-layers", type=int, default=4)
     parser.add_argument("--num-heads", type=int, default=3)
+    parser.add_argument("--diffusion-type", choices=("masked", "uniform"), default="masked")
+    parser.add_argument("--init-from", help="start from this model: a folder, or a name on the Hub")
+    parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
     parser.add_argument("--max-steps", type=int, default=3000)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
@@ -155,8 +167,56 @@ class ElapsedTime(TrainerCallback):
         self.path.write_text(json.dumps(self.before + time.time() - self.started))
 
 
+class MuonAndAdamW(torch.optim.Optimizer):
+    """Muon for the matrices of the layers, AdamW for all other weights, as one optimizer that `Trainer` takes."""
+
+    def __init__(self, model: BlockGenForDiffusionLM, learning_rate: float) -> None:
+        matrices, others = [], []
+        for name, parameter in model.named_parameters():
+            is_matrix = ".layers." in name and ".modulation." not in name and parameter.ndim == 2
+            (matrices if is_matrix else others).append(parameter)
+        self.parts: list[torch.optim.Optimizer] = [
+            # Updates as large as AdamW's, so that one learning rate serves both.
+            torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, lr=learning_rate, weight_decay=0.1, betas=(0.9, 0.98)),
+        ]
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for part in self.parts:
+            part.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for part, state in zip(self.parts, state_dict["parts"], strict=True):
+            part.load_state_dict(state)
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+
+def start_from(model: BlockGenForDiffusionLM, source: str) -> None:
+    """
+    Copies the weights of a trained model of the same width and vocabulary. A deeper model repeats its layers in order.
+    """
+    trained = BlockGenForDiffusionLM.from_pretrained(source, dtype=torch.float32)
+    weights, depth = trained.state_dict(), trained.config.num_hidden_layers
+    copied = {}
+    for name in model.state_dict():
+        layer = re.search(r"\.layers\.(\d+)\.", name)
+        if layer is not None:
+            original = int(layer[1]) * depth // model.config.num_hidden_layers
+            name_there = name.replace(layer[0], f".layers.{original}.")
+        else:
+            name_there = name
+        copied[name] = weights[name_there]
+    model.load_state_dict(copied)
+
+
 def model_config(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> BlockGenConfig:
     return BlockGenConfig(
+        diffusion_type=args.diffusion_type,
         vocab_size=len(tokenizer),
         hidden_size=args.hidden_size,
         num_hidden_layers=args.num_layers,
@@ -164,7 +224,7 @@ def model_config(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -
         max_position_embeddings=args.length,
         hidden_dropout=0.0,
         cond_dim=32,
-        mask_token_id=tokenizer.mask_token_id,
+        mask_token_id=tokenizer.mask_token_id if args.diffusion_type == "masked" else None,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         # "Mostly AR" weights (Sec. 5.2): gamma_1 > gamma_n > the rest. Autoregressive steps learn from every token.
@@ -193,6 +253,19 @@ def training_arguments(args: argparse.Namespace) -> TrainingArguments:
     )
 
 
+def make_tokenizer(args: argparse.Namespace, stories: list[str]) -> PreTrainedTokenizerFast:
+    """The tokenizer of an interrupted run, or that of the model to start from, or a new one."""
+    folder = args.output_dir / "tokenizer"
+    if folder.exists():
+        return PreTrainedTokenizerFast.from_pretrained(folder)
+    if args.init_from:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.init_from)
+    else:
+        tokenizer = train_tokenizer(stories, args.vocab_size, args.length)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
 def main() -> None:
     args = make_parser().parse_args()
     if (args.train_file is None) != (args.validation_file is None):
@@ -200,15 +273,12 @@ def main() -> None:
     set_seed(args.seed)
     print("reading stories and training the tokenizer ...")
     stories = read_stories(args, "train")
-    tokenizer_dir = args.output_dir / "tokenizer"
-    if tokenizer_dir.exists():
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_dir)
-    else:
-        tokenizer = train_tokenizer(stories, args.vocab_size, args.length)
-        tokenizer.save_pretrained(tokenizer_dir)
+    tokenizer = make_tokenizer(args, stories)
     train_set = PackedStories(stories, tokenizer, args.length)
     valid_set = PackedStories(read_stories(args, "validation"), tokenizer, args.length)
     model = BlockGenForDiffusionLM(model_config(args, tokenizer))
+    if args.init_from:
+        start_from(model, args.init_from)
     print(f"{model.num_parameters():,} parameters, {len(train_set):,} rows of {args.length} tokens")
 
     elapsed = ElapsedTime(args.output_dir / "seconds.json")
@@ -223,6 +293,7 @@ def main() -> None:
             train_dataset=train_set,
             processing_class=tokenizer,
             callbacks=[elapsed],
+            optimizers=(MuonAndAdamW(model, args.learning_rate) if args.optimizer == "muon" else None, None),
         )
         trainer.train(resume_from_checkpoint=checkpoint)
 
@@ -235,6 +306,11 @@ def main() -> None:
     tokens = args.max_steps * args.batch_size * args.length
     card = CARD.format(
         parameters=model.num_parameters() / 1e6,
+        diffusion_type=config.diffusion_type,
+        noise=f"{config.diffusion_type.capitalize()} diffusion",
+        objective="unweighted cross entropy" if config.training_objective == "cross_entropy" else "ELBO",
+        start=f"Started from `{Path(args.init_from).name}`. " if args.init_from else "",
+        optimizer="AdamW" if args.optimizer == "adamw" else "Muon for the matrices and AdamW for the rest,",
         layers=config.num_hidden_layers,
         width=config.hidden_size,
         positions=args.length,
