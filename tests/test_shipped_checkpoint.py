@@ -1,4 +1,4 @@
-"""The small trained model of the package: small enough, complete, and able to tell a story from noise."""
+"""The small trained models of the package: small enough, complete, and able to tell a story from noise."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from stranger import WITHOUT_THE_PACKAGE
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from blockgen_hf import BlockGenForDiffusionLM
-from blockgen_hf.checkpoints import shipped_checkpoint
+from blockgen_hf.checkpoints import SHIPPED, find_checkpoint, shipped_checkpoint
 from blockgen_hf.checkpoints.__main__ import write_code
 from blockgen_hf.modeling.remote_code_blockgen import AUTO_MAP, remote_code
 
@@ -24,20 +24,39 @@ STORY = (
 )
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    return AutoTokenizer.from_pretrained(shipped_checkpoint())
+@pytest.fixture(scope="module", params=SHIPPED)
+def folder(request: pytest.FixtureRequest) -> Path:
+    return shipped_checkpoint(request.param)
 
 
 @pytest.fixture(scope="module")
-def model() -> BlockGenForDiffusionLM:
-    return AutoModelForCausalLM.from_pretrained(shipped_checkpoint()).eval()
+def tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    return AutoTokenizer.from_pretrained(folder)
 
 
-def test_the_folder_is_small_and_complete() -> None:
-    """At most 12 MB: weights, configuration, generation settings, tokenizer, card, and the code that loads it."""
-    files = {path.name: path.stat().st_size for path in shipped_checkpoint().iterdir()}
-    assert set(files) == {
+@pytest.fixture(scope="module")
+def model(folder: Path) -> BlockGenForDiffusionLM:
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def test_a_model_of_the_package_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in SHIPPED:
+        assert find_checkpoint(name) == str(shipped_checkpoint(name))
+    Path(SHIPPED[1]).mkdir()
+    assert find_checkpoint(SHIPPED[1]) == SHIPPED[1]
+    with pytest.raises(ValueError, match="`name` must be one of tinystories-masked, tinystories-uniform, but is 'gpt2'"):
+        shipped_checkpoint("gpt2")
+
+
+def test_all_folders_together_are_small() -> None:
+    assert sum(path.stat().st_size for name in SHIPPED for path in shipped_checkpoint(name).iterdir()) < 20e6
+
+
+def test_the_folder_is_complete(folder: Path) -> None:
+    """Weights, configuration, generation settings, tokenizer, card, and the code that loads it."""
+    files = {path.name for path in folder.iterdir()}
+    assert files == {
         "README.md",
         "config.json",
         "generation_config.json",
@@ -46,14 +65,13 @@ def test_the_folder_is_small_and_complete() -> None:
         "tokenizer_config.json",
         *remote_code(),
     }
-    assert sum(files.values()) < 12e6
 
 
-def test_its_code_is_that_of_the_package() -> None:
+def test_its_code_is_that_of_the_package(folder: Path) -> None:
     """Otherwise `python -m blockgen_hf.checkpoints` was forgotten."""
     for name, text in remote_code().items():
-        assert (shipped_checkpoint() / name).read_text() == text, name
-    assert json.loads((shipped_checkpoint() / "config.json").read_text())["auto_map"] == AUTO_MAP
+        assert (folder / name).read_text() == text, name
+    assert json.loads((folder / "config.json").read_text())["auto_map"] == AUTO_MAP
 
 
 def test_the_command_that_writes_the_code_brings_a_folder_up_to_date(tmp_path: Path) -> None:
@@ -67,13 +85,13 @@ def test_the_command_that_writes_the_code_brings_a_folder_up_to_date(tmp_path: P
 
 
 @pytest.mark.slow
-def test_the_snippet_of_its_card_runs_without_the_package(tmp_path: Path) -> None:
+def test_the_snippet_of_its_card_runs_without_the_package(folder: Path, tmp_path: Path) -> None:
     """And a pipeline opens the folder by its name, with torch and transformers alone."""
-    card = (shipped_checkpoint() / "README.md").read_text(encoding="utf-8")
+    card = (folder / "README.md").read_text(encoding="utf-8")
     (snippet,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
     pipeline = f"""
 from transformers import pipeline
-write = pipeline("text-generation", model={str(shipped_checkpoint())!r}, trust_remote_code=True)
+write = pipeline("text-generation", model={str(folder)!r}, trust_remote_code=True)
 print("PIPELINE", write("The dog", max_new_tokens=8)[0]["generated_text"])
 """
     done = subprocess.run(
@@ -81,19 +99,20 @@ print("PIPELINE", write("The dog", max_new_tokens=8)[0]["generated_text"])
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
-        cwd=shipped_checkpoint(),
+        cwd=folder,
         env={"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": ""},
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Once upon a time") and "PIPELINE The dog" in done.stdout
 
 
-def test_special_tokens_are_the_last_and_the_mask_the_very_last(
+def test_special_tokens_agree(
     model: BlockGenForDiffusionLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     """End, pad and mask agree between tokenizer, configuration and generation settings."""
     assert len(tokenizer) == model.config.vocab_size
-    assert tokenizer.mask_token_id == model.config.mask_token_id == len(tokenizer) - 1
+    assert tokenizer.mask_token_id == len(tokenizer) - 1
+    assert model.config.mask_token_id == (len(tokenizer) - 1 if model.config.diffusion_type == "masked" else None)
     assert tokenizer.eos_token_id == model.generation_config.eos_token_id
     assert tokenizer.pad_token_id == model.generation_config.pad_token_id
     assert (model.generation_config.do_sample, model.generation_config.top_k) == (True, 0)

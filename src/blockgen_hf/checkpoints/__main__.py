@@ -9,7 +9,7 @@ from pathlib import Path
 from ..hub.files import read_json
 from ..hub.portable import make_tokenizer_portable
 from ..modeling.remote_code_blockgen import AUTO_MAP, remote_code, write_remote_code
-from . import shipped_checkpoint
+from . import SHIPPED, shipped_checkpoint
 
 
 def write_code(folder: Path) -> None:
@@ -24,4 +24,5 @@ def write_code(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    write_code(shipped_checkpoint())
+    for name in SHIPPED:
+        write_code(shipped_checkpoint(name))

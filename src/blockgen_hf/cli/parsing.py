@@ -51,7 +51,7 @@ def integer(low: int, high: int | None = None) -> Callable[[str], int]:
     return parse
 
 
-MODEL_HELP = f"a model folder, a model on the Hub, or {SHIPPED}, which comes with the package"
+MODEL_HELP = f"a model folder, a model on the Hub, or one of the package: {' or '.join(SHIPPED)}"
 
 
 DECODINGS_HELP = "ar, speculative, block_diffusion:STEPS or arpc:EVALUATIONS (both per block)"
