@@ -64,6 +64,7 @@ stories for children, with mistakes. It is no baseline for anything.
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+path = "."  # this folder
 tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
 inputs = tokenizer("Once upon a time", return_tensors="pt")
@@ -336,7 +337,7 @@ def save(model: BlockGenForDiffusionLM, tokenizer: PreTrainedTokenizerFast, card
     """Weights in bfloat16 to be small, loaded in float32; tokenizer, generation settings and card with them."""
     model.to(torch.bfloat16)
     model.generation_config.update(
-        decoding="arpc", corrector_period=3, do_sample=True, top_k=0, temperature=0.8, max_new_tokens=128
+        decoding="arpc", corrector_period=1, do_sample=True, top_k=0, temperature=0.5, max_new_tokens=128
     )
     model.save_pretrained(folder)
     model.config.dtype, model.config.use_cache = torch.float32, True
