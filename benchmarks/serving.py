@@ -285,7 +285,7 @@ PARTS = {"load": load, "killed": killed, "memory": memory, "sigterm": sigterm}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=SHIPPED)
+    parser.add_argument("--model", default=SHIPPED[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=60.0)

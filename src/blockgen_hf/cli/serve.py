@@ -16,14 +16,14 @@ from .parsing import (
 )
 
 
-EXAMPLE = f"blockgen-hf serve {SHIPPED}"
+EXAMPLE = f"blockgen-hf serve {SHIPPED[0]}"
 USAGE = "[MODEL]"
 _KEY = "BLOCKGEN_HF_API_KEY"
 _LOG_LEVELS = ("critical", "error", "warning", "info", "debug")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", nargs="?", default=SHIPPED, metavar="MODEL", help=f"{MODEL_HELP} (the default)")
+    parser.add_argument("model", nargs="?", default=SHIPPED[0], metavar="MODEL", help=f"{MODEL_HELP} (the default)")
     group = parser.add_argument_group("model")
     add_loading_arguments(group)
     add_cpu_weights(group)
