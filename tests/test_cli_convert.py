@@ -12,7 +12,7 @@ from tiny import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from blockgen_hf.cli import main
-from blockgen_hf.hub.layouts import FAMILIES
+from blockgen_hf.hub.layouts import CAUSAL_LM, FAMILIES
 
 
 def convert(*words: Any) -> int:
@@ -110,4 +110,4 @@ def test_options_that_make_no_sense_are_refused(source: Path, words: list[str]) 
 def test_every_family_can_be_named(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         convert("--help")
-    assert "{" + ",".join(FAMILIES) + "}" in capsys.readouterr().out
+    assert "{" + ",".join((*FAMILIES, CAUSAL_LM)) + "}" in capsys.readouterr().out

@@ -45,7 +45,7 @@ def test_a_model_of_the_package_is_found_by_its_name(tmp_path: Path, monkeypatch
         assert find_checkpoint(name) == str(shipped_checkpoint(name))
     Path(SHIPPED[1]).mkdir()
     assert find_checkpoint(SHIPPED[1]) == SHIPPED[1]
-    with pytest.raises(ValueError, match="`name` must be one of tinystories-masked, tinystories-uniform, but is 'gpt2'"):
+    with pytest.raises(ValueError, match="one of tinystories-masked, tinystories-uniform, but is 'gpt2'"):
         shipped_checkpoint("gpt2")
 
 
@@ -106,9 +106,7 @@ print("PIPELINE", write("The dog", max_new_tokens=8)[0]["generated_text"])
     assert done.stdout.startswith("Once upon a time") and "PIPELINE The dog" in done.stdout
 
 
-def test_special_tokens_agree(
-    model: BlockGenForDiffusionLM, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_special_tokens_agree(model: BlockGenForDiffusionLM, tokenizer: PreTrainedTokenizerFast) -> None:
     """End, pad and mask agree between tokenizer, configuration and generation settings."""
     assert len(tokenizer) == model.config.vocab_size
     assert tokenizer.mask_token_id == len(tokenizer) - 1

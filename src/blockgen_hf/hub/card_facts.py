@@ -6,8 +6,8 @@ from typing import Any
 
 from ..modeling.configuration_blockgen import BlockGenConfig
 from ..places import is_hub_id
-from .causal_lm import FAMILY as CAUSAL_LM
 from .files import ADAPTER_CONFIG, CONFIG, CONVERSION, TOKENIZER_CONFIG, read_json
+from .layouts import CAUSAL_LM
 from .sources import HUB_PREFIX
 from .weights import SavedTensor, count_values, read_tensors
 

@@ -16,11 +16,12 @@ from ..modeling.configuration_blockgen import BlockGenConfig
 from ..modeling.modeling_blockgen import BlockGenForDiffusionLM
 from ..tokenizer_loading import pretrained_tokenizer
 from ..whole_files import write_json
-from .causal_lm import FAMILY, MODEL_TYPES, blockgen_config, causal_config, source_config
+from .causal_lm import MODEL_TYPES, blockgen_config, causal_config, source_config
 from .conversion_output import new_folder
 from .conversion_tokenizer import load_any_tokenizer
 from .families import Choices
 from .files import CONFIG, CONVERSION, GENERATION_CONFIG, TOKENIZER_FILES, read_json
+from .layouts import CAUSAL_LM
 from .portable import make_tokenizer_portable, without_paths
 from .sources import Source
 from .weights import Weights, check_shapes, model_shapes
@@ -103,7 +104,7 @@ def from_causal_lm(
     provenance = {
         "source": source.name if source.commit else Path(source.name).expanduser().resolve().name,
         "revision": source.commit,
-        "family": FAMILY,
+        "family": CAUSAL_LM,
         "source_config": without_paths(original.config.to_dict() if source.gguf else source.config),
         "generation_config": original.generation,
         "tensors": sorted(found),
@@ -228,7 +229,7 @@ def to_causal_lm(
     config = BlockGenConfig.from_dict(dict(source.config))
     notes = read_json(source.folder / CONVERSION) if (source.folder / CONVERSION).is_file() else {}
     written = causal_config(config).to_dict()
-    if notes.get("family") == FAMILY and notes["source_config"].get("model_type") in MODEL_TYPES:
+    if notes.get("family") == CAUSAL_LM and notes["source_config"].get("model_type") in MODEL_TYPES:
         recorded = blockgen_config(source_config(notes["source_config"]), Choices())
         if all(getattr(recorded, name) == getattr(config, name) for name in _LAYERS):  # else it was changed since
             written = notes["source_config"]

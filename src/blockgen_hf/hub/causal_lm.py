@@ -9,7 +9,6 @@ from ..modeling.configuration_blockgen import BlockGenConfig
 from .families import Choices
 
 
-FAMILY = "causal-lm"
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 
 # Fields of the same name and meaning.
@@ -175,4 +174,4 @@ _ARCHITECTURES = {
     "smollm3": "SmolLM3ForCausalLM",
 }
 
-__all__ = ["FAMILY", "MODEL_TYPES", "blockgen_config", "causal_config", "default_weights", "source_config"]
+__all__ = ["MODEL_TYPES", "blockgen_config", "causal_config", "default_weights", "source_config"]

@@ -17,14 +17,13 @@ from ..modeling.configuration_blockgen import BlockGenConfig
 from ..modeling.modeling_blockgen import BlockGenForDiffusionLM
 from ..whole_files import write_json
 from .causal_conversion import from_causal_lm, to_causal_lm
-from .causal_lm import FAMILY as CAUSAL_LM
 from .causal_lm import MODEL_TYPES
 from .conversion_back import write_published
 from .conversion_output import check_output, new_folder
 from .conversion_tokenizer import load_fitting_tokenizer
 from .families import Choices, choices_of_place, make_config, recognise_family, rope_theta, unused_settings
 from .files import CONVERSION
-from .layouts import PublishedTensor, buffer_names, embedding_name, inv_freq_name, published_tensors
+from .layouts import CAUSAL_LM, PublishedTensor, buffer_names, embedding_name, inv_freq_name, published_tensors
 from .portable import make_tokenizer_portable, without_paths
 from .sources import Source, open_source
 from .weights import DTYPES, Weights, check_shapes

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch
 
 from ..modeling.configuration_blockgen import BlockGenConfig
-from .layouts import FAMILIES, is_adaptive, is_prefixed, setting_names
+from .layouts import CAUSAL_LM, FAMILIES, is_adaptive, is_prefixed, setting_names
 
 
 # Settings that change nothing about what the model computes, or that are read elsewhere.
@@ -69,7 +69,7 @@ def recognise_family(
         ValueError: an unknown family, or one that something contradicts.
     """
     if named is not None and named not in FAMILIES:
-        raise ValueError(f"`family` must be one of {list(FAMILIES)}, but is {named!r}.")
+        raise ValueError(f"`family` must be one of {[*FAMILIES, CAUSAL_LM]}, but is {named!r}.")
     prefixed = is_prefixed(names)
     if named is not None and (named == "bd3lm") != prefixed:
         verb = "begin" if prefixed else "do not begin"

@@ -12,6 +12,7 @@ from ..modeling.configuration_blockgen import BlockGenConfig
 
 
 FAMILIES = ("block-dit", "dense-dit", "ar", "bd3lm")
+CAUSAL_LM = "causal-lm"  # a causal language model in the layout of transformers
 
 # Published name, name here, shape.
 _TRUNK = (
@@ -127,6 +128,7 @@ def is_adaptive(names: Iterable[str]) -> bool:
 
 
 __all__ = [
+    "CAUSAL_LM",
     "FAMILIES",
     "PublishedTensor",
     "buffer_names",
