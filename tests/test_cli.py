@@ -119,7 +119,7 @@ def test_text_and_cost(run: Command, options: tuple[str, ...], evaluations: int,
     count = int(match.group(2))
     # At most: a pass that changes nothing is not run.
     assert count == evaluations if settings == "ar" else 0 < count <= evaluations
-    assert match.groups() == ("16", str(count), f"{16 / count:.2f}", f"{settings}, seed 5")
+    assert match.groups() == ("16", str(count), f"{16 / count:.2f}", f"{settings}, float32 weights, seed 5")
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_speculation_tells_its_settings_and_what_drafts_were_worth(
 ) -> None:
     """And writes the text of `ar`, unless it keeps drafts by rejection."""
     out = run("a b", "--decoding", "speculative", "--seed", "0", *options)
-    assert f"{words}, seed 0)" in out
+    assert f"{words}, float32 weights, seed 0)" in out
     accepted, drafted = map(int, re.search(r" s, (\d+) of (\d+) drafted tokens accepted \(", out).groups())
     (result,) = results(run, "a b", "--decoding", "speculative", *options)
     assert "denoising_steps" not in result["settings"] and "function_evaluations_per_block" not in result["settings"]
@@ -162,7 +162,7 @@ def test_speculation_tells_its_settings_and_what_drafts_were_worth(
 def test_revisions_tell_their_settings_and_take_a_number_for_each_stage(run: Command, fail: Command) -> None:
     stages = ("--revise-block-size", "4,8", "--revise-ratio", "0.5,0.25", "--revise-steps", "3")
     out = run("a b", "--decoding", "draft_revise", *stages, "--seed", "0")
-    words = "then 50% revised in blocks of 4 by 3 steps, then 25% revised in blocks of 8 by 3 steps, seed 0)"
+    words = "then 50% revised in blocks of 4 by 3 steps, then 25% revised in blocks of 8 by 3 steps, float32 weights, seed 0)"
     assert f"(draft_revise, block size 4, 4 steps, {words}" in out
     (result,) = results(
         run, "a b", "--decoding", "draft_revise", "--draft-decoding", "arpc", "--revise-score", "random"
@@ -184,7 +184,7 @@ def test_revisions_tell_their_settings_and_take_a_number_for_each_stage(run: Com
 def test_a_model_may_speculate_by_its_own_settings(tmp_path: Path, run: Command) -> None:
     model = save(tmp_path, decoding="speculative", acceptance="rejection", block_size=4, fused_drafts=False)
     out = run("a", "--model", model, "--seed", "0")
-    assert "(speculative, block size 4, 1 draft step, acceptance rejection, seed 0)" in out
+    assert "(speculative, block size 4, 1 draft step, acceptance rejection, float32 weights, seed 0)" in out
     for decoding in DECODINGS:
         (result,) = results(run, "a", "--model", model, "--decoding", decoding)
         assert result["decoding"] == decoding and result["num_new_tokens"] == 16
@@ -405,7 +405,7 @@ def test_greedy(run: Command) -> None:
         for seed in ("0", "1")
     ]
     assert texts[0] == texts[1]
-    assert "(ar, greedy, seed" in run("a", "--greedy", "--decoding", "ar")
+    assert "(ar, greedy, float32 weights, seed" in run("a", "--greedy", "--decoding", "ar")
 
 
 def test_dtype_and_attention(run: Command) -> None:
