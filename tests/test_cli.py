@@ -162,8 +162,8 @@ def test_speculation_tells_its_settings_and_what_drafts_were_worth(
 def test_revisions_tell_their_settings_and_take_a_number_for_each_stage(run: Command, fail: Command) -> None:
     stages = ("--revise-block-size", "4,8", "--revise-ratio", "0.5,0.25", "--revise-steps", "3")
     out = run("a b", "--decoding", "draft_revise", *stages, "--seed", "0")
-    words = "then 50% revised in blocks of 4 by 3 steps, then 25% revised in blocks of 8 by 3 steps, float32 weights, seed 0)"
-    assert f"(draft_revise, block size 4, 4 steps, {words}" in out
+    words = "then 50% revised in blocks of 4 by 3 steps, then 25% revised in blocks of 8 by 3 steps"
+    assert f"(draft_revise, block size 4, 4 steps, {words}, float32 weights, seed 0)" in out
     (result,) = results(
         run, "a b", "--decoding", "draft_revise", "--draft-decoding", "arpc", "--revise-score", "random"
     )
