@@ -366,7 +366,7 @@ def test_a_trained_model_names_its_decoding(
     [
         ([], "it is not the model's"),  # the recipe's tokenizer has another mask
         (["tokenizer.name_or_path=null", "data.sequence_length=65"], "is more than the 64 positions"),
-        (["tokenizer.name_or_path=null", "model.hidden_size=15"], "`num_attention_heads`"),
+        (["tokenizer.name_or_path=null", "model.hidden_size=15"], "The model"),
         (["tokenizer.name_or_path=null", "model.hidden_size=32"], "The model"),
     ],
 )

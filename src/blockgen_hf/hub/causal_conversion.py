@@ -151,10 +151,14 @@ def _read_gguf(source: Source, tokenizer: str | Path | None, dtype: str | None) 
 
     options: dict[str, Any] = {"gguf_file": source.gguf, "local_files_only": True}
     try:
-        config = AutoConfig.from_pretrained(source.folder, **options)
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False, **options)
         source_config(config.to_dict())
         model = AutoModelForCausalLM.from_pretrained(
-            source.folder, **options, dtype=getattr(torch, dtype or "float32"), config=config
+            source.folder,
+            trust_remote_code=False,
+            **options,
+            dtype=getattr(torch, dtype or "float32"),
+            config=config,
         )
         found = (
             pretrained_tokenizer(str(source.folder), padding_side="left", **options)
