@@ -22,6 +22,7 @@ from transformers.generation.streamers import BaseStreamer
 from ..modeling.releases_blockgen import named_cache
 from .cache_slots import RowCache
 from .handles import RequestHandle
+from .logprobs import token_logprobs
 from .passes import Call, HeadCall, TrunkCall
 from .requests import (
     DraftEvent,
@@ -205,18 +206,8 @@ class Generation:
 
     def _logprobs(self, count: int) -> tuple[TokenLogprob, ...]:
         """Of the last tokens of the text."""
-        logits = self._ar_logits(count)
-        if self.model.config.has_mask_row:
-            logits[:, self.model.config.mask_token_id] = -torch.inf
-        log_probs = logits.double().log_softmax(-1)
-        num_top = min(self.request.num_logprobs or 0, log_probs.shape[-1])
-        values, ids = log_probs.topk(num_top, dim=-1)
-        tokens = self.tokens[-count:]
-        chosen = log_probs[torch.arange(count), torch.tensor(tokens)].tolist()
-        return tuple(
-            TokenLogprob(token, logprob, tuple(zip(top_ids, top_values, strict=True)))
-            for token, logprob, top_ids, top_values in zip(tokens, chosen, ids.tolist(), values.tolist(), strict=True)
-        )
+        num_top = self.request.num_logprobs or 0
+        return token_logprobs(self._ar_logits(count), self.tokens[-count:], num_top, self.model.config)
 
     def _ar_logits(self, count: int) -> torch.Tensor:
         """Logits of block size 1 at the last tokens of the text, `[count, V]`."""

@@ -22,8 +22,8 @@ from .engine import EngineClosedError, GenerationEngine, QueueFullError
 from .errors import ApiError, bad_request, invalid_body, shutting_down
 from .formats import AnswerFormat, to_json
 from .handles import RequestHandle
+from .logprobs import score_prompt
 from .metrics import Metrics
-from .prompt_scores import score_prompt
 from .protocol import FIELDS, GenerationBody
 from .requests import GenerationRequest
 from .text import AnswerText, Piece

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
+from .requests import TokenLogprob
+
 
 # Tokens of a prompt that a text is decoded behind: tokenizers such as Llama's drop a space at the beginning.
 _CONTEXT = 6
@@ -107,18 +109,19 @@ class AnswerText:
             self._tokens.append(self._scored(token_id, logprob, top, len(self.text)))
             self._append(self.detokenizer.add([token_id]))
 
-    def echo(self, prompt: Sequence[int], scores: Sequence[tuple[float, Sequence[tuple[int, float]]]] | None) -> None:
+    def echo(self, prompt: Sequence[int], scores: Sequence[TokenLogprob] | None) -> None:
         """
         Puts the prompt before the answer. No stop string is looked for in it.
 
         Args:
             prompt: its tokens.
-            scores: log-probabilities and the likeliest tokens, of all of them but the first.
+            scores: of all of them but the first.
         """
         echoed = Detokenizer(self.detokenizer.tokenizer, [])
         for number, token_id in enumerate(prompt):
             if scores is not None:
-                logprob, top = (None, ()) if number == 0 else scores[number - 1]
+                score = None if number == 0 else scores[number - 1]
+                logprob, top = (None, ()) if score is None else (score.logprob, score.top)
                 self._tokens.append(self._scored(token_id, logprob, top, len(self.text)))
             self.text += echoed.add([token_id])
         self.text += echoed.end()
