@@ -19,7 +19,6 @@ from blockgen_hf.training.tokenizers import END_OF_TEXT, PAD
 from .settings import Settings
 
 
-TASKS = ("tinystories", "arithmetic")
 _DATASET = "roneneldan/TinyStories"
 _MASK = "<|mask|>"
 _NUM_EQUATIONS = 5

@@ -176,9 +176,7 @@ def _read_gguf(source: Source, tokenizer: str | Path | None, dtype: str | None) 
 
 def _settings(generation: GenerationConfig) -> dict[str, Any]:
     values: dict[str, Any] = generation.to_diff_dict()
-    return {
-        name: value for name, value in values.items() if name not in ("transformers_version", "_from_model_config")
-    }
+    return {name: value for name, value in values.items() if name not in _NO_SETTINGS}
 
 
 def _build(config: BlockGenConfig, original: Original, names: list[str]) -> BlockGenForDiffusionLM:

@@ -42,7 +42,7 @@ from torch import nn
 from .configuration_blockgen import BlockGenConfig
 from .diffusion_blockgen import DiffusionProcess, MaskedDiffusion, NoiseSchedule
 from .inputs_blockgen import ForwardInputs, document_positions
-from .objective_blockgen import SMALLEST_TIME, TrainingDraw, draw_training_noise
+from .objective_blockgen import SMALLEST_TIME, TrainingDraw, draw_training_noise, weighted_block_sizes
 from .sampling_blockgen import CounterGenerator
 
 
@@ -294,8 +294,7 @@ def evaluation_draws(
         else:
             rows = dataclasses.replace(rows, positions=positions)
     if block_size is None:
-        gamma = config.block_size_weights or [1.0] * len(config.block_sizes)
-        mixture = [pair for pair in zip(config.block_sizes, gamma, strict=True) if pair[1] > 0]
+        mixture = [pair for pair in weighted_block_sizes(config) if pair[1] > 0]
     else:
         mixture = [(block_size, 1.0)]
     total = sum(weight for _, weight in mixture)

@@ -1,6 +1,5 @@
 """Texts that a model samples from itself: what its drafts are to agree with, and so the best data to adapt it on."""
 
-import json
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..run_folders import json_lines
 from ..whole_files import write_whole
 
 
@@ -45,21 +45,20 @@ def write_self_data(
     """
     if length <= prompt_tokens:
         raise ValueError(f"`length` must be more than the {prompt_tokens} tokens of a prompt, but is {length}.")
-    lines: list[str] = []
+    found: list[dict[str, str]] = []
     prompts = _prompts(texts, tokenizer, prompt_tokens)
     settings = dict(decoding="ar", do_sample=True, temperature=1.0, top_k=0, max_new_tokens=length - prompt_tokens)
     with torch.random.fork_rng():
         torch.default_generator.manual_seed(seed)
-        while batch := list(islice(prompts, min(_BATCH, count - len(lines)))):
+        while batch := list(islice(prompts, min(_BATCH, count - len(found)))):
             ids = torch.tensor(batch, device=model.device)
-            found = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
-            rows = tokenizer.batch_decode(found, skip_special_tokens=True)
-            lines += [json.dumps({"text": text}, ensure_ascii=False) for text in rows]
-    if not lines:
+            sampled = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+            found += [{"text": text} for text in tokenizer.batch_decode(sampled, skip_special_tokens=True)]
+    if not found:
         raise ValueError(f"None of the texts has the {prompt_tokens} tokens of a prompt.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, "\n".join(lines) + "\n")
-    return len(lines)
+    write_whole(path, json_lines(found))
+    return len(found)
 
 
 def _prompts(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[list[int]]:

@@ -164,13 +164,18 @@ def draw_training_noise(
     return TrainingDraw(input_ids, noisy_input_ids, scored, block_size, noise_level, objective)
 
 
+def weighted_block_sizes(config: _MixtureSettings) -> list[tuple[int, float]]:
+    """The block sizes of the mixture, each with its weight gamma (Eq. 6)."""
+    weights = config.block_size_weights or [1.0 / len(config.block_sizes)] * len(config.block_sizes)
+    return list(zip(config.block_sizes, weights, strict=True))
+
+
 def drawn_block_sizes(config: _MixtureSettings) -> tuple[list[int], list[float]]:
     """
     The block sizes that a training step is drawn from, and their weights. Where clean tokens predict, every pass
     scores block size 1 too, so that it is not drawn unless there is no other.
     """
-    weights = config.block_size_weights or [1.0 / len(config.block_sizes)] * len(config.block_sizes)
-    pairs = list(zip(config.block_sizes, weights, strict=True))
+    pairs = weighted_block_sizes(config)
     if config.is_anchored:
         pairs = [pair for pair in pairs if pair[0] > 1 and pair[1] > 0] or pairs
     return [size for size, _ in pairs], [weight for _, weight in pairs]
@@ -178,8 +183,7 @@ def drawn_block_sizes(config: _MixtureSettings) -> tuple[list[int], list[float]]
 
 def weight_of_block_size_1(config: _MixtureSettings) -> float:
     """gamma_1, the weight of block size 1 in the mixture."""
-    weights = config.block_size_weights or [1.0 / len(config.block_sizes)] * len(config.block_sizes)
-    return sum(weight for size, weight in zip(config.block_sizes, weights, strict=True) if size == 1)
+    return sum(weight for size, weight in weighted_block_sizes(config) if size == 1)
 
 
 def autoregressive_draw(diffusion: DiffusionProcess, draw: TrainingDraw) -> TrainingDraw:
@@ -419,4 +423,5 @@ __all__ = [
     "shift_right",
     "times_and_alphas",
     "weight_of_block_size_1",
+    "weighted_block_sizes",
 ]
