@@ -20,6 +20,7 @@ from tiny import VARIANTS, tiny_model, tiny_tokenizer
 
 from blockgen_hf import BlockGenForDiffusionLM
 from blockgen_hf.cli import main
+from blockgen_hf.generation.draft_lengths_blockgen import RoundCosts
 from blockgen_hf.hub.portable import make_tokenizer_portable
 
 
@@ -38,6 +39,12 @@ def pytest_unconfigure() -> None:
 def seeded() -> None:
     """The same random numbers in every test, in whatever order they run."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def fixed_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How much speculation drafts does not depend on the clock."""
+    monkeypatch.setattr(RoundCosts, "of_token", lambda self: 0.002)
 
 
 @pytest.fixture

@@ -19,11 +19,7 @@ from blockgen_hf.generation.draft_lengths_blockgen import DraftLength, RoundCost
 PADDED = left_padded([words(3), words(6, seed=1), words(1, seed=2), words(4, seed=7)])
 
 
-@pytest.fixture(autouse=True)
-def fixed_costs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """How much is drafted does not depend on the clock here."""
-    monkeypatch.setattr(RoundCosts, "of_token", lambda self: 0.002)
-
+pytestmark = pytest.mark.usefixtures("fixed_costs")
 
 HOW = {
     "greedy": {"do_sample": False},

@@ -128,7 +128,7 @@ def build_layout(
     clean_valid: torch.Tensor | None = None,
     noisy_valid: torch.Tensor | None = None,
     noisy_block_ids: torch.Tensor | None = None,
-    isolate_first: bool = False,
+    isolate_first: bool | torch.Tensor = False,
     document_ids: torch.Tensor | None = None,
     window: int | None = None,
     has_anchors: bool = False,
@@ -148,7 +148,8 @@ def build_layout(
         clean_valid, noisy_valid (`torch.BoolTensor` of shape `[B, C]` and `[B, N]`, *optional*): False for padding.
         noisy_block_ids (`torch.LongTensor` of shape `[B or 1, N]`, *optional*): noisy tokens of one id, from 0 on, are
             a block, which starts at the smallest of their positions; blocks may overlap.
-        isolate_first (`bool`): the first token of a block sees no other token of it, and is seen by them.
+        isolate_first (`bool` or `torch.BoolTensor` of shape `[B, 1]`): the first token of a block sees no other token
+            of it, and is seen by them; in all rows, or in some.
         document_ids (`torch.LongTensor` of shape `[B, C]` or `[B, C + N]`, *optional*): the documents of the clean
             tokens, and of the noisy ones, which are as many or none where they are left out; the positions restart
             with each document, and nothing is cached.
@@ -187,8 +188,9 @@ def build_layout(
     if is_noise_causal:
         query_order = concat(clean_positions, noisy_positions)
         key_order = concat(cached_positions, query_order[:, num_committed:])
-    elif isolate_first:
-        query_order = concat(torch.zeros_like(clean_positions), (noisy_positions > noisy_limit).long())
+    elif isinstance(isolate_first, torch.Tensor) or isolate_first:
+        is_behind = (noisy_positions > noisy_limit) & isolate_first
+        query_order = concat(torch.zeros_like(clean_positions), is_behind.long())
         key_order = concat(torch.zeros_like(cached_positions), query_order[:, num_committed:])
     return AttentionLayout(
         clean_limit=concat(clean_limit, noisy_limit),

@@ -80,7 +80,14 @@ class TrunkCall:
         """A pass that only commits the first so many tokens."""
         first = {name: self.arguments[name][:, :num_tokens] for name in ("input_ids", "position_ids")}
         none = {name: self.arguments[name][:, :0] for name in ("noisy_input_ids", "noisy_position_ids")}
-        others = dict(noisy_block_ids=None, anchor_rows=None, num_committed=None, num_kept=None, is_full=False)
+        others = dict(
+            noisy_block_ids=None,
+            isolate_first=False,
+            anchor_rows=None,
+            num_committed=None,
+            num_kept=None,
+            is_full=False,
+        )
         return TrunkCall(self.cache, {**self.arguments, **first, **none, **others}, turn=self.turn)
 
     def drop_first_part(self, num_tokens: int) -> None:
@@ -284,6 +291,7 @@ def joined_arguments(calls: list[TrunkCall], num_cached: int, num_clean: int, nu
             for level, call in zip(levels, calls, strict=True)
         ]
         noise_level = padded(levels, num_noisy, 1.0)
+    isolated = [each["isolate_first"] for each in arguments]
     commits = any(call.num_committed for call in calls)
     keeps_clean = any(call.num_kept > call.num_noisy for call in calls)
     return dict(
@@ -292,6 +300,7 @@ def joined_arguments(calls: list[TrunkCall], num_cached: int, num_clean: int, nu
         position_ids=column_wise("position_ids", num_clean),
         noisy_position_ids=column_wise("noisy_position_ids", num_noisy),
         noisy_block_ids=(padded([call.noisy_blocks() for call in calls], num_noisy, _NO_BLOCK) if num_noisy else None),
+        isolate_first=torch.tensor(isolated, device=device)[:, None] if any(isolated) else False,
         noisy_mask=valid([call.num_noisy for call in calls], num_noisy),
         attention_mask=torch.cat([cached, clean], dim=1) if num_cached + num_clean else None,
         # Those that a row does not keep are overwritten by its next ones.

@@ -119,7 +119,7 @@ class BlockGenModel(BlockGenPreTrainedModel):
         num_committed: int | None = None,
         noise_level: torch.Tensor | None = None,
         noisy_block_ids: torch.Tensor | None = None,
-        isolate_first: bool = False,
+        isolate_first: bool | torch.Tensor = False,
         document_ids: torch.Tensor | None = None,
         cache_window: int | None = None,
         cache_start: torch.Tensor | None = None,
@@ -136,8 +136,9 @@ class BlockGenModel(BlockGenPreTrainedModel):
             input_ids (`torch.LongTensor` of shape `[B, C]`): clean tokens of the call; C may be 0.
             noisy_input_ids (`torch.LongTensor` of shape `[B, N]`): noisy tokens; N may be 0, to fill the cache.
             block_size, position_ids, attention_mask, cache, use_cache, num_committed, noise_level, noisy_block_ids,
-                isolate_first, cache_window, cache_start: as in [`BlockGenForDiffusionLM.forward`]; the positions are
-                not optional here.
+                cache_window, cache_start: as in [`BlockGenForDiffusionLM.forward`]; the positions are not optional
+                here.
+            isolate_first (`bool` or `torch.BoolTensor` of shape `[B, 1]`): as there, or for each row.
             noisy_mask (`torch.Tensor` of shape `[B, N]`, *optional*): zero where a noisy token is padding.
             is_causal (`bool`): the caller knows that the mask is causal over cache, clean and noisy tokens in this
             order.
