@@ -41,7 +41,7 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def fixed_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     """How much speculation drafts does not depend on the clock."""
     monkeypatch.setattr(RoundCosts, "of_token", lambda self: 0.002)

@@ -32,8 +32,6 @@ from blockgen_hf.serving.requests import (
 )
 
 
-pytestmark = pytest.mark.usefixtures("fixed_costs")
-
 ENDS = [3, 4, EOS]
 DIFFUSION: list[dict[str, Any]] = [
     dict(decoding="block_diffusion", block_size=4),

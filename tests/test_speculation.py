@@ -19,8 +19,6 @@ from blockgen_hf.generation.draft_lengths_blockgen import DraftLength, RoundCost
 PADDED = left_padded([words(3), words(6, seed=1), words(1, seed=2), words(4, seed=7)])
 
 
-pytestmark = pytest.mark.usefixtures("fixed_costs")
-
 HOW = {
     "greedy": {"do_sample": False},
     "drawn": {"do_sample": True},
