@@ -109,10 +109,11 @@ def _configuration(args: argparse.Namespace) -> dict[str, Any]:
         )
     except Exception:  # what is wrong with the model is said when it is loaded
         return {}
-    if found and found.get("ar_prediction") != "clean":
+    ar_prediction = found.get("ar_prediction", "query")  # as in a config.json from before there were two
+    if found and ar_prediction != "clean":
         raise CommandError(
             f"{args.model} is not a causal language model that became a BlockGen model (`ar_prediction` is "
-            f"{found.get('ar_prediction')!r}): make one with `blockgen-hf convert SOURCE --family causal-lm`. Other "
+            f"{ar_prediction!r}): make one with `blockgen-hf convert SOURCE --family causal-lm`. Other "
             "BlockGen models are trained further with `blockgen-hf finetune`."
         )
     return dict(found)
