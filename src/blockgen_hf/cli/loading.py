@@ -116,7 +116,7 @@ def load(
     _check_model_type(source, options)
     try:
         folder = fetch_model(source, revision)
-        tensors = check_model_folder(folder, own_code=trust_remote_code)
+        tensors = check_model_folder(folder, own_code=trust_remote_code, with_adapter=True)
         model, loading_info = AutoModelForCausalLM.from_pretrained(
             source,
             trust_remote_code=trust_remote_code,

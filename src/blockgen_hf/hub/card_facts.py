@@ -47,6 +47,7 @@ class ModelFacts:
         base_model (`str`, *optional*): what an adapter is for, or a causal language model that was converted.
         has_tokenizer (`bool`): whether the folder brings one.
         conversion (`dict`, *optional*): what `blockgen-hf convert` left: the source, and its family.
+        adapter (`dict`, *optional*): settings of an adapter beside the model, which is loaded with it.
     """
 
     config: BlockGenConfig | None
@@ -54,6 +55,7 @@ class ModelFacts:
     base_model: str | None
     has_tokenizer: bool
     conversion: dict[str, Any] | None
+    adapter: dict[str, Any] | None = None
 
     @property
     def is_full_sequence(self) -> bool:
@@ -123,6 +125,8 @@ class ModelFacts:
         """What it is, as a table."""
         stored = sorted({tensor.dtype_name for tensor in self.tensors.values()})
         size = [("Parameters", f"{count_values(self.tensors):,}"), ("Stored as", ", ".join(stored))]
+        if self.adapter is not None:
+            size.append(("Adapter (PEFT)", f"LoRA of rank {self.adapter.get('r')}, on noisy tokens only"))
         return size if self.config is None else [*_configuration_rows(self.config), *size]
 
 
@@ -154,7 +158,9 @@ def read_model(folder: Path) -> ModelFacts:
     has_tokenizer = (folder / TOKENIZER_CONFIG).is_file()
     conversion = read_json(folder / CONVERSION) if (folder / CONVERSION).is_file() else None
     if (folder / CONFIG).is_file():
-        return ModelFacts(read_config(folder), tensors, _converted_from(conversion), has_tokenizer, conversion)
+        adapter = read_json(folder / ADAPTER_CONFIG) if (folder / ADAPTER_CONFIG).is_file() else None
+        base = _converted_from(conversion)
+        return ModelFacts(read_config(folder), tensors, base, has_tokenizer, conversion, adapter)
     if not (folder / ADAPTER_CONFIG).is_file():
         raise ValueError(f"{folder} holds no model: it has neither {CONFIG} nor {ADAPTER_CONFIG}.")
     base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")

@@ -16,6 +16,7 @@ from ..modeling.configuration_blockgen import BlockGenConfig
 from ..modeling.modeling_blockgen import BlockGenForDiffusionLM
 from ..tokenizer_loading import pretrained_tokenizer
 from ..whole_files import write_json
+from .adapters import PLAIN_ADAPTER, check_plain_adapter, write_plain_adapter
 from .causal_lm import MODEL_TYPES, blockgen_config, causal_config, source_config
 from .conversion_output import new_folder
 from .conversion_tokenizer import load_any_tokenizer
@@ -23,7 +24,7 @@ from .families import Choices
 from .files import CONFIG, CONVERSION, GENERATION_CONFIG, TOKENIZER_FILES, read_json
 from .layouts import CAUSAL_LM
 from .portable import make_tokenizer_portable, without_paths
-from .sources import Source
+from .sources import HUB_PREFIX, Source
 from .weights import Weights, check_shapes, model_shapes
 
 
@@ -223,12 +224,15 @@ def to_causal_lm(
 ) -> Converted:
     """
     The causal language model that a BlockGen model with `ar_prediction="clean"` is at block size 1, as a checkpoint
-    of transformers: of a conversion with the original's own config.json, and bit for bit its tensors.
+    of transformers: of a conversion with the original's own config.json, and bit for bit its tensors. An adapter goes
+    into the folder `adapter`.
 
     Raises:
-        ValueError: the model is no such model.
+        ValueError: the model is no such model, or an adapter would not be the same there.
     """
     config = BlockGenConfig.from_dict(dict(source.config))
+    if source.adapter is not None:
+        check_plain_adapter(source, config)
     notes = read_json(source.folder / CONVERSION) if (source.folder / CONVERSION).is_file() else {}
     written = causal_config(config).to_dict()
     if notes.get("family") == CAUSAL_LM and notes["source_config"].get("model_type") in MODEL_TYPES:
@@ -253,8 +257,21 @@ def to_causal_lm(
             if (source.folder / name).is_file():
                 (folder / name).write_bytes((source.folder / name).read_bytes())
                 has_tokenizer = True
+        if source.adapter is not None:
+            write_plain_adapter(source, folder / PLAIN_ADAPTER, _original_name(notes) or str(output.resolve()))
     count = sum(value.numel() for value in state.values())
-    return Converted(config, count, used, has_tokenizer, ("The embedding of the noise is left out.",))
+    said = ["The embedding of the noise is left out."] if config.diffusion_type == "masked" else []
+    if source.adapter is not None:
+        said.append(
+            f"{output / PLAIN_ADAPTER} is the adapter, as SGLang reads it: --speculative-algorithm UNO "
+            f"--uno-lora-path {output / PLAIN_ADAPTER}. This was not tried with SGLang."
+        )
+    return Converted(config, count, used, has_tokenizer, tuple(said))
+
+
+def _original_name(notes: Mapping[str, Any]) -> str | None:
+    """The repository on the Hub that a folder was converted from."""
+    return str(notes["source"]).removeprefix(HUB_PREFIX) if notes.get("revision") else None
 
 
 __all__ = ["Converted", "from_causal_lm", "to_causal_lm"]

@@ -16,6 +16,7 @@ from ..default_decoding import default_decoding
 from ..modeling.configuration_blockgen import BlockGenConfig
 from ..modeling.modeling_blockgen import BlockGenForDiffusionLM
 from ..whole_files import write_json
+from .adapters import join_adapter
 from .causal_conversion import from_causal_lm, to_causal_lm
 from .causal_lm import MODEL_TYPES
 from .conversion_back import write_published
@@ -26,7 +27,7 @@ from .files import CONVERSION
 from .layouts import CAUSAL_LM, PublishedTensor, buffer_names, embedding_name, inv_freq_name, published_tensors
 from .portable import make_tokenizer_portable, without_paths
 from .sources import Source, open_source
-from .weights import DTYPES, Weights, check_shapes
+from .weights import DTYPES, Weights, check_shapes, count_values, read_tensors
 
 
 TARGETS = ("transformers", "published", "causal-lm")
@@ -79,11 +80,14 @@ def convert_checkpoint(
     published files nor the path of `source` in the release of BlockGen say.
 
     A Llama, Mistral, Qwen2, Qwen3 or SmolLM checkpoint, or a GGUF file of one, becomes a BlockGen model that is the
-    original at block size 1 and has blocks that are still to be trained (`blockgen-hf adapt`).
+    original at block size 1 and has blocks that are still to be trained (`blockgen-hf adapt`). Of the adapter that was
+    trained, and of its base model, one folder is made, or with `to="causal-lm"` a plain checkpoint with the adapter in
+    the folder `adapter`.
 
     Args:
         source: a folder, or `hf:org/repo` or `hf:org/repo/folder`: a published checkpoint or a causal language model,
-            or one of this package with `to="published"` or `"causal-lm"`. Of causal language models also a GGUF file.
+            or one of this package with `to="published"` or `"causal-lm"`. Of causal language models also a GGUF file,
+            or the folder of an adapter that was trained on one, which names its base model.
         output: the folder to write, which must be empty or absent unless `overwrite`.
         diffusion_type: `"masked"` or `"uniform"`. Default for causal language models: `"masked"`.
         block_sizes, block_size_weights: the mixture that a BlockGen model was trained on, or that a causal language
@@ -122,11 +126,14 @@ def convert_checkpoint(
     target = Path(output).expanduser()
     check_output(target, overwrite)
     opened = open_source(source, revision, cache_dir)
-    if target.resolve() == opened.folder.resolve():
+    if target.resolve() in (opened.folder.resolve(), opened.adapter and opened.adapter.resolve()):
         raise ValueError(f"`output` {target} is the source: name another folder.")
     if to == "causal-lm":
         given = {**vars(chosen), "noisy_attention": noisy_attention, "tokenizer": tokenizer}
         return _to_causal_lm(opened, target, given, dtype, max_shard_size, overwrite)
+    if opened.adapter is not None:
+        given = {**vars(chosen), "noisy_attention": noisy_attention, "tokenizer": tokenizer, "dtype": dtype}
+        return _join(opened, target, {**given, "max_shard_size": max_shard_size}, to, overwrite)
     is_causal = family == CAUSAL_LM or (family is None and opened.config.get("model_type") in MODEL_TYPES)
     if to == "transformers" and (is_causal or opened.gguf):
         if family not in (None, CAUSAL_LM):
@@ -148,6 +155,27 @@ def convert_checkpoint(
         unused = {"tokenizer": tokenizer, "max_shard_size": max_shard_size}
         return _to_published(opened, target, chosen, unused, dtype, overwrite)
     return _to_transformers(opened, target, chosen, tokenizer, dtype, max_shard_size, overwrite)
+
+
+def _join(source: Source, output: Path, given: dict[str, Any], to: str, overwrite: bool) -> ConversionReport:
+    """An adapter with its base, in one folder."""
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"`{name}` has no meaning for the folder of an adapter, which is copied: leave it out.")
+    if to != "transformers" or source.config.get("model_type") != BlockGenConfig.model_type:
+        raise ValueError(
+            f"{source.adapter} is an adapter, which becomes one folder with its base model, {source.name}, if that is "
+            "of this package, or a plain checkpoint beside the adapter with `to='causal-lm'` (--to)."
+        )
+    if source.adapter == source.folder:
+        raise ValueError(f"{source.name} holds a model with its adapter already.")
+    config, has_tokenizer = join_adapter(source, output, overwrite)
+    tensors = read_tensors(output)
+    weights = Weights(output)
+    notes = ("from_pretrained loads the adapter with the model, where the package peft is installed.",)
+    return ConversionReport(
+        output, CAUSAL_LM, config, count_values(tensors), weights.dtype(tensors, None), has_tokenizer, notes
+    )
 
 
 def _to_causal_lm(

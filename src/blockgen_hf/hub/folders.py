@@ -218,7 +218,7 @@ def _checked_model(folder: Path, contents: FolderContents) -> FolderContents:
         return contents
     if CONFIG not in contents.files:
         raise ValueError("config.json is left out, but without it nobody can load the model.")
-    check_model_folder(folder)
+    check_model_folder(folder, with_adapter=True)
     return contents
 
 

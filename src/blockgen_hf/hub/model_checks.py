@@ -6,12 +6,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import is_peft_available
 
 from ..places import local_folder
 from .card_facts import read_config
-from .files import ADAPTER_CONFIG, CONFIG, GENERATION_CONFIG, MODEL_FILES, TOKENIZER_FILES, WEIGHT_FILES, read_json
+from .files import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILES,
+    ADAPTER_WEIGHTS,
+    CONFIG,
+    GENERATION_CONFIG,
+    MODEL_FILES,
+    TOKENIZER_FILES,
+    WEIGHT_FILES,
+    read_json,
+)
 from .sources import download
-from .weights import SavedTensor, check_weights, read_tensors
+from .weights import SavedTensor, check_weights, read_file, read_tensors
 
 
 _LARGEST = 1e6  # trained weights are below 100; some a thousand times as large overflow in half precision
@@ -29,15 +40,16 @@ def fetch_model(name: str, revision: str | None = None) -> Path:
     folder = local_folder(name)
     if folder is not None:
         return folder
-    return download(name, (CONFIG, ADAPTER_CONFIG, *WEIGHT_FILES, *MODEL_FILES), revision)
+    return download(name, (CONFIG, *ADAPTER_FILES, *WEIGHT_FILES, *MODEL_FILES), revision)
 
 
-def check_model_folder(folder: Path, *, own_code: bool = False) -> dict[str, SavedTensor]:
+def check_model_folder(folder: Path, *, own_code: bool = False, with_adapter: bool = False) -> dict[str, SavedTensor]:
     """
     Looks at every file that loading would read, without building the model or reading its weights.
 
     Args:
         own_code: whether the model is code of the folder's own, which may have other tensors than this package's.
+        with_adapter: whether there may be an adapter beside the model, which is loaded with it.
 
     Returns:
         what is in the files of weights.
@@ -49,10 +61,7 @@ def check_model_folder(folder: Path, *, own_code: bool = False) -> dict[str, Sav
     """
     values = _read(folder / CONFIG)
     if (folder / ADAPTER_CONFIG).is_file():
-        raise ValueError(
-            f"{folder} holds a model and an adapter, {ADAPTER_CONFIG}, and transformers would load the adapter's base "
-            "model instead of this one. Move the adapter's files to a folder of their own."
-        )
+        _check_adapter(folder, values, with_adapter)
     small = [name for name in (GENERATION_CONFIG, *TOKENIZER_FILES) if name.endswith(".json")]
     found = {name: _read(folder / name) for name in small if (folder / name).is_file()}
     tensors = read_tensors(folder)
@@ -65,6 +74,20 @@ def check_model_folder(folder: Path, *, own_code: bool = False) -> dict[str, Sav
         for file, settings in ((CONFIG, values), (GENERATION_CONFIG, found.get(GENERATION_CONFIG, {}))):
             _check_ids(settings, values["vocab_size"], values.get("mask_token_id"), folder / file)
     return tensors
+
+
+def _check_adapter(folder: Path, config: dict[str, Any], is_accepted: bool) -> None:
+    """Beside a model, only an adapter that cannot be merged into its weights makes sense."""
+    is_joined = config.get("ar_prediction") == "clean" and (folder / ADAPTER_WEIGHTS).is_file()
+    if not is_accepted or not is_joined:
+        raise ValueError(
+            f"{folder} holds a model and an adapter, {ADAPTER_CONFIG}, and transformers would load both. Move the "
+            "adapter's files to a folder of their own."
+        )
+    _read(folder / ADAPTER_CONFIG)
+    read_file(folder / ADAPTER_WEIGHTS)
+    if not is_peft_available():
+        raise ValueError(f"{folder} holds a model and its adapter, which needs the package peft: pip install peft.")
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ From a folder to the Hub: checks, a card, and one commit.
 """
 
 import fnmatch
+import json
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -15,9 +16,10 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
+from ..whole_files import json_text
 from .card_evaluation import Evaluation
 from .cards import model_card, samples_card
-from .files import INDEX, README, SHARDS, WEIGHTS, read_card
+from .files import ADAPTER_CONFIG, CONFIG, INDEX, README, SHARDS, WEIGHTS, read_card
 from .folders import FolderContents, PlannedFile, read_folder
 from .licenses import find_license
 from .weights import check_values, read_tensors
@@ -143,6 +145,8 @@ def plan_push(
     folder = Path(folder).expanduser()
     _check_repo_id(repo_id)
     contents = read_folder(folder, repo_type, ignore=ignore, include=include, update_code=update_code, strict=strict)
+    if {CONFIG, ADAPTER_CONFIG} <= contents.files.keys():
+        contents = contents.with_file(_own_adapter(contents.files[ADAPTER_CONFIG], repo_id))
     if repo_type == "model":
         check_values(folder, read_tensors(folder))
     facts: dict[str, Any] = dict(license=license, language=language)
@@ -197,6 +201,12 @@ def _card(
     for key, value in found.items():
         card.data[key] = value
     return PlannedFile(README, str(card).encode(), "the licence is added to its metadata")
+
+
+def _own_adapter(file: PlannedFile, repo_id: str) -> PlannedFile:
+    """The settings of an adapter beside its model: on the Hub, transformers looks for the model where they say."""
+    values = {**json.loads(file.read()), "base_model_name_or_path": repo_id}
+    return PlannedFile(file.path, json_text(values).encode(), "names the repository as the base model")
 
 
 def _check_repo_id(repo_id: str) -> None:

@@ -1,7 +1,7 @@
 """Where a checkpoint is read from: a folder, or one of the Hub."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,21 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from .files import CONFIG, CONVERSION, GENERATION_CONFIG, INDEX, SHARDS, TOKENIZER_FILES, WEIGHTS, read_json
+from ..places import local_folder
+from .files import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILES,
+    CODE,
+    CONFIG,
+    CONVERSION,
+    GENERATION_CONFIG,
+    INDEX,
+    RECIPE,
+    SHARDS,
+    TOKENIZER_FILES,
+    WEIGHTS,
+    read_json,
+)
 
 
 HUB_PREFIX = "hf:"
@@ -34,6 +48,7 @@ class Source:
         commit: of a source on the Hub, None for a folder.
         config: its config.json; empty for a GGUF file.
         gguf: the name of the GGUF file in the folder that the checkpoint is.
+        adapter: the folder of an adapter (PEFT) of the checkpoint: its own, or the one that was named.
     """
 
     name: str
@@ -42,6 +57,7 @@ class Source:
     commit: str | None
     config: dict[str, Any]
     gguf: str | None = None
+    adapter: Path | None = None
 
 
 def open_source(source: str | Path, revision: str | None = None, cache_dir: str | Path | None = None) -> Source:
@@ -49,7 +65,8 @@ def open_source(source: str | Path, revision: str | None = None, cache_dir: str 
     Finds a checkpoint, downloads it if it is on the Hub, and reads its config.json.
 
     Args:
-        source: a folder, or `hf:org/repo`, or `hf:org/repo/folder/in/it`; or a GGUF file, here or in a repository.
+        source: a folder, or `hf:org/repo`, or `hf:org/repo/folder/in/it`; or a GGUF file, here or in a repository. Of
+            an adapter's folder, the checkpoint is the base model that it names.
         revision: branch, tag or commit of a source on the Hub.
         cache_dir: where downloads are kept. Default: the cache of huggingface_hub.
 
@@ -60,7 +77,10 @@ def open_source(source: str | Path, revision: str | None = None, cache_dir: str 
     is_on_hub, commit = name.startswith(HUB_PREFIX), None
     if is_on_hub:
         repo, inner = _split(name)
-        files = (CONFIG, GENERATION_CONFIG, CONVERSION, INDEX, WEIGHTS, SHARDS, *TOKENIZER_FILES)
+        files = (
+            CONFIG, GENERATION_CONFIG, CONVERSION, INDEX, WEIGHTS, SHARDS, CODE, RECIPE,
+            *ADAPTER_FILES, *TOKENIZER_FILES,
+        )  # fmt: skip
         patterns = [inner] if inner.endswith(_GGUF) else [f"{inner}/{file}".lstrip("/") for file in files]
         snapshot = download(repo, patterns, revision, cache_dir)
         folder, parts, commit = snapshot / inner, tuple(inner.split("/")), snapshot.name
@@ -80,12 +100,33 @@ def open_source(source: str | Path, revision: str | None = None, cache_dir: str 
             f"`source` must be a folder with {CONFIG} and {WEIGHTS}, or {HUB_PREFIX}org/repo/folder, but is {name!r}: "
             f"{what}{' in the repository' if is_on_hub else ''}."
         )
+    adapter = folder if (folder / ADAPTER_CONFIG).is_file() else None
+    if adapter is not None and not (folder / CONFIG).is_file():
+        return replace(_open_base(adapter, cache_dir), adapter=adapter)
     if not any((folder / file).is_file() for file in (WEIGHTS, INDEX)):
         _refuse_pickles(sorted(folder.iterdir()))
         raise ValueError(f"There are no weights in {name}: it has neither {WEIGHTS} nor {INDEX}.")
     if not (folder / CONFIG).is_file():
         raise ValueError(f"There is no {CONFIG} in {name}: put the one there that was published with the weights.")
-    return Source(name, folder, parts, commit, read_json(folder / CONFIG))
+    return Source(name, folder, parts, commit, read_json(folder / CONFIG), adapter=adapter)
+
+
+def _open_base(adapter: Path, cache_dir: str | Path | None) -> Source:
+    """The base model that an adapter names."""
+    settings = read_json(adapter / ADAPTER_CONFIG)
+    base = settings.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ValueError(f"{adapter / ADAPTER_CONFIG} does not name its base model, `base_model_name_or_path`.")
+    try:
+        is_here = local_folder(base) is not None
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"The base model of {adapter} is not there: {error} Write its place into `base_model_name_or_path` of "
+            f"{ADAPTER_CONFIG}."
+        ) from error
+    if is_here:
+        return open_source(base)
+    return open_source(f"{HUB_PREFIX}{base}", settings.get("revision"), cache_dir)
 
 
 def _split(name: str) -> tuple[str, str]:

@@ -47,9 +47,9 @@ def read_tensors(folder: Path) -> dict[str, SavedTensor]:
             "earlier save. Delete it."
         )
     if single.is_file():
-        return _read_file(single)
+        return read_file(single)
     if (folder / ADAPTER_WEIGHTS).is_file() and not index.is_file():
-        return _read_file(folder / ADAPTER_WEIGHTS)
+        return read_file(folder / ADAPTER_WEIGHTS)
     if not index.is_file():
         raise ValueError(f"{folder} holds no weights: neither {WEIGHTS} nor {INDEX}.")
     return _read_shards(folder, index, shards)
@@ -69,14 +69,18 @@ def _read_shards(folder: Path, index: Path, shards: set[str]) -> dict[str, Saved
         )
     tensors: dict[str, SavedTensor] = {}
     for shard in sorted(shards):
-        tensors.update(_read_file(folder / shard))
+        tensors.update(read_file(folder / shard))
     absent = sorted(name for name, shard in named.items() if name not in tensors or tensors[name].file != shard)
     if absent:
         raise ValueError(f"{absent[0]} is not in {named[absent[0]]}, where {index.name} says. Save the model again.")
     return tensors
 
 
-def _read_file(path: Path) -> dict[str, SavedTensor]:
+def read_file(path: Path) -> dict[str, SavedTensor]:
+    """
+    Raises:
+        ValueError: it is no safetensors file.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
@@ -224,5 +228,6 @@ __all__ = [
     "check_values",
     "check_weights",
     "count_values",
+    "read_file",
     "read_tensors",
 ]
