@@ -61,7 +61,7 @@ def try_release(
     name: str, requirement: str, parts: tuple[str, ...], short: bool = False, default_torch: bool = False
 ) -> dict[str, str]:
     """A row of the table."""
-    venv = FOLDER / re.sub(r"\W+", "-", requirement)
+    venv = FOLDER / re.sub(r"\W+", "-", requirement.replace(">=", "-from-"))
     run.lay_over(venv)
     pinned = run.releases(run.VENV)
     kept = [f"{other}=={pinned[other]}" for other in ("torch", "transformers") if other != name]
@@ -75,7 +75,9 @@ def try_release(
         run.pip_install(venv, "--no-deps", "--ignore-installed", f"optimum-quanto=={pinned['optimum-quanto']}")
     found = run.releases(venv)
     others = [
-        f"{other} {release}" for other, release in found.items() if other != name and pinned.get(other) != release
+        f"{other} {release}"
+        for other, release in found.items()
+        if other != name and pinned.get(other) != release and not other.startswith(("nvidia-", "cuda-"))
     ]
     row = {"package": name, "release": found[name], "others": ", ".join(sorted(others))}
     if found[name] == pinned[name]:
