@@ -52,6 +52,7 @@ EXTRA_OF_COMMAND = {
     "finetune": "[train]",
     "evaluate-answers": "[train,eval]",
     "evaluate-samples": "[train,eval]",
+    "demo": "[demo]",
     "serve": "[serve]",
 }
 

@@ -377,7 +377,7 @@ def test_a_space_has_its_metadata(tmp_path: Path) -> None:
     write_space(tmp_path / "space", "me/tiny", license="mit", title="Letters")
     assert {path.name for path in tmp_path.iterdir()} == {"space"}
     found = {path.name for path in (tmp_path / "space").iterdir()}
-    assert found == {"README.md", "app.py", "requirements.txt", "frames.py", "replay", "writing.py"}
+    assert found == {"README.md", "app.py", "requirements.txt", "frames.py", "remote.py", "replay", "writing.py"}
     data = RepoCard.load(tmp_path / "space" / "README.md", repo_type="space").data.to_dict()
     assert data["sdk"] == "gradio" and data["app_file"] == "app.py" and data["models"] == ["me/tiny"]
     required = (tmp_path / "space" / "requirements.txt").read_text().split()

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -21,6 +22,7 @@ from serving import Running, chat_tokenizer, events, expected_text, running, ser
 from tiny import EOS, MASK, NUM_WORDS
 
 from blockgen_hf.cli import main
+from blockgen_hf.generation.frames import frames
 
 
 PROMPT = "abcab"
@@ -142,6 +144,47 @@ def test_drafts_are_events_of_another_name_for_those_who_ask(server: Running) ->
     assert status == 400 and json.loads(refused)["error"]["param"] == "stream_drafts"
 
 
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_frames_are_events_that_make_the_frames_of_generate(server: Running, settings: dict[str, Any]) -> None:
+    fields = {"max_tokens": 8, **settings, "trajectory_top_k": 2}
+    body: dict[str, Any] = {"model": "tiny", "prompt": PROMPT, "seed": 7, "stream": True, **fields}
+    found = events(server.post("/v1/completions", {**body, "n": 2, "stream_frames": True})[1])
+    sent = [json.loads(data) for name, data in found if name == "blockgen.frame"]
+    model = served_model()
+    for index in range(2):
+        positions: list[Any] = []
+        whole = []
+        for event in sent:
+            if event["index"] == index:
+                positions = positions[: event["frame"].pop("offset")] + event["frame"]["positions"]
+                whole.append({**event["frame"], "positions": positions})
+        torch.manual_seed(7 + index)
+        outputs = model.generate(
+            **chat_tokenizer()(PROMPT, return_tensors="pt"),
+            max_new_tokens=8,
+            trajectory_top_k=2,
+            output_trajectory=True,
+            return_dict_in_generate=True,
+            **settings,
+        )
+        expected = frames(outputs, chat_tokenizer())[0]["frames"]
+        assert [drawn(frame) for frame in whole] == [drawn(frame) for frame in expected]
+        assert len(sent[-1]["frame"]["positions"]) < len(expected[-1]["positions"])
+    assert refusal(server, body)[:2] == (400, "trajectory_top_k")
+
+
+def drawn(frame: dict[str, Any]) -> Any:
+    """A frame without its figures, which are rounded otherwise where rows share a pass."""
+    cells = [
+        {name: value for name, value in position.items() if name not in ("surprisal", "diffusion", "ar", "was")}
+        for position in frame["positions"]
+    ]
+    assert any(len(position.get("ar", position.get("diffusion", []))) == 2 for position in frame["positions"]) or (
+        frame["event"] in ("prompt", "noise")
+    )
+    return {**frame, "positions": cells}
+
+
 def test_a_cancelled_stream_leaves_no_work_behind(server: Running) -> None:
     before = server.metric("blockgen_cancelled_requests_total")
     stream = complete(server, n=3, stream=True, **LONG)
@@ -200,6 +243,15 @@ def test_logprobs_are_those_of_the_autoregressive_model(server: Running, setting
     for top, row in zip(found.top_logprobs[1:], expected, strict=True):
         best = row.topk(2).values
         assert sorted(top.values(), reverse=True)[:2] == pytest.approx(best.tolist(), abs=1e-4)
+
+
+def test_only_the_engines_thread_uses_the_model() -> None:
+    """Also to score an echoed prompt."""
+    model, threads = served_model(), set()
+    model.base_model.register_forward_hook(lambda *_: threads.add(threading.current_thread().name))
+    with running(model, chat_tokenizer()) as server:
+        complete(server, n=2, logprobs=1, echo=True, max_tokens=4)
+    assert threads == {"blockgen-engine"}
 
 
 def test_chat_logprobs_have_alternatives_and_bytes(server: Running) -> None:

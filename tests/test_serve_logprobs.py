@@ -4,7 +4,7 @@ import pytest
 import torch
 from causal_models import adopted, original, texts
 from tiny import MASK, tiny_model
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from blockgen_hf.serving.logprobs import score_prompt
 
@@ -25,7 +25,7 @@ def test_a_prompt_is_scored_by_the_autoregressive_model(kind: str) -> None:
     if kind == "masked":
         logits[:, MASK] = -torch.inf
     expected = logits.log_softmax(-1)
-    found = score_prompt(model, prompt, num_top=2)
+    found = score_prompt(model, prompt, 2, DynamicCache(config=model.config), chunk=4)
     assert [score.token_id for score in found] == prompt[1:]
     for place, score in enumerate(found):
         assert score.logprob == pytest.approx(expected[place, prompt[place + 1]].item(), abs=1e-4)

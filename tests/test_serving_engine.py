@@ -27,6 +27,7 @@ from blockgen_hf.serving.requests import (
     FailedEvent,
     FinishedEvent,
     GenerationRequest,
+    PromptEvent,
     TokensEvent,
     Usage,
 )
@@ -140,6 +141,23 @@ def test_stop_strings_end_a_text_at_the_token_that_completes_them(decoding: str)
             assert isinstance(events[-1], FinishedEvent) and events[-1].reason == "stop"
 
 
+def test_a_stop_string_that_begins_in_the_prompt_stops_nothing() -> None:
+    """As in OpenAI's API. `stop_strings` of `generate` match it."""
+    model, tokenizer = tiny_model().double(), tiny_tokenizer()
+    asked = request(3, num_tokens=12, decoding="ar", suppress_tokens=[*ENDS, PAD])
+    free = alone(model, asked).sequences[0].tolist()
+    across = "".join(tokenizer.convert_ids_to_tokens(free[2:6]))
+    config = copy.deepcopy(asked.generation_config)
+    config.stop_strings = [across]
+    torch.manual_seed(asked.seed)
+    stopped = model.generate(torch.tensor([asked.input_ids]), generation_config=config, tokenizer=tokenizer)
+    assert stopped[0].tolist() == free[:6]
+    with running(model, tokenizer=tokenizer) as engine:
+        events = list(engine.submit(replace(asked, stop=(across,))))
+    assert text(events) == free[4:]
+    assert isinstance(events[-1], FinishedEvent) and events[-1].reason == "length"
+
+
 def test_a_row_of_a_dense_model_is_served_too() -> None:
     model = tiny_model(**DENSE).double()
     with running(model, prefill_chunk=4) as engine:
@@ -180,6 +198,31 @@ def test_logprobs_are_those_of_the_ar_pass_and_change_no_text(kind: str, decodin
     assert_near(torch.tensor([each.logprob for each in found], dtype=torch.float64), of_tokens)
     for each, best in zip(found, expected.topk(2).indices.tolist(), strict=True):
         assert [token for token, _ in each.top] == best
+
+
+@pytest.mark.parametrize("kind", ["masked", "adopted", "dense"])
+def test_prompts_are_scored_in_passes_that_are_shared(kind: str) -> None:
+    model = adopted(original()) if kind == "adopted" else tiny_model(**DENSE if kind == "dense" else {})
+    model = model.double()
+    requests = [
+        replace(request(n, prompt=length, decoding="ar"), num_logprobs=2, scores_prompt=True)
+        for n, length in enumerate((1, 9, 6, 13))
+    ]
+    with running(model, prefill_chunk=4) as engine:
+        answers = [list(handle) for handle in [engine.submit(asked) for asked in requests]]
+        statistics = engine.statistics()
+    assert statistics.rows_in_passes > 1.5 * statistics.passes
+    for asked, (first, *others) in zip(requests, answers, strict=True):
+        expected = alone(model, asked)
+        assert text(others) == expected.sequences[0, len(asked.input_ids) :].tolist()
+        with torch.no_grad():
+            log_probs = model(torch.tensor([asked.input_ids])).logits[0, :-1].log_softmax(-1)
+        assert isinstance(first, PromptEvent)
+        assert [each.token_id for each in first.logprobs] == list(asked.input_ids[1:])
+        found = torch.tensor([each.logprob for each in first.logprobs], dtype=torch.float64)
+        assert_near(found, log_probs.gather(1, torch.tensor(asked.input_ids[1:])[:, None])[:, 0])
+        num_chunks = -(-(len(asked.input_ids) - 1) // 4)
+        assert others[-1].usage.function_evaluations == int(expected.num_function_evaluations) + num_chunks
 
 
 def test_drafts_are_told_where_they_are_asked_for() -> None:

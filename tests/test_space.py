@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +22,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "one block size": ("block_causal", {}, ["block_diffusion"]),
     "autoregressive": ("masked", {"block_sizes": [1]}, ["ar"]),
 }
-PARTS = ("frames", "replay", "writing")
+PARTS = ("frames", "remote", "replay", "writing")
 HAS_GRADIO = find_spec("gradio") is not None  # asked here, as the fixture below puts something in its place
 
 
@@ -39,7 +40,8 @@ def space(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
 
 def app_of(space: dict[str, Any], kind: str = "mixture", tokenizer: Any = None, **overrides: Any) -> Any:
     variant, settings, _ = KINDS[kind]
-    return space["App"](tiny_model(variant, **settings, **overrides), tokenizer or tiny_tokenizer(), "Letters")
+    model = tiny_model(variant, **settings, **overrides)
+    return space["App"](space["ModelWriter"](model, tokenizer or tiny_tokenizer()), "Letters")
 
 
 def fields(**changed: Any) -> list[Any]:
@@ -51,8 +53,8 @@ def fields(**changed: Any) -> list[Any]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_app_writes_with_every_decoding_that_a_model_knows(kind: str, space: dict[str, Any]) -> None:
     app = app_of(space, kind)
-    assert app.decodings == KINDS[kind][2]
-    for decoding in app.decodings:
+    assert app.writer.facts.decodings == KINDS[kind][2]
+    for decoding in app.writer.facts.decodings:
         *drafts, end = app.generate("abcd", decoding, "nothing", *fields())
         assert drafts and all('aria-busy="true"' in draft and "replay live" in draft for draft in drafts)
         assert 'sandbox="allow-scripts"' in end and f"{decoding}: 8 new tokens" in end
@@ -125,6 +127,30 @@ def test_the_demo_says_what_is_missing(capsys: pytest.CaptureFixture[str], monke
     monkeypatch.setattr("blockgen_hf.cli.demo.find_spec", lambda name: None)
     assert main(["demo"]) == 1
     assert "pip install 'blockgen-hf[demo]'" in capsys.readouterr().err
+
+
+def test_the_page_begins_with_the_models_own_settings(space: dict[str, Any]) -> None:
+    facts = space["ModelFacts"]([1, 2, 4], 64, "masked", 20, {})
+    own = dict(
+        decoding="block_diffusion",
+        block_size=2,
+        corrector="random",
+        ar_seed_tokens=3,
+        max_new_tokens=9,
+        temperature=0.3,
+    )
+
+    def first(**settings: Any) -> dict[str, Any]:
+        return vars(space["Fields"].first(replace(facts, settings=settings)))
+
+    budget = dict(budget_kind="steps", budget=12, seed=0)
+    assert first(**own, denoising_steps=12) == {**own, **budget}
+    assert first(nfe_per_block=7)["budget_kind"] == "evaluations" and first(nfe_per_block=7)["budget"] == 7
+    assert first(do_sample=False)["temperature"] == 0 and first(temperature=None)["temperature"] == 1
+    assert first(decoding="contrastive", block_size=3, max_new_tokens=500) == {**first(), "max_new_tokens": 32}
+    app = app_of(space)
+    app.writer.model.generation_config.temperature = 0.25
+    assert space["Fields"].first(space["ModelWriter"](app.writer.model, tiny_tokenizer()).facts).temperature == 0.25
 
 
 @pytest.mark.slow

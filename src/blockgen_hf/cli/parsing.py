@@ -11,6 +11,7 @@ from ..places import local_folder
 
 
 PROGRAM = "blockgen-hf"
+API_KEY = "BLOCKGEN_HF_API_KEY"  # a variable of the environment, for servers and their clients
 Value = TypeVar("Value")
 _CPU_WEIGHTS = ("int8", "float16", "float32")  # formats of `quantize_for_cpu`, known here without importing torch
 
@@ -69,6 +70,14 @@ def model_name(text: str) -> str:
     if not (folder / "config.json").is_file():
         raise argparse.ArgumentTypeError(f"The folder {text} is not a model folder: it has no config.json.")
     return str(folder)
+
+
+def model_source(name: str) -> str:
+    """[`model_name`] of a name that was not checked by argparse, as it is shown as it was given."""
+    try:
+        return model_name(name)
+    except argparse.ArgumentTypeError as error:
+        raise CommandError(error) from error
 
 
 def add_loading_arguments(group: argparse._ArgumentGroup) -> None:

@@ -6,19 +6,19 @@ import os
 from ..checkpoints import SHIPPED
 from ..places import name_without_folder
 from .parsing import (
+    API_KEY,
     MODEL_HELP,
     CommandError,
     add_cpu_weights,
     add_loading_arguments,
     integer,
     loading_options,
-    model_name,
+    model_source,
 )
 
 
 EXAMPLE = f"blockgen-hf serve {SHIPPED[0]}"
 USAGE = "[MODEL]"
-_KEY = "BLOCKGEN_HF_API_KEY"
 _LOG_LEVELS = ("critical", "error", "warning", "info", "debug")
 
 
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--port", type=integer(0, 65535), default=8000, metavar="N", help="0: a free one (default: 8000)"
     )
-    group.add_argument("--api-key", metavar="KEY", help=f"key that clients must send (default: ${_KEY}, or none)")
+    group.add_argument("--api-key", metavar="KEY", help=f"key that clients must send (default: ${API_KEY}, or none)")
     group.add_argument(
         "--allow-origin",
         action="append",
@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
 
     options = ServerOptions(
         model_name=args.served_model_name or name_without_folder(args.model),
-        api_key=args.api_key or os.environ.get(_KEY) or None,
+        api_key=args.api_key or os.environ.get(API_KEY) or None,
         allow_origins=tuple(args.allow_origin),
         max_batch_rows=args.max_batch_rows,
         max_queue=args.max_queue,
@@ -113,17 +113,9 @@ def run(args: argparse.Namespace) -> int:
         limits=Limits(args.max_body_bytes, args.max_prompt_tokens, args.max_tokens, args.max_choices),
     )
     with quiet_transformers(), one_line_errors():
-        model, tokenizer = load(_source(args.model), **loading_options(args))
+        model, tokenizer = load(model_source(args.model), **loading_options(args))
         pack_weights(model, args.cpu_weights)
         app = create_app(model, tokenizer, options)
         server = Server(app, options.model_name, args.host, args.port, args.shutdown_timeout, args.log_level)
         server.serve_until_stopped()
     return 0
-
-
-def _source(name: str) -> str:
-    """Checked here and not by argparse, as what clients call the model is its name as it was given."""
-    try:
-        return model_name(name)
-    except argparse.ArgumentTypeError as error:
-        raise CommandError(error) from error

@@ -31,7 +31,10 @@ _KINDS: dict[str, tuple[str, ...]] = {
         "recipe.yaml",
     ),
     "dataset": (*_EVERYWHERE, "*.jsonl"),
-    "space": (*_EVERYWHERE, "app.py", "requirements.txt", "frames.py", "writing.py", "replay/*.py", "replay/viewer.*"),
+    "space": (
+        *_EVERYWHERE, "app.py", "requirements.txt",
+        "frames.py", "remote.py", "writing.py", "replay/*.py", "replay/viewer.*",
+    ),
 }  # fmt: skip
 # Left by a training run or a tool. Names of folders end with a bar.
 _LEFTOVERS = {

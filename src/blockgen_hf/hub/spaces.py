@@ -86,7 +86,7 @@ def _parts() -> dict[str, str]:
     package = files("blockgen_hf")
     viewer = [file for file in (package / "replay").iterdir() if file.is_file()]
     return {
-        "writing.py": template("space/writing.py"),
+        **{name: template(f"space/{name}") for name in ("remote.py", "writing.py")},
         "frames.py": (package / "generation" / "frames.py").read_text(encoding="utf-8"),
         **{
             f"replay/{file.name}": file.read_text(encoding="utf-8")

@@ -5,12 +5,14 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from typing import Any
 
+from ..generation.frames import FrameTexts, since
 from .errors import ApiError, shutting_down
 from .formats import Cost
 from .handles import RequestHandle
 from .metrics import Metrics
-from .requests import DraftEvent, Event, FailedEvent, FinishedEvent, TokensEvent
+from .requests import DraftEvent, Event, FailedEvent, FinishedEvent, FrameEvent, PromptEvent, TokensEvent
 from .text import AnswerText, Piece
 
 
@@ -32,6 +34,17 @@ class ChoiceDraft:
     tokens: list[str]
 
 
+@dataclass(frozen=True)
+class ChoiceFrame:
+    """The next frame of a choice, as `since` sends it: without the positions that have not changed."""
+
+    index: int
+    frame: dict[str, Any]
+
+
+Found = ChoicePiece | ChoiceDraft | ChoiceFrame
+
+
 class Answers:
     """
     Choices that are being generated.
@@ -39,6 +52,7 @@ class Answers:
     Args:
         handles: one for each choice.
         texts: of the choices, with what is echoed.
+        frame_texts: gives frames their texts.
         num_prompt_tokens: of all prompts.
         started: when the request came, by `time.perf_counter`.
         metrics: of the server.
@@ -48,6 +62,7 @@ class Answers:
         self,
         handles: Sequence[RequestHandle],
         texts: Sequence[AnswerText],
+        frame_texts: FrameTexts,
         num_prompt_tokens: int,
         started: float,
         metrics: Metrics,
@@ -55,6 +70,8 @@ class Answers:
         self.texts = texts
         self.cost = Cost(num_prompt_tokens)
         self._handles = handles
+        self._frame_texts = frame_texts
+        self._frames: list[dict[str, Any] | None] = [None] * len(handles)  # the last of each choice
         self._num_left = len(handles)
         self._metrics = metrics
         self._started = started
@@ -66,7 +83,7 @@ class Answers:
         for handle in self._handles:
             handle.cancel()
 
-    async def pieces(self) -> AsyncGenerator[ChoicePiece | ChoiceDraft, None]:
+    async def pieces(self) -> AsyncGenerator[Found, None]:
         """
         What all choices give, as it comes. If nobody listens any more, they are cancelled.
 
@@ -85,12 +102,19 @@ class Answers:
             else:
                 self._metrics.duration.observe(time.perf_counter() - self._started)
 
-    def _read(self, index: int, event: Event) -> list[ChoicePiece | ChoiceDraft]:
+    def _read(self, index: int, event: Event) -> list[Found]:
         text = self.texts[index]
         if isinstance(event, FailedEvent):
             raise ApiError(500, "The server could not go on with this text. Its log says more.") from event.error
         if isinstance(event, DraftEvent):
             return [ChoiceDraft(index, event.start, [text.token_text(token) for token in event.token_ids])]
+        if isinstance(event, FrameEvent):
+            frame, before = self._frame_texts.add(event.frame), self._frames[index]
+            self._frames[index] = frame
+            return [ChoiceFrame(index, since(frame, before))]
+        if isinstance(event, PromptEvent):
+            text.echo(self._handles[index].request.input_ids, event.logprobs)
+            return []
         if isinstance(event, TokensEvent):
             self._observe_tokens(event)
             self._add(text, event)
@@ -148,4 +172,4 @@ async def merged(streams: Sequence[AsyncIterator[Event]]) -> AsyncGenerator[tupl
         await asyncio.gather(*readers, return_exceptions=True)
 
 
-__all__ = ["Answers", "ChoiceDraft", "ChoicePiece"]
+__all__ = ["Answers", "ChoiceDraft", "ChoiceFrame", "ChoicePiece"]

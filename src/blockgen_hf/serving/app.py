@@ -76,7 +76,7 @@ def _add_openai_routes(app: FastAPI, service: Service) -> None:
 
     def model_card() -> dict[str, Any]:
         card = Model(id=options.model_name, created=created, object="model", owned_by="blockgen-hf")
-        return {**card.to_dict(), "max_model_len": service.facts.positions}
+        return {**card.to_dict(), "max_model_len": service.facts.positions, "blockgen": service.facts.description()}
 
     @router.get("/models")
     async def models() -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """From the body of a request to requests to the engine: prompts, limits and settings."""
 
+import json
 import secrets
 from dataclasses import dataclass
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..generation.generation_configuration_blockgen import BlockGenGenerationConfig
+from ..modeling.configuration_blockgen import BlockGenConfig
 from ..prompts import PromptEncoder
 from .errors import ApiError, bad_request
 from .protocol import ChatBody, CompletionBody, GenerationBody
@@ -36,11 +38,24 @@ class Limits:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What the server needs to know of a model: its positions, its vocabulary and its generation config."""
+    """What the server needs to know of a model: its configuration and its generation config."""
 
-    positions: int
-    vocab_size: int
+    config: BlockGenConfig
     generation_config: GenerationConfig
+
+    @property
+    def positions(self) -> int:
+        return int(self.config.max_position_embeddings)
+
+    def description(self) -> dict[str, Any]:
+        """For clients that offer its decodings to somebody, such as the page of `blockgen-hf demo`."""
+        is_masked = self.config.diffusion_type == "masked"
+        return {
+            "block_sizes": sorted(self.config.block_sizes),
+            "diffusion_type": self.config.diffusion_type,
+            "mask_token": self.config.mask_token_id if is_masked else None,
+            "generation_config": json.loads(self.generation_config.to_json_string(use_diff=True)),
+        }
 
 
 def encode_prompts(body: GenerationBody, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> list[list[int]]:
@@ -93,7 +108,7 @@ def make_requests(
     Raises:
         ApiError: a setting that is not accepted, or too many tokens.
     """
-    settings = _settings(body, facts.vocab_size)
+    settings = _settings(body, facts.config.vocab_size)
     first_seed = secrets.randbelow(_NUM_SEEDS) if body.seed is None else body.seed
     requests = []
     for prompt in prompts:
@@ -110,7 +125,9 @@ def make_requests(
                     seed=(first_seed + number) % _NUM_SEEDS,
                     stop=body.stops,
                     num_logprobs=body.num_logprobs,
+                    scores_prompt=body.is_echoed and body.num_logprobs is not None,
                     stream_drafts=bool(body.stream_drafts),
+                    stream_frames=bool(body.stream_frames),
                 )
             )
     return requests

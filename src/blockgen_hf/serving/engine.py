@@ -242,7 +242,8 @@ class GenerationEngine:
                     return
                 handle = self._queue.popleft()
             try:
-                generation = Generation(self.model, self.tokenizer, handle.request, handle)
+                chunk = self._passes.prefill_chunk
+                generation = Generation(self.model, self.tokenizer, handle.request, handle, chunk)
             except Exception as error:  # what was checked when it was submitted
                 handle.put(FailedEvent(error))
                 self._finished["failed"] += 1

@@ -106,6 +106,10 @@ class AnswerFormat(ABC):
         kind = {"object": "blockgen.draft", "choices": []}
         return {**self.common, **kind, "index": index, "start": start, "tokens": list(tokens)}
 
+    def frame(self, index: int, frame: dict[str, Any]) -> dict[str, Any]:
+        """A frame, as docs/replay.md describes it, with its `offset`. It has no choices either."""
+        return {**self.common, "object": "blockgen.frame", "choices": [], "index": index, "frame": frame}
+
 
 class CompletionFormat(AnswerFormat):
     """`/v1/completions`: pieces look like whole answers."""

@@ -16,19 +16,21 @@ import torch
 from greenlet import getcurrent, greenlet
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.configuration_utils import GenerationConfig, GenerationMode
-from transformers.generation.stopping_criteria import StopStringCriteria
+from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from ..modeling.releases_blockgen import named_cache
 from .cache_slots import RowCache
 from .handles import RequestHandle
-from .logprobs import token_logprobs
+from .logprobs import score_prompt, token_logprobs
 from .passes import Call, HeadCall, TrunkCall
 from .requests import (
     DraftEvent,
     FailedEvent,
     FinishedEvent,
+    FrameEvent,
     GenerationRequest,
+    PromptEvent,
     TokenLogprob,
     TokensEvent,
     Usage,
@@ -88,6 +90,7 @@ class Generation:
         tokenizer: for stop strings.
         request: what is asked for.
         handle: is told the events.
+        prompt_chunk: tokens of the prompt that are scored in one pass.
     """
 
     def __init__(
@@ -96,10 +99,12 @@ class Generation:
         tokenizer: PreTrainedTokenizerBase | None,
         request: GenerationRequest,
         handle: RequestHandle,
+        prompt_chunk: int = 256,
     ) -> None:
         self.request = request
         self.handle = handle
         self.tokenizer = tokenizer
+        self.prompt_chunk = prompt_chunk
         self.cache = RowCache()
         self.model = served_model(model, request.seed, self._run_trunk, self._run_head)
         self.config = resolved_settings(model, request)
@@ -110,6 +115,9 @@ class Generation:
         self.outcome: Literal["stop", "length", "cancelled", "failed"] = "failed"
         self._num_scored = 0  # passes for log-probabilities alone
         self._last_logits: torch.Tensor | None = None
+        self._stops = StoppingCriteriaList()
+        if request.stop and tokenizer is not None:
+            self._stops.append(_StopsInAnswer(tokenizer, request))
         self._greenlet = greenlet(self._run)
 
     @property
@@ -151,13 +159,20 @@ class Generation:
             self.handle.put(FailedEvent(error))
 
     def _generate(self) -> Any:
+        if self.request.scores_prompt:
+            self._score_prompt()
         settings = copy.deepcopy(self.request.generation_config)
         settings.return_dict_in_generate = True
-        settings.stop_strings = list(self.request.stop) or None
-        streamer = _DraftStreamer(self) if self.request.stream_drafts else _Streamer(self)
         return start_generate(
-            self.model, self.request, settings, self.cache, streamer=streamer, tokenizer=self.tokenizer
+            self.model, self.request, settings, self.cache, streamer=_Streamer(self), stopping_criteria=self._stops
         )
+
+    def _score_prompt(self) -> None:
+        prompt, num_top = self.request.input_ids, self.request.num_logprobs or 0
+        scores = score_prompt(self.model, prompt, num_top, self.cache, self.prompt_chunk)
+        self.cache.row.reset()  # `generate` reads the prompt itself
+        self._num_scored = self.usage.function_evaluations
+        self.handle.put(PromptEvent(tuple(scores)))
 
     def _run_trunk(self, *, cache: RowCache, **arguments: Any) -> Any:
         arguments["attention_mask"] = None  # a row alone has no padding
@@ -198,9 +213,7 @@ class Generation:
         ends = self.config.eos_token_id
         if self.tokens and self.tokens[-1] in (ends if isinstance(ends, list) else [ends]):
             return True
-        if not self.request.stop or self.tokenizer is None:
-            return False
-        return bool(StopStringCriteria(self.tokenizer, list(self.request.stop))(sequences, None).all())
+        return bool(self._stops(sequences, None).all()) if self._stops else False
 
     # log-probabilities
 
@@ -239,26 +252,41 @@ class Generation:
 
 
 class _Streamer(BaseStreamer):
-    """Tells a generation its tokens."""
+    """Tells a generation its tokens, and what else its request asks for: `generate` looks for the methods."""
 
     def __init__(self, generation: Generation) -> None:
         self.generation = generation
         self.has_prompt = False
+        if generation.request.stream_drafts:
+            self.put_draft = self._put_draft
+        if generation.request.stream_frames:
+            self.put_frame = self._put_frame
 
     def put(self, value: torch.Tensor) -> None:
         if self.has_prompt and value.numel():
             self.generation.put(value.flatten().tolist())
         self.has_prompt = True
 
+    def _put_draft(self, value: torch.Tensor) -> None:
+        self.generation.put_draft(value.flatten().tolist())
+
+    def _put_frame(self, row: int, frame: dict[str, Any]) -> None:
+        self.generation.handle.put(FrameEvent(frame))
+
     def end(self) -> None:
         pass
 
 
-class _DraftStreamer(_Streamer):
-    """Its drafts too."""
+class _StopsInAnswer(StoppingCriteria):
+    """Stop strings, looked for behind the prompt only."""
 
-    def put_draft(self, value: torch.Tensor) -> None:
-        self.generation.put_draft(value.flatten().tolist())
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, request: GenerationRequest) -> None:
+        self.num_given = len(request.input_ids)
+        self.criterion = StopStringCriteria(tokenizer, list(request.stop))
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        found: torch.Tensor = self.criterion(input_ids[:, self.num_given :], scores)
+        return found
 
 
 def start_generate(
@@ -291,6 +319,8 @@ def check_request(
         raise ValueError(f"`stop` must hold strings that are not empty, but is {list(request.stop)}.")
     if request.stop and tokenizer is None:
         raise ValueError("`stop` needs an engine with a tokenizer.")
+    if request.scores_prompt and request.num_logprobs is None:
+        raise ValueError("`scores_prompt` needs `num_logprobs`.")
     if request.num_logprobs is not None:
         if not 0 <= request.num_logprobs <= model.config.vocab_size:
             raise ValueError(

@@ -3,15 +3,12 @@
 from collections.abc import Sequence
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
 from ..modeling.configuration_blockgen import BlockGenConfig
 from ..modeling.releases_blockgen import named_cache
 from .requests import TokenLogprob
-
-
-# Tokens whose logits are in memory at the same time.
-_CHUNK = 256
 
 
 def token_logprobs(
@@ -33,14 +30,20 @@ def token_logprobs(
     )
 
 
-@torch.inference_mode()
-def score_prompt(model: PreTrainedModel, token_ids: Sequence[int], num_top: int) -> list[TokenLogprob]:
-    """All tokens of a prompt but the first, with [`token_logprobs`]."""
-    tokens = torch.tensor([token_ids], device=model.device)
-    cache = DynamicCache(config=model.config)
+def score_prompt(
+    model: PreTrainedModel, token_ids: Sequence[int], num_top: int, cache: Cache, chunk: int
+) -> list[TokenLogprob]:
+    """
+    All tokens of a prompt but the first, with [`token_logprobs`].
+
+    Args:
+        cache: an empty one; it has all tokens but the last then.
+        chunk: tokens whose logits are in memory at the same time.
+    """
+    tokens = torch.tensor([token_ids], dtype=torch.long, device=model.device)
     found: list[TokenLogprob] = []
-    for start in range(0, len(token_ids) - 1, _CHUNK):
-        read = tokens[:, start : min(start + _CHUNK, len(token_ids) - 1)]
+    for start in range(0, len(token_ids) - 1, chunk):
+        read = tokens[:, start : min(start + chunk, len(token_ids) - 1)]
         logits = model(read, use_cache=True, **named_cache(cache)).logits[0]
         found += token_logprobs(logits, token_ids[start + 1 : start + 1 + read.shape[1]], num_top, model.config)
     return found

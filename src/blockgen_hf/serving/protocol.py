@@ -75,6 +75,7 @@ class DecodingSettings(BaseModel):
     revise_ratio: float | list[float] | None = None
     revise_steps: int | list[int] | None = None
     revise_score: str | None = None
+    trajectory_top_k: int | None = Field(None, ge=0, le=MOST_TOP_LOGPROBS)
     top_k: int | None = Field(None, ge=0)
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)
@@ -104,15 +105,19 @@ class GenerationBody(DecodingSettings):
     )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    stream_drafts: bool | None = None  # ours: drafts of the block in work, as events of another name
+    # Ours: drafts of the block in work, and frames (docs/replay.md), as events of other names.
+    stream_drafts: bool | None = None
+    stream_frames: bool | None = None
 
     @model_validator(mode="after")
     def check_values(self) -> "GenerationBody":
         if self.temperature and self.temperature < _LEAST_TEMPERATURE:
             raise ValueError(f"`temperature` must be 0 or at least {_LEAST_TEMPERATURE}, but is {self.temperature}")
-        for name in ("stream_options", "stream_drafts"):
+        for name in ("stream_options", "stream_drafts", "stream_frames"):
             if getattr(self, name) and not self.stream:
                 raise ValueError(f"`{name}` needs `stream`: true")
+        if self.trajectory_top_k and not self.stream_frames:
+            raise ValueError("`trajectory_top_k` needs `stream_frames`: true")
         return self
 
     @property

@@ -1,7 +1,7 @@
 """What the generation engine is asked for, and what it answers: requests, and the events of their texts."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from ..generation.generation_configuration_blockgen import BlockGenGenerationConfig
 
@@ -10,16 +10,19 @@ from ..generation.generation_configuration_blockgen import BlockGenGenerationCon
 class GenerationRequest:
     """
     One text to generate. Its answer is that of `torch.manual_seed(seed)` and then `model.generate` with this prompt
-    alone, these settings and `stop_strings=list(stop)`, whatever else the engine works on.
+    alone and these settings, whatever else the engine works on.
 
     Args:
         input_ids: token ids of the prompt; none for a text without a prompt.
         generation_config: the settings, with `max_new_tokens`. What it leaves unset is the model's own.
         seed: of the random numbers.
-        stop: the text ends with the token that completes one of these strings.
+        stop: the text ends with the token that completes one of these strings. They are looked for in the new tokens
+            only, as OpenAI's API does; `stop_strings` of `generate` also match strings that begin in the prompt.
         num_logprobs: None: no log-probabilities. Otherwise those of the tokens, and of so many most likely
             alternatives at each place.
+        scores_prompt: whether a [`PromptEvent`] comes first; needs `num_logprobs`.
         stream_drafts: whether to tell drafts of the block in work.
+        stream_frames: whether to tell frames (docs/replay.md), with the `trajectory_top_k` of the settings.
     """
 
     input_ids: tuple[int, ...]
@@ -27,7 +30,9 @@ class GenerationRequest:
     seed: int
     stop: tuple[str, ...] = ()
     num_logprobs: int | None = None
+    scores_prompt: bool = False
     stream_drafts: bool = False
+    stream_frames: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,8 +60,8 @@ class Usage:
     Args:
         prompt_tokens: tokens of the prompt.
         completion_tokens: new tokens, with the one that ended the text.
-        function_evaluations: denoiser and AR passes, as `generate` counts them; log-probabilities cost one more for
-            each `TokensEvent`.
+        function_evaluations: denoiser and AR passes, as `generate` counts them. Log-probabilities may cost one more
+            for each `TokensEvent`, and those of a prompt cost one for each chunk of it.
         accepted_draft_tokens, rejected_draft_tokens: of `decoding="speculative"`.
     """
 
@@ -65,6 +70,13 @@ class Usage:
     function_evaluations: int = 0
     accepted_draft_tokens: int = 0
     rejected_draft_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class PromptEvent:
+    """The log-probabilities of all tokens of the prompt but the first, before any other event."""
+
+    logprobs: tuple[TokenLogprob, ...]
 
 
 @dataclass(frozen=True)
@@ -90,6 +102,13 @@ class DraftEvent:
 
 
 @dataclass(frozen=True)
+class FrameEvent:
+    """A frame of the text, with its prompt and without the texts of tokens; `RowFrames` makes it."""
+
+    frame: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class FinishedEvent:
     """
     The last event of a text.
@@ -110,14 +129,16 @@ class FailedEvent:
     error: BaseException = field(compare=False)
 
 
-Event = TokensEvent | DraftEvent | FinishedEvent | FailedEvent
+Event = PromptEvent | TokensEvent | DraftEvent | FrameEvent | FinishedEvent | FailedEvent
 
 __all__ = [
     "DraftEvent",
     "Event",
     "FailedEvent",
     "FinishedEvent",
+    "FrameEvent",
     "GenerationRequest",
+    "PromptEvent",
     "TokenLogprob",
     "TokensEvent",
     "Usage",

@@ -15,21 +15,21 @@ from fastapi.responses import Response
 from pydantic import ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .answers import Answers, ChoiceDraft, ChoicePiece
+from ..generation.frames import FrameTexts
+from .answers import Answers, ChoiceDraft, ChoiceFrame, ChoicePiece
 from .bodies import Limits, ModelFacts, encode_prompts, make_requests
 from .connections import ClientGone, EventStream, read_body, sse, while_connected
 from .engine import EngineClosedError, GenerationEngine, QueueFullError
 from .errors import ApiError, bad_request, invalid_body, shutting_down
 from .formats import AnswerFormat, to_json
 from .handles import RequestHandle
-from .logprobs import score_prompt
 from .metrics import Metrics
 from .protocol import FIELDS, GenerationBody
 from .requests import GenerationRequest
 from .text import AnswerText, Piece
 
 
-DRAFT_EVENT = "blockgen.draft"
+DRAFT_EVENT, FRAME_EVENT = "blockgen.draft", "blockgen.frame"
 _CLIENT_GONE = 499  # nginx's; nobody reads it but the metrics
 Body = TypeVar("Body", bound=GenerationBody)
 Result = TypeVar("Result")
@@ -65,9 +65,10 @@ class Service:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: ServerOptions) -> None:
         self.options = options
         self.is_ready = False
-        self.facts = ModelFacts(model.config.max_position_embeddings, model.config.vocab_size, model.generation_config)
+        self.facts = ModelFacts(model.config, model.generation_config)
         # Tokenizers change while they encode: the engine, the thread of the prompts and the event loop have their own.
         self.tokenizer, self._prompt_tokenizer = copy.deepcopy(tokenizer), copy.deepcopy(tokenizer)
+        self._frame_texts = FrameTexts(self.tokenizer)
         self.engine = GenerationEngine(
             model,
             tokenizer,
@@ -149,16 +150,10 @@ class Service:
         limits = self.options.limits
         prompts = await self._in_prompt_thread(encode_prompts, body, self._prompt_tokenizer, limits)
         requests = make_requests(body, prompts, self.facts, limits)
-        texts = []
-        for prompt in prompts:
-            scores = None
-            if body.is_echoed and body.num_logprobs is not None:
-                scores = await self._in_prompt_thread(score_prompt, self.engine.model, prompt, body.num_logprobs)
-            for _ in range(body.num_choices):
-                text = AnswerText(self.tokenizer, prompt, body.stops)
-                if body.is_echoed:
-                    text.echo(prompt, scores)
-                texts.append(text)
+        texts = [AnswerText(self.tokenizer, request.input_ids, request.stop) for request in requests]
+        for text, request in zip(texts, requests, strict=True):
+            if body.is_echoed and not request.scores_prompt:  # otherwise with the scores, when they are there
+                text.echo(request.input_ids, None)
         try:
             handles = await self._in_prompt_thread(submit_all, self.engine, requests)
         except QueueFullError as error:
@@ -167,7 +162,7 @@ class Service:
             raise shutting_down() from error
         except ValueError as error:
             raise bad_request(error) from error
-        return Answers(handles, texts, sum(map(len, prompts)), started, self.metrics)
+        return Answers(handles, texts, self._frame_texts, sum(map(len, prompts)), started, self.metrics)
 
     async def _in_prompt_thread(self, function: Callable[..., Result], *args: Any) -> Result:
         """Work before the queue, one after the other. Those that wait for it are not more than the queue may hold."""
@@ -200,6 +195,8 @@ class Service:
                 async for found in pieces:
                     if isinstance(found, ChoiceDraft):
                         yield sse(answer_format.draft(found.index, found.start, found.tokens), DRAFT_EVENT)
+                    elif isinstance(found, ChoiceFrame):
+                        yield sse(answer_format.frame(found.index, found.frame), FRAME_EVENT)
                     else:
                         yield sse(to_json(answer_format.chunk(found.index, found.piece, found.finish_reason)))
         except ApiError as error:  # too late for a status
@@ -230,4 +227,4 @@ def queue_full(max_queue: int) -> ApiError:
     return ApiError(429, message, code="queue_full", headers={"Retry-After": "1"})
 
 
-__all__ = ["DRAFT_EVENT", "ServerOptions", "Service"]
+__all__ = ["DRAFT_EVENT", "FRAME_EVENT", "ServerOptions", "Service"]

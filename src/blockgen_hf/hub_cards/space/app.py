@@ -1,19 +1,19 @@
 """A Gradio app: watch a BlockGen model write, replay every step, and compare two decodings by their cost."""
 
+import os
 from collections.abc import Iterator
 from html import escape
 from typing import Any
 
 import gradio as gr
-import torch
+from remote import ServerWriter
 from replay import Run, live_html, live_style, replay_html
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from writing import Fields, Writer, correctors, decodings
+from writing import Fields, ModelFacts, ModelWriter, Writer
 
 
 MODEL, TITLE = "MODEL_ID", "MODEL_TITLE"
 NOTHING = "nothing"
-QUEUE = 20  # visitors who wait; one is served at a time
+QUEUE = 20  # visitors who wait
 
 # The replay says how high it is.
 _HEAD = """<script>
@@ -56,20 +56,42 @@ def show_problem(error: Exception) -> str:
     return f'<div class="replay live"><p class="problem" role="alert">{escape(str(error))}</p></div>'
 
 
+def settings_fields(facts: ModelFacts, first: Fields) -> list[Any]:
+    """The fields behind the decoding, in the order of `Fields`, with their first values."""
+    sizes = facts.block_sizes
+    with gr.Row():
+        block_size = gr.Dropdown(sizes, value=first.block_size, label="Block size")
+        budget_kind = gr.Radio(
+            [("denoising steps", "steps"), ("function evaluations", "evaluations")],
+            value=first.budget_kind,
+            label="Budget in",
+            info="of arpc and block_diffusion",
+        )
+        largest = max(2, 2 * sizes[-1], first.budget)
+        budget = gr.Slider(1, largest, value=first.budget, step=1, label="Budget per block")
+    with gr.Row():
+        corrector = gr.Dropdown(facts.correctors, value=first.corrector, label="Corrector", info="of arpc")
+        most = max(16, first.ar_seed_tokens)
+        seeded = gr.Slider(0, most, value=first.ar_seed_tokens, step=1, label="AR seed tokens")
+        length = gr.Slider(1, facts.positions, value=first.max_new_tokens, step=1, label="New tokens")
+    with gr.Row():
+        temperature = gr.Slider(0, 2, value=first.temperature, step=0.05, label="Temperature", info="0: greedy")
+        seed = gr.Number(first.seed, precision=0, label="Seed")
+    return [block_size, budget_kind, budget, corrector, seeded, length, temperature, seed]
+
+
 class App:
     """
     The page of a model.
 
     Args:
-        model, tokenizer: as they are loaded.
+        writer (`Writer`): does the work.
         title (`str`): what stands above the page.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, title: str) -> None:
-        self.writer = Writer(model, tokenizer)
-        self.config = model.config
+    def __init__(self, writer: Writer, title: str) -> None:
+        self.writer = writer
         self.title = title
-        self.decodings = decodings(model.config)
 
     def generate(self, prompt: str, decoding: str, other: str, *fields: Any) -> Iterator[str]:
         """HTML for the page: the text while it is written, then the replay, or what is wrong."""
@@ -88,8 +110,7 @@ class App:
 
     def page(self) -> gr.Blocks:
         """The page, to be launched with [`App.launch`]."""
-        sizes, positions = sorted(self.config.block_sizes), self.config.max_position_embeddings
-        largest = max(2, sizes[-1])
+        facts, first = self.writer.facts, Fields.first(self.writer.facts)
         with gr.Blocks(title=self.title, analytics_enabled=False) as page:
             gr.Markdown(
                 f"# {self.title}\nWatch a BlockGen model write, then replay every step. A function evaluation is one "
@@ -97,9 +118,9 @@ class App:
             )
             prompt = gr.Textbox("Once upon a time", label="Prompt", lines=2, max_lines=8)
             with gr.Row():
-                decoding = gr.Radio(self.decodings, value=self.decodings[0], label="Decoding")
+                decoding = gr.Radio(facts.decodings, value=first.decoding, label="Decoding")
                 other = gr.Dropdown(
-                    [NOTHING, *self.decodings],
+                    [NOTHING, *facts.decodings],
                     value=NOTHING,
                     label="Compare with",
                     info="aligned by function evaluations",
@@ -108,35 +129,20 @@ class App:
                 start = gr.Button("Generate", variant="primary")
                 stop = gr.Button("Stop")
             with gr.Accordion("Settings", open=False):
-                with gr.Row():
-                    block_size = gr.Dropdown(sizes, value=sizes[-1], label="Block size", allow_custom_value=False)
-                    kind = gr.Radio(
-                        [("denoising steps", "steps"), ("function evaluations", "evaluations")],
-                        value="evaluations",
-                        label="Budget per block, in (arpc, block_diffusion)",
-                    )
-                    budget = gr.Slider(1, largest, value=max(1, largest // 2), step=1, label="Budget per block")
-                with gr.Row():
-                    corrector = gr.Dropdown(
-                        correctors(self.config), value="ar_surprisal", label="Corrector", info="of arpc"
-                    )
-                    seeded = gr.Slider(0, 16, value=0, step=1, label="AR seed tokens")
-                    length = gr.Slider(1, positions, value=min(64, positions // 2), step=1, label="New tokens")
-                with gr.Row():
-                    temperature = gr.Slider(0, 2, value=0.8, step=0.05, label="Temperature", info="0: greedy")
-                    seed = gr.Number(0, precision=0, label="Seed")
+                settings = settings_fields(facts, first)
             output = gr.HTML(elem_id="output", label="Text")
-            fields = [prompt, decoding, other, block_size, kind, budget, corrector, seeded, length, temperature, seed]
             running = gr.on(
                 [start.click, prompt.submit],
                 self.generate,
-                fields,
+                [prompt, decoding, other, *settings],
                 output,
                 show_progress="minimal",  # of those who wait, the place in the queue
                 api_name="generate",
             )
-            stop.click(None, cancels=[running])
-        page.queue(max_size=QUEUE, default_concurrency_limit=1)
+            # What was written stays, and is announced as finished.
+            quiet = "() => document.querySelector('.replay.live')?.setAttribute('aria-busy', 'false')"
+            stop.click(None, cancels=[running], js=quiet)
+        page.queue(max_size=QUEUE, default_concurrency_limit=self.writer.at_once)
         return page
 
     def launch(self, **options: Any) -> Any:
@@ -144,10 +150,18 @@ class App:
         return self.page().launch(css=live_style() + _CSS, head=_HEAD, footer_links=["gradio", "settings"], **options)
 
 
-if __name__ == "__main__":
+def load_writer() -> Writer:
+    """The model in this process; or where the variables of the Space name a server, that server."""
+    server = os.environ.get("BLOCKGEN_HF_SERVER")
+    if server:
+        return ServerWriter(server, api_key=os.environ.get("BLOCKGEN_HF_API_KEY"))
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    App(
-        AutoModelForCausalLM.from_pretrained(MODEL, trust_remote_code=True).to(device).eval(),
-        AutoTokenizer.from_pretrained(MODEL, trust_remote_code=False),
-        title=TITLE,
-    ).launch()
+    model = AutoModelForCausalLM.from_pretrained(MODEL, trust_remote_code=True).to(device).eval()
+    return ModelWriter(model, AutoTokenizer.from_pretrained(MODEL, trust_remote_code=False))
+
+
+if __name__ == "__main__":
+    App(load_writer(), title=TITLE).launch()
