@@ -2,15 +2,14 @@
 
 import json
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPConnection
 from typing import Any
 
 import torch
 from openai import OpenAI
-from tiny import EOS, MASK, PAD, tiny_model, tiny_tokenizer
+from tiny import EOS, MASK, PAD, tiny_model, tiny_tokenizer, wait_for
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blockgen_hf.serving.app import create_app
@@ -84,13 +83,6 @@ def running(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **option
         server.should_exit = True
         thread.join(30)
         assert not thread.is_alive()
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it has not come to pass"
-        time.sleep(0.01)
 
 
 def events(stream: bytes) -> list[tuple[str | None, str]]:

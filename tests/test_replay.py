@@ -202,11 +202,11 @@ def test_a_replay_is_of_one_prompt(capsys: pytest.CaptureFixture[str], tmp_path:
 
 # ---- in a browser
 @pytest.fixture
-def browser_page(tmp_path: Path) -> Iterator[Any]:
-    from browser import open_page
+def browser_page() -> Iterator[Any]:
+    from browser import open_browser
 
-    with open_page(tmp_path / "profile") as page:
-        yield page
+    with open_browser() as open_page:
+        yield open_page()
 
 
 def seen(page: Any, run: int = 0) -> list[str]:

@@ -1,6 +1,8 @@
 """The Space: its app on this machine, in a stranger's hands, and in a browser."""
 
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
@@ -10,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import EOS, framed_tokenizer, tiny_model, tiny_tokenizer
+from tiny import EOS, framed_tokenizer, tiny_model, tiny_tokenizer, wait_for
 
 from blockgen_hf.cli import main
 from blockgen_hf.cli.demo import space_app
@@ -153,33 +155,186 @@ def test_the_page_begins_with_the_models_own_settings(space: dict[str, Any]) -> 
     assert space["Fields"].first(space["ModelWriter"](app.writer.model, tiny_tokenizer()).facts).temperature == 0.25
 
 
+# ---- a server that does the work
+def test_a_server_writes_what_a_model_here_writes(space: dict[str, Any]) -> None:
+    """Frames, texts and details, for every decoding; greedy too."""
+    pytest.importorskip("fastapi", reason="the extra `serve` needs Python 3.11")
+    from serving import running
+
+    model, tokenizer = tiny_model().double(), tiny_tokenizer()
+    here = space["ModelWriter"](model, tokenizer)
+    with running(model, tokenizer, api_key="secret") as server:
+        there = space["ServerWriter"](server.server.url.removesuffix("/v1"), api_key="secret")
+        assert vars(there.facts) | {"settings": None} == vars(here.facts) | {"settings": None}
+        assert space["Fields"].first(there.facts) == space["Fields"].first(here.facts)
+        for number, decoding in enumerate(here.facts.decodings):
+            wanted = space["Fields"](decoding, 4, "steps", 3, "ar_gap", 1, 8, float(number % 2), number)
+            (*_, (run, _)), (*_, (served, _)) = (list(writer.write("abcd", wanted)) for writer in (here, there))
+            assert served.document == run.document and served.details == run.details
+            assert served.facts.keys() == run.facts.keys()
+        page = space["App"](there, "Letters")
+        *_, end = page.generate("a" * 63, "arpc", "nothing", *fields())
+        assert 'role="alert"' in end and "The model has 64 positions." in end
+
+        before = server.metric("blockgen_cancelled_requests_total")
+        writing = page.generate("a", "ar", "nothing", *fields(length=60))
+        next(writing)
+        writing.close()
+        wait_for(lambda: server.metric("blockgen_running") == 0)
+        assert server.metric("blockgen_cancelled_requests_total") == before + 1
+    *_, end = page.generate("a", "ar", "nothing", *fields())
+    assert 'role="alert"' in end and "The connection to" in end
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["other", "--api-key", "secret"], "no model 'other', but ['tiny']"),
+        ([], "The API key is missing or wrong"),
+        (["--device", "cpu"], "--device loads a model here"),
+    ],
+)
+def test_the_demo_says_what_is_wrong_with_a_server(
+    arguments: list[str], message: str, space: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    pytest.importorskip("fastapi", reason="the extra `serve` needs Python 3.11")
+    from serving import running
+
+    monkeypatch.setattr("blockgen_hf.cli.demo.find_spec", lambda name: True)
+    with running(tiny_model(), tiny_tokenizer(), api_key="secret") as server:
+        assert main(["demo", "--server", server.server.url, *arguments]) == 1
+        assert message in capsys.readouterr().err
+    assert main(["demo", "--server", server.server.url]) == 1
+    assert "does not answer" in capsys.readouterr().err
+
+
+# ---- in a browser
+@pytest.fixture
+def open_app(space: dict[str, Any], tmp_path: Path) -> Iterator[Any]:
+    """Opens the page of an app in a browser, with whatever a context of Playwright takes; also more than once."""
+    if not HAS_GRADIO:
+        pytest.skip("the page needs gradio")
+    from browser import open_browser
+
+    apps: dict[int, tuple[Any, str]] = {}
+    with open_browser() as browser:
+
+        def open_page(app: Any, **options: Any) -> Any:
+            if id(app) not in apps:
+                _, url, _ = app.launch(prevent_thread_lock=True, quiet=True, server_name="127.0.0.1")
+                apps[id(app)] = (app, url)
+            page = browser(**options)
+            page.goto(apps[id(app)][1])
+            page.get_by_role("button", name="Generate").wait_for()
+            return page
+
+        yield open_page
+    space["gr"].close_all()
+
+
+def compare_with(page: Any, decoding: str) -> None:
+    """By the keyboard: a menu closes when the page scrolls below it."""
+    field = page.get_by_label("Compare with")
+    field.fill(decoding)
+    page.get_by_role("option", name=decoding, exact=True).wait_for()
+    field.press("Enter")
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(not HAS_GRADIO, reason="the page needs gradio")
-def test_the_page_generates_replays_compares_and_explains(space: dict[str, Any], tmp_path: Path) -> None:
-    """Type, generate, watch, scrub, compare, and mistype, in a browser and by name and role."""
-    from browser import open_page
+def test_the_page_generates_replays_compares_and_explains(space: dict[str, Any], open_app: Any) -> None:
+    """Type, generate, scrub, compare, and mistype, on a phone, by name and role."""
+    page = open_app(app_of(space, eos_token_id=EOS), viewport={"width": 390, "height": 800}, has_touch=True)
+    page.get_by_label("Prompt").fill("abc")
+    page.get_by_role("button", name="Generate").tap()
+    replay = page.frame_locator("iframe.replay-frame")
+    replay.get_by_role("slider", name="Step").fill("1")
+    assert "Block of noise" in replay.locator(".what").first.text_content()
+    assert "arpc" in page.get_by_role("status").first.text_content()
+    widths = "[document.documentElement.scrollWidth, document.querySelector('iframe.replay-frame').clientWidth]"
+    assert page.evaluate(widths)[0] <= 390 and page.evaluate(widths)[1] > 330
 
-    app = app_of(space, eos_token_id=EOS)
-    _, url, _ = app.launch(prevent_thread_lock=True, quiet=True, server_name="127.0.0.1")
-    with open_page(tmp_path / "profile") as page:
-        page.set_default_timeout(60_000)
-        page.set_viewport_size({"width": 390, "height": 800})
-        page.goto(url)
-        page.get_by_label("Prompt").fill("abc")
-        page.get_by_role("button", name="Generate").click()
-        replay = page.frame_locator("iframe.replay-frame")
-        scrubber = replay.get_by_role("slider", name="Step")
-        scrubber.fill("1")
-        assert "Block of noise" in replay.locator(".what").first.text_content()
-        assert "arpc" in page.get_by_role("status").first.text_content()
-        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    compare_with(page, "ar")
+    page.get_by_role("button", name="Generate").tap()
+    replay.locator(".run").nth(1).wait_for()
+    assert replay.locator(".run h2").all_text_contents() == ["arpc", "ar"]
 
-        page.get_by_label("Compare with").click()
-        page.get_by_role("option", name="ar", exact=True).click()
-        page.get_by_role("button", name="Generate").click()
-        replay.locator(".run").nth(1).wait_for()
-        assert replay.locator(".run h2").all_text_contents() == ["arpc", "ar"]
+    page.get_by_label("Prompt").fill("a" * 70)
+    page.get_by_role("button", name="Generate").tap()
+    page.get_by_role("alert").filter(has_text="The prompt has 70 tokens").wait_for()
+    assert page.errors == []
 
-        page.get_by_label("Prompt").fill("a" * 70)
+
+@pytest.mark.slow
+def test_the_page_is_used_by_keyboard_in_the_dark_and_without_motion(space: dict[str, Any], open_app: Any) -> None:
+    page = open_app(app_of(space), color_scheme="dark", reduced_motion="reduce")
+    focused = "document.activeElement.value || document.activeElement.textContent.trim()"
+
+    def tab_to(wanted: str) -> None:
+        for _ in range(12):
+            page.keyboard.press("Tab")
+            if page.evaluate(focused) == wanted:
+                return
+        raise AssertionError(f"Tab does not lead to {wanted}, but to {page.evaluate(focused)}")
+
+    page.get_by_label("Prompt").focus()
+    tab_to("arpc")
+    page.keyboard.press("ArrowDown")
+    tab_to("Generate")
+    page.keyboard.press("Enter")
+    replay = page.frame_locator("iframe.replay-frame")
+    scrubber = replay.get_by_role("slider", name="Step")
+    scrubber.wait_for()
+    assert "block_diffusion: 32 new tokens" in page.get_by_role("status").first.text_content()
+    tab_to("Stop")
+    page.keyboard.press("Tab")  # the settings
+    page.keyboard.press("Tab")  # into the replay: a token of the text
+    page.keyboard.press("Home")
+    assert scrubber.get_attribute("aria-valuetext").startswith("Step 1 of")
+    page.keyboard.press("Tab")
+    page.keyboard.press("ArrowRight")
+    assert scrubber.input_value() == "1"
+    # What the page lies on is dark, and what it is written in is light; nothing is animated.
+    for frame in page.frames:
+        ink, ground = frame.evaluate(
+            """() => {
+              const style = getComputedStyle(document.querySelector(".token") || document.body);
+              return [style.color, getComputedStyle(document.body).backgroundColor].map(
+                (color) => Math.max(...color.match(/[0-9.]+/g).slice(0, 3)));
+            }"""
+        )
+        assert ink > 120 > 60 > ground
+    assert replay.locator(".token").first.evaluate("one => getComputedStyle(one).transitionDuration") == "0s"
+    assert page.errors == []
+
+
+@pytest.mark.slow
+def test_visitors_have_a_place_in_the_queue_and_stop_the_model(space: dict[str, Any], open_app: Any) -> None:
+    """Also who leaves stops it."""
+    app, calls, is_slow = app_of(space, "autoregressive"), [], threading.Event()
+    is_slow.set()
+
+    def count(*_: Any) -> None:
+        calls.append(1)
+        time.sleep(2 * is_slow.is_set())
+
+    app.writer.model.register_forward_hook(count)
+    first, second, third = (open_app(app) for _ in range(3))
+    for page, shown in ((first, "function evaluation"), (second, "queue: 1/1"), (third, "queue: 2/2")):
         page.get_by_role("button", name="Generate").click()
-        page.get_by_role("alert").filter(has_text="The prompt has 70 tokens").wait_for()
+        text = page.locator("#output").get_by_text(shown).first
+        text.wait_for()
+        box, around = text.bounding_box(), page.locator("#output").bounding_box()
+        assert around["y"] <= box["y"] and box["y"] + box["height"] <= around["y"] + around["height"]  # not cut
+    first.get_by_role("button", name="Stop").click()
+    second.locator("#output .run").wait_for()  # its turn
+    third.locator("#output").get_by_text("queue: 1/1").wait_for()
+    assert first.locator(".replay.live").get_attribute("aria-busy") == "false"
+    second.close()
+    third.locator("#output .run").wait_for()
+    third.get_by_role("button", name="Stop").click()
+    wait_for(lambda: not any(thread.name.startswith("writing") for thread in threading.enumerate()))
+    assert len(calls) < 90  # of three texts of 32 tokens
+    is_slow.clear()
+    first.get_by_role("button", name="Generate").click()
+    first.frame_locator("iframe.replay-frame").get_by_role("slider", name="Step").wait_for()
+    assert first.errors == third.errors == []

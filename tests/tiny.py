@@ -1,7 +1,8 @@
 """Tiny models and a tiny tokenizer that every test can afford, and small tools to look at them."""
 
 import math
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -167,6 +168,13 @@ def num_rows(call: dict[str, Any]) -> int:
     """Batch size of a recorded forward pass."""
     ids = call["input_ids"] if call.get("input_ids") is not None else call["noisy_input_ids"]
     return ids.shape[0]
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it has not come to pass"
+        time.sleep(0.01)
 
 
 def skip_without_quantised_caches(backend: str) -> None:

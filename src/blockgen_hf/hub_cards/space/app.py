@@ -24,6 +24,9 @@ addEventListener("message", (event) => {
 });
 </script>"""
 _CSS = """
+#output { min-height: 4rem; }  /* for the place in the queue */
+#output .html-container { padding: 0; }
+@media (max-width: 30rem) { .gradio-container .main.fillable { padding: 1rem .75rem; } }
 .replay-frame { width: 100%; height: 46rem; border: 0; display: block; }
 .replay.live { max-width: none; padding: 0; background: none; }
 .replay .problem { border: 2px solid var(--bad-line); border-radius: .5rem; padding: .75rem; background: var(--bad); }

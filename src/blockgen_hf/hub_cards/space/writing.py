@@ -182,7 +182,7 @@ class Writer(ABC):
             finally:
                 arrived.put(None)
 
-        thread = threading.Thread(target=work, daemon=True)
+        thread = threading.Thread(target=work, name="writing", daemon=True)
         thread.start()
         found = []
         try:
