@@ -2,9 +2,11 @@
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -23,6 +25,7 @@ from tiny import EOS, MASK, NUM_WORDS
 
 from blockgen_hf.cli import main
 from blockgen_hf.generation.frames import frames
+from blockgen_hf.serving.bodies import Limits
 
 
 PROMPT = "abcab"
@@ -321,6 +324,12 @@ BAD_FIELDS = {
     "empty stop": ({"stop": ""}, 400, "stop", "at least 1"),
     "many choices": ({"n": 17}, 400, "n", "16 choices at most"),
     "bias": ({"logit_bias": {"23": 1}}, 400, "logit_bias", "from 0 to 22"),
+    "long stop": ({"stop": ["a" * 257]}, 400, "stop.0", "at most 256"),
+    "many stages": ({"revise_ratio": [0.5] * 17}, 400, "revise_ratio", "at most 16"),
+    "negative bias": ({"logit_bias": {"-1": 1}}, 400, "logit_bias", "pattern"),
+    "digits of another script": ({"logit_bias": {"\u0663": 1}}, 400, "logit_bias", "pattern"),
+    "endless bias": ({"logit_bias": {"3": 101}}, 400, "logit_bias", "less than or equal to 100"),
+    "no number": ({"n": -1}, 400, "n", "greater than or equal to 1"),
     "bias of a word": ({"logit_bias": {"a": 1}}, 400, "logit_bias", "pattern"),
     "mask": ({"prompt": [MASK]}, 400, "prompt", "`prompt` contain the mask token"),
     "outside of the vocabulary": ({"prompt": [23]}, 400, "prompt", "ids of the vocabulary"),
@@ -351,6 +360,66 @@ def test_a_bad_field_is_named(server: Running, fields: Any, status: int, param: 
 def test_a_body_that_is_no_request_is_refused(server: Running, body: bytes, status: int, message: str) -> None:
     found = refusal(server, body)
     assert found[0] == status and message in found[2]
+
+
+def raw(server: Running, *parts: bytes, reads: bool = True) -> bytes:
+    """What is answered to bytes that no client sends; with `reads=False`, the connection is closed at once."""
+    with socket.create_connection(("127.0.0.1", server.server.port), timeout=30) as connection:
+        with suppress(ConnectionError):
+            for part in parts:
+                connection.sendall(part)
+        found = b""
+        with suppress(ConnectionError):
+            while reads and (read := connection.recv(1 << 16)):
+                found += read
+    return found
+
+
+HEADERS = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nConnection: close\r\n"
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [HEADERS + b"X: " + b"a" * 200_000 + b"\r\n\r\n"],
+        [HEADERS + b"X: a\r\n" * 20_000 + b"\r\n"],
+        [b"GET /" + b"a" * 200_000 + b" HTTP/1.1\r\n\r\n"],
+        [b"\x16\x03\x01\xff garbage\r\n\r\n"],
+        [HEADERS + b"Content-Length: -5\r\n\r\n"],
+        [HEADERS + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\n{}"],
+        [HEADERS + b"Transfer-Encoding: chunked\r\n\r\n", b"zz\r\n"],
+        [HEADERS + b"Authorization: Bearer \xff\r\nContent-Length: 2\r\n\r\n{}"],
+    ],
+    ids=["header", "headers", "path", "garbage", "negative", "two lengths", "chunk", "bytes"],
+)
+def test_what_is_no_http_gets_a_400_and_the_server_goes_on(server: Running, parts: list[bytes]) -> None:
+    found = raw(server, *parts)
+    assert found.startswith(b"HTTP/1.1 400 ") or not found  # closed before the answer was read
+    assert server.get("/health")[0] == 200
+
+
+def test_a_body_that_does_not_come_is_waited_for_so_long(caplog: pytest.LogCaptureFixture) -> None:
+    with running(served_model(), chat_tokenizer(), limits=Limits(body_seconds=0.3)) as server:
+        found = raw(server, HEADERS + b"Content-Length: 100\r\n\r\n{")
+        assert found.startswith(b"HTTP/1.1 408 ") and b"within 0.3 seconds" in found
+        raw(server, HEADERS + b"Content-Length: 100\r\n\r\n{", reads=False)  # a client that goes away
+        wait_for(lambda: 'status="499"' in server.get("/metrics")[1])
+        assert 'status="500"' not in server.get("/metrics")[1]
+    assert caplog.records == []
+
+
+def test_a_client_that_goes_away_while_its_prompt_is_read_stops_that() -> None:
+    model, calls = served_model(), []
+    model.base_model.register_forward_hook(lambda *_: calls.append(time.sleep(0.1)))
+    with running(model, chat_tokenizer()) as server:
+        server.service.engine._passes.prefill_chunk = 2  # 25 passes for the prompt
+        body = json.dumps({"model": "tiny", "prompt": "ab" * 25, "max_tokens": 4}).encode()
+        with socket.create_connection(("127.0.0.1", server.server.port)) as connection:
+            connection.sendall(HEADERS + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            wait_for(lambda: len(calls) > 1)
+        wait_for(lambda: server.metric("blockgen_cancelled_requests_total") == 1)
+        wait_for(lambda: server.metric("blockgen_running") == 0)
+        assert len(calls) < 20
 
 
 def test_refusals_reach_the_client_as_its_exceptions(server: Running) -> None:

@@ -110,7 +110,12 @@ def run(args: argparse.Namespace) -> int:
         max_batch_rows=args.max_batch_rows,
         max_queue=args.max_queue,
         max_cached_tokens=args.max_cached_tokens,
-        limits=Limits(args.max_body_bytes, args.max_prompt_tokens, args.max_tokens, args.max_choices),
+        limits=Limits(
+            body_bytes=args.max_body_bytes,
+            prompt_tokens=args.max_prompt_tokens,
+            new_tokens=args.max_tokens,
+            choices=args.max_choices,
+        ),
     )
     with quiet_transformers(), one_line_errors():
         model, tokenizer = load(model_source(args.model), **loading_options(args))

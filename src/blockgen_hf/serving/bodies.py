@@ -25,12 +25,14 @@ class Limits:
 
     Args:
         body_bytes: size of its body.
+        body_seconds: time to send it.
         prompt_tokens: tokens of a prompt. None: as many as the model has positions.
         new_tokens: tokens of an answer. None: as many as the model has positions.
         choices: prompts of the body times `n`.
     """
 
     body_bytes: int = 1 << 20
+    body_seconds: float = 30.0
     prompt_tokens: int | None = None
     new_tokens: int | None = None
     choices: int = 16

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Coroutine
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -48,13 +48,28 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, Result]) -
                     await each
 
 
-async def read_body(request: Request, limit: int) -> bytes:
+async def read_body(request: Request, limit: int, seconds: float) -> bytes:
     """
     The body of a request.
 
     Raises:
-        ApiError: 413, it has more bytes than `limit`.
+        ApiError: 413, it has more bytes than `limit`; 408, it has not come within `seconds`.
+        ClientGone: nor will it come.
     """
+    try:
+        chunks, size = await asyncio.wait_for(_read_chunks(request, limit), seconds)
+    except ClientDisconnect:
+        raise ClientGone from None
+    except asyncio.TimeoutError:
+        message = f"The body has not come within {seconds:g} seconds."
+        raise ApiError(408, message, code="body_too_slow", headers={"Connection": "close"}) from None
+    if size > limit:
+        raise ApiError(413, f"The body is larger than {limit:,} bytes.", code="body_too_large")
+    return b"".join(chunks)
+
+
+async def _read_chunks(request: Request, limit: int) -> tuple[list[bytes], int]:
+    """Up to so many bytes, and how many came."""
     chunks, size = [], 0
     async for chunk in request.stream():
         size += len(chunk)
@@ -62,9 +77,7 @@ async def read_body(request: Request, limit: int) -> bytes:
             chunks.append(chunk)
         elif size > _DRAINED * limit:
             break
-    if size > limit:
-        raise ApiError(413, f"The body is larger than {limit:,} bytes.", code="body_too_large")
-    return b"".join(chunks)
+    return chunks, size
 
 
 class EventStream(Response):

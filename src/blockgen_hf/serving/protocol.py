@@ -12,7 +12,9 @@ MOST_TOP_LOGPROBS = 20
 _MOST_BIASES = 1024
 _LEAST_TEMPERATURE = 1e-6  # logits that are divided by much less are no longer numbers
 
-Text = Annotated[str, Field(min_length=1)]
+_MOST_STAGES = 16
+
+StopText = Annotated[str, Field(min_length=1, max_length=256)]  # the engine compares each with the whole vocabulary
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 # Everything that clients may send and that changes nothing here.
@@ -71,9 +73,9 @@ class DecodingSettings(BaseModel):
     draft_steps: int | None = None
     draft_decoding: str | None = None
     fused_drafts: bool | None = None
-    revise_block_size: int | list[int] | None = None
-    revise_ratio: float | list[float] | None = None
-    revise_steps: int | list[int] | None = None
+    revise_block_size: int | Annotated[list[int], Field(max_length=_MOST_STAGES)] | None = None
+    revise_ratio: float | Annotated[list[float], Field(max_length=_MOST_STAGES)] | None = None
+    revise_steps: int | Annotated[list[int], Field(max_length=_MOST_STAGES)] | None = None
     revise_score: str | None = None
     trajectory_top_k: int | None = Field(None, ge=0, le=MOST_TOP_LOGPROBS)
     top_k: int | None = Field(None, ge=0)
@@ -94,15 +96,15 @@ class GenerationBody(DecodingSettings):
     model: str
     max_tokens: int | None = Field(None, ge=1)
     n: int | None = Field(None, ge=1)
-    stop: Text | Annotated[list[Text], Field(max_length=MOST_STOPS)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=MOST_STOPS)] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    logit_bias: dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None = (
-        Field(None, max_length=_MOST_BIASES)
-    )
+    logit_bias: (
+        dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None
+    ) = Field(None, max_length=_MOST_BIASES)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     # Ours: drafts of the block in work, and frames (docs/replay.md), as events of other names.

@@ -119,7 +119,10 @@ class Service:
             ApiError: it cannot be answered.
         """
         started = time.perf_counter()
-        body = await self._read(request, body_type)
+        try:
+            body = await self._read(request, body_type)
+        except ClientGone:
+            return Response(status_code=_CLIENT_GONE)
         answers = await self._start(body, started)
         answer_format = format_type(self.options.model_name, body.num_logprobs is not None, body.includes_usage)
         if body.stream:
@@ -131,7 +134,7 @@ class Service:
         return Response(whole, media_type="application/json")
 
     async def _read(self, request: Request, body_type: type[Body]) -> Body:
-        text = await read_body(request, self.options.limits.body_bytes)
+        text = await read_body(request, self.options.limits.body_bytes, self.options.limits.body_seconds)
         try:
             body = body_type.model_validate_json(text)
         except ValidationError as error:

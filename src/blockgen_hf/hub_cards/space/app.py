@@ -15,8 +15,9 @@ MODEL, TITLE = "MODEL_ID", "MODEL_TITLE"
 NOTHING = "nothing"
 QUEUE = 20  # visitors who wait
 
-# The replay says how high it is.
-_HEAD = """<script>
+# More room on phones. The replay says how high it is.
+_HEAD = """<style>@media (max-width: 30rem) { .gradio-container .main { padding: 1rem .75rem !important; } }</style>
+<script>
 addEventListener("message", (event) => {
   if (!event.data || !event.data.replayHeight) return;
   for (const frame of document.querySelectorAll("iframe.replay-frame"))
@@ -26,7 +27,6 @@ addEventListener("message", (event) => {
 _CSS = """
 #output { min-height: 4rem; }  /* for the place in the queue */
 #output .html-container { padding: 0; }
-@media (max-width: 30rem) { .gradio-container .main.fillable { padding: 1rem .75rem; } }
 .replay-frame { width: 100%; height: 46rem; border: 0; display: block; }
 .replay.live { max-width: none; padding: 0; background: none; }
 .replay .problem { border: 2px solid var(--bad-line); border-radius: .5rem; padding: .75rem; background: var(--bad); }
