@@ -16,7 +16,9 @@ _FAMILIES = ("block-dit", "dense-dit", "ar", "bd3lm", "causal-lm")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", help="folder or GGUF file, or hf:org/repo or hf:org/repo/folder; an adapter is joined with its base")
+    parser.add_argument(
+        "source", help="folder or GGUF file, or hf:org/repo or hf:org/repo/folder; an adapter is joined with its base"
+    )
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace the model in DIR; other files stay")
     parser.add_argument("--revision", help="branch, tag or commit of a source on the Hub")

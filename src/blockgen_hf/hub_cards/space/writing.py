@@ -165,7 +165,7 @@ class Writer(ABC):
         Raises:
             ValueError: as `produce`.
         """
-        document = {"decoding": fields.decoding, "mask_token": self.facts.mask_token, "frames": []}
+        document: dict[str, Any] = {"decoding": fields.decoding, "mask_token": self.facts.mask_token, "frames": []}
         partial = Run(document, fields.decoding, fields.details())
         arrived: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         stopped = threading.Event()
