@@ -68,6 +68,26 @@ def test_evaluations_stand_on_the_card(folder: Path, tmp_path: Path, hub: FakeHu
     assert "12.18" in card and "| MAUVE | 0.5 | 64 | 4.1 | ar |" in card and "language:\n- en" in card
 
 
+def test_a_card_shows_the_model_writing(folder: Path, hub: FakeHub, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the picture of `generate --save-svg`; a README.md of one's own shows it itself."""
+    command = ["push", str(folder), REPO, "--license", "mit", "--replay", "Once"]
+    assert main(command) == 0
+    files = hub.files(REPO)
+    assert "step by step](replay.svg)\n\n## Model\n" in files["README.md"].decode()
+    svg = folder.parent / "saved.svg"
+    options = ["--model", str(folder), "--seed", "0", "--max-new-tokens", "48", "--save-svg", str(svg)]
+    assert main(["generate", "Once", *options]) == 0
+    assert files["replay.svg"].decode() == svg.read_text()
+    (folder / "README.md").write_text("A model.")
+    assert main(command) == 1
+    assert "without what --replay (`replay`) says" in capsys.readouterr().err
+    (folder / "README.md").write_text("![](replay.svg)")
+    assert main(command) == 0
+    (folder / "README.md").unlink()
+    assert main([*command[:-2], "--dry-run"]) == 0
+    assert "replay.svg" not in capsys.readouterr().out.split("Nothing was uploaded")[0].split("README.md:")[-1]
+
+
 def test_a_branch_and_a_pull_request(folder: Path, hub: FakeHub, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["push", str(folder), REPO, "--license", "mit"]
     assert main([*command, "--revision", "next"]) == 0

@@ -47,6 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="file of `evaluate --json`, or qualities of samples; may be repeated",
     )
+    group.add_argument(
+        "--replay",
+        metavar="PROMPT",
+        help="show on the card how the model continues PROMPT: an animated picture, replay.svg",
+    )
     group.add_argument("--new-card", action="store_true", help="write a new card even if there is a README.md")
     group = parser.add_argument_group("files")
     group.add_argument(
@@ -68,11 +73,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ..hub.push import plan_push
-    from .loading import one_line_errors
+    from .loading import one_line_errors, quiet_transformers
 
-    with one_line_errors():
+    with quiet_transformers(), one_line_errors():
+        folder = find_checkpoint(args.folder)
+        if args.replay is not None:
+            from .replaying import card_picture
         plan = plan_push(
-            find_checkpoint(args.folder),
+            folder,
             args.repo_id,
             repo_type=args.repo_type,
             private=args.private,
@@ -82,6 +90,7 @@ def run(args: argparse.Namespace) -> int:
             license=args.license,
             language=args.language,
             evaluations=args.evaluation,
+            replay=None if args.replay is None else card_picture(str(folder), args.replay),
             ignore=args.ignore,
             include=args.include,
             new_card=args.new_card,

@@ -27,6 +27,7 @@ from .licenses import License, find_license
 from .portable import without_paths
 
 
+REPLAY = "replay.svg"  # in the repository, where a card shows a model writing
 _SAMPLE_FIELDS = {
     "text": str,
     "prompt": str,
@@ -53,6 +54,7 @@ def model_card(
     base_model: str | None = None,
     tags: Sequence[str] = (),
     evaluations: Iterable[Evaluation] = (),
+    replay: str | None = None,
     training_arguments: Mapping[str, Any] | None = None,
     trainer_state: Mapping[str, Any] | None = None,
 ) -> ModelCard:
@@ -70,6 +72,7 @@ def model_card(
         base_model (`str`, *optional*): model on the Hub that it was fine-tuned from. Default: that of the recipe.
         tags (`list[str]`): additional tags.
         evaluations: results, see [`read_results`].
+        replay (`str`, *optional*): name of a picture in the repository that shows the model writing.
         training_arguments, trainer_state (`dict`, *optional*): those of a running Trainer. Default: those in the
             folder.
 
@@ -108,6 +111,7 @@ def model_card(
         validation=training.validation
         and validation_table(training.validation, training.validation_step, facts.config),
         results=results,
+        replay=replay,
         found_license=_license_words(found),
         base=base_model,
     )
@@ -233,4 +237,4 @@ def _license_words(found: License) -> str:
     return f"[{found.name}]({found.link})"
 
 
-__all__ = ["model_card", "read_metadata", "read_samples", "samples_card", "template", "write_samples"]
+__all__ = ["REPLAY", "model_card", "read_metadata", "read_samples", "samples_card", "template", "write_samples"]

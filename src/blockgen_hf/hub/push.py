@@ -18,7 +18,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..whole_files import json_text
 from .card_evaluation import Evaluation
-from .cards import model_card, samples_card
+from .cards import REPLAY, model_card, samples_card
 from .files import ADAPTER_CONFIG, CONFIG, INDEX, README, SHARDS, WEIGHTS, read_card
 from .folders import FolderContents, PlannedFile, read_folder
 from .licenses import find_license
@@ -114,6 +114,7 @@ def plan_push(
     license: str | None = None,
     language: str | Sequence[str] | None = None,
     evaluations: Iterable[Evaluation] = (),
+    replay: str | None = None,
     ignore: Sequence[str] = (),
     include: Sequence[str] = (),
     new_card: bool = False,
@@ -132,6 +133,8 @@ def plan_push(
         create_pr (`bool`): whether to open a pull request instead of writing to the branch.
         commit_message (`str`, *optional*): Default: "Upload NAME with blockgen-hf".
         license, language, evaluations: see [`model_card`]. The card is the folder's README.md, if it has one.
+        replay (`str`, *optional*): an animated picture, as `replay_svg` draws it. It is uploaded as replay.svg, and
+            the card shows it.
         ignore, include (`list[str]`): globs of files to leave out, and of files to add.
         new_card (`bool`): whether to write a new card even if there is a README.md.
         update_code (`bool`): whether to publish this package's code instead of the folder's, if they differ.
@@ -152,6 +155,11 @@ def plan_push(
     facts: dict[str, Any] = dict(license=license, language=language)
     if repo_type == "model":
         facts["evaluations"] = list(evaluations)
+    if replay is not None:
+        if repo_type != "model":
+            raise ValueError(f"`replay` (--replay) is for the card of a model, not of a {repo_type}.")
+        contents = contents.with_file(PlannedFile(REPLAY, replay.encode(), "shows the model writing"))
+        facts["replay"] = REPLAY
     card = _card(folder, repo_id, repo_type, contents, new_card, facts)
     return PushPlan(
         repo_id=repo_id,
@@ -189,7 +197,9 @@ def _card(
         write: Callable[..., RepoCard] = model_card if repo_type == "model" else samples_card
         note = "a new card; README.md is a template that nobody filled in" if is_template else "a new card"
         return PlannedFile(README, str(write(folder, repo_id=repo_id, **facts)).encode(), note)
-    for name, option in (("evaluations", "--evaluation"), ("language", "--language")):
+    if facts.get("replay") and REPLAY in card.content:
+        facts = {**facts, "replay": None}  # it shows the picture already
+    for name, option in (("evaluations", "--evaluation"), ("language", "--language"), ("replay", "--replay")):
         if facts.get(name):
             raise ValueError(
                 f"{folder} has a README.md, which is uploaded as it is, without what {option} (`{name}`) says: write "
