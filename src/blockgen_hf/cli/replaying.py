@@ -45,8 +45,9 @@ def card_picture(folder: str, prompt: str) -> str:
     Raises:
         CommandError: it cannot be loaded, or not continue this prompt.
     """
-    options = dict(revision=None, attn_implementation=None, trust_remote_code=False)
-    model, tokenizer = load(folder, device="auto", dtype="auto", **options)
+    model, tokenizer = load(
+        folder, revision=None, device="auto", dtype="auto", attn_implementation=None, trust_remote_code=False
+    )
     sampler = Sampler(model, tokenizer, prompt, num_samples=1, seed=0)
     room = model.config.max_position_embeddings - sampler.input_ids.shape[1]
     generation = sampler.generate({"max_new_tokens": max(1, min(_NEW_TOKENS, room)), "output_trajectory": True})
