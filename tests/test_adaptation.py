@@ -1,14 +1,21 @@
 """Adapting a causal language model: small blocks first, drafts that are counted, and an original that stays."""
 
 import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from causal_models import adopted, converted, original, texts
+from safetensors.torch import load_file
 from tiny import tiny_model, tiny_tokenizer
 from training import make_trainer
 
+import blockgen_hf
 from blockgen_hf import BlockGenForDiffusionLM
 from blockgen_hf.cli import main
 from blockgen_hf.evaluation.acceptance import accepted_draft_tokens, greedy_texts
@@ -90,3 +97,61 @@ def test_other_models_are_sent_to_finetune(tmp_path: Path, capsys: pytest.Captur
     tiny_model().save_pretrained(tmp_path / "model")
     assert main(["adapt", str(tmp_path / "model"), "--dataset", "data.jsonl"]) != 0
     assert "blockgen-hf finetune" in capsys.readouterr().err
+
+
+RESUMABLE = ("training.eval_steps=4", "training.save_steps=2")
+UNINTERRUPTED = ("--max-steps", "4", "--learning-rate", "0.05", *RESUMABLE)
+
+
+def figures(run: Path) -> list[dict[str, float]]:
+    """What was logged of steps and evaluations, without what time it took."""
+    log = json.loads((run / "trainer_state.json").read_text())["log_history"]
+    kept = ("loss", "eval_nll", "eval_accepted", "grad_norm")
+    found = [{name: value for name, value in entry.items() if name.startswith(kept)} for entry in log]
+    return [entry for entry in found if entry]
+
+
+def assert_same_run(run: Path, expected: Path, mode: str) -> None:
+    weights = {"adapter": "adapter_model.safetensors", "full": "model.safetensors"}[mode]
+    found, wanted = load_file(run / weights), load_file(expected / weights)
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=1e-4, msg=name)
+    steps, expected_steps = figures(run), figures(expected)
+    assert [entry.keys() for entry in steps] == [entry.keys() for entry in expected_steps]
+    for entry, other in zip(steps, expected_steps, strict=True):
+        assert entry == pytest.approx(other, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["adapter", "full"])
+def test_a_resumed_adaptation_ends_as_one_without_interruption(base: Path, tmp_path: Path, mode: str) -> None:
+    adapt(base, tmp_path / "whole", *UNINTERRUPTED, "--mode", mode)
+    shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")  # as it was after two steps
+    for name in ("adapter_model.safetensors", "model.safetensors", "trainer_state.json"):
+        (tmp_path / "run" / name).unlink(missing_ok=True)
+    adapt(base, tmp_path / "run", *UNINTERRUPTED, "--mode", mode, "--resume")
+    assert_same_run(tmp_path / "run", tmp_path / "whole", mode)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["adapter", "full"])
+def test_two_processes_adapt_as_one(base: Path, tmp_path: Path, mode: str) -> None:
+    short = ["--batch-size", "4", "--sequence-length", "32", "--validation-documents", "20", *UNINTERRUPTED]
+    settings = [*short, "--mode", mode, "training.eval_accepted_rows=2", "training.logging_steps=1"]
+    adapt(base, tmp_path / "one", *UNINTERRUPTED, "--mode", mode)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    config = Path(__file__).parents[1] / "examples" / "accelerate" / "ddp_cpu.yaml"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    command += ["--main_process_port", port, "-m", "blockgen_hf", "adapt", str(base / "model")]
+    command += ["--dataset", str(base / "data.jsonl"), "--output-dir", str(tmp_path / "two"), *settings]
+    path = os.pathsep.join([str(Path(blockgen_hf.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    states = {path.name for path in (tmp_path / "two" / "checkpoint-4").glob("rng_state*")}
+    assert states == {"rng_state_0.pth", "rng_state_1.pth"}
+    assert_same_run(tmp_path / "two", tmp_path / "one", mode)
