@@ -155,3 +155,15 @@ def test_two_processes_adapt_as_one(base: Path, tmp_path: Path, mode: str) -> No
     states = {path.name for path in (tmp_path / "two" / "checkpoint-4").glob("rng_state*")}
     assert states == {"rng_state_0.pth", "rng_state_1.pth"}
     assert_same_run(tmp_path / "two", tmp_path / "one", mode)
+
+
+def test_the_page_has_the_committed_results_of_the_small_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every table is what benchmarks/adaptation_small.py prints from its results."""
+    root = Path(__file__).parents[1]
+    monkeypatch.syspath_prepend(str(root))
+    from benchmarks.adaptation_small import tables
+
+    page = (root / "docs" / "adaptation.md").read_text()
+    found = json.loads((root / "benchmarks" / "adaptation_small.json").read_text())
+    for table in tables(found).split("\n\n"):
+        assert table in page, "paste what --report prints"
