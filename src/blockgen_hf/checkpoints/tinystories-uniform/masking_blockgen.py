@@ -75,6 +75,8 @@ class AttentionLayout:
 
     def sees(self, batch: Any, head: Any, query: Any, key: Any) -> Any:
         """The mask predicate, by index, as transformers' mask interface and FlexAttention take it."""
+        if self.key_position.shape[0] == 1:  # of all rows, which kernels count
+            batch = batch * 0
         position, limit = self.key_position[batch, key], self.clean_limit[batch, query]
         before = position < limit
         if self.window is not None:
