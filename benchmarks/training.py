@@ -80,7 +80,9 @@ class Step:
         )  # Trainer's default
         tokens = torch.randint(args.vocab_size - 1, (args.batch_size, args.length))
         scored = torch.ones_like(tokens, dtype=torch.bool)
-        draw = draw_training_noise(self.model.diffusion, self.model.config, tokens, scored, args.block_size, 0.5)
+        draw = draw_training_noise(
+            self.model.diffusion, self.model.config, tokens, scored, block_size=args.block_size, noise_level=0.5
+        )
         self.inputs = {
             "input_ids": tokens,
             "labels": tokens,
