@@ -343,6 +343,19 @@ def test_drafts_are_as_long_as_they_may_be_and_stop_where_they_do_not_pay(is_fus
     assert sum(draft(0) > 0 for _ in range(1000)) <= 8  # after 16, 32, 64, 128, 256, 256, ... tokens
 
 
+def test_drafts_that_give_no_more_than_they_cost_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RoundCosts, "of_draft", lambda *args: 0.98)
+    length = DraftLength(1, RoundCosts(torch.device("cpu")), (False,))
+    drafts = 0
+    for _ in range(500):
+        if length.best()[0]:
+            length.record([1], [1], False)
+            drafts += 1
+        else:
+            length.wait()
+    assert drafts < 100
+
+
 def test_drafts_are_longer_where_more_is_accepted() -> None:
     lengths = {}
     for accepted in (0, 1, 7):
