@@ -28,7 +28,9 @@ Gradients = dict[str, torch.Tensor]
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layer norms in the dtype of their input: those of the model round to float32, which would hide a difference."""
 
-    def forward(self: BlockGenLayerNorm, hidden_states: torch.Tensor, shift: Any = None, scale: Any = None) -> Any:
+    def forward(
+        self: BlockGenLayerNorm, hidden_states: Any, shift: Any = None, scale: Any = None, weight: None = None
+    ) -> Any:
         normed = torch.nn.functional.layer_norm(hidden_states, self.weight.shape, self.weight, eps=self.eps)
         return normed if shift is None else normed * (1 + scale) + shift
 

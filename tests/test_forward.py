@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import BLOCK_CAUSAL, CAUSAL, MASK, VARIANTS, left_padded, tiny_model, words
+from transformers import DynamicCache
 
 from blockgen_hf import BlockGenForDiffusionLM, BlockGenOutput
 
@@ -325,3 +326,39 @@ def test_hidden_states_and_attentions_are_returned_on_request() -> None:
     assert [tuple(states.shape) for states in outputs.hidden_states] == [(2, 8, 16)] * 3
     assert [tuple(weights.shape) for weights in outputs.attentions] == [(2, 2, 8, 8)] * 2
     torch.testing.assert_close(outputs.attentions[0].sum(-1), torch.ones(2, 2, 8))
+
+
+# ---- the last layer
+@pytest.mark.parametrize("variant", ["masked", "uniform_time_conditional", "without_adaln"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_the_last_layer_reads_all_tokens_and_computes_those_that_are_wanted(variant: str, implementation: str) -> None:
+    """Logits are those of whole layers, which hidden states ask for: training, denoising, decoding, padded or not."""
+    model = tiny_model(variant, attn_implementation=implementation)
+    clean, noisy = words(2, 12), words(2, 12, seed=1)
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[0, :3] = 0
+    training = dict(input_ids=clean, noisy_input_ids=noisy, block_size=4, noise_level=0.5)
+    passes = [training, training | {"attention_mask": mask}]
+    behind = {"noisy_input_ids": noisy[:, :4], "noisy_position_ids": torch.arange(12, 16)[None]}
+    passes += [training | behind, dict(input_ids=clean, logits_to_keep=1)]
+    passes += [dict(input_ids=clean, attention_mask=mask, logits_to_keep=1), dict(input_ids=clean, logits_to_keep=4)]
+    rows: list[int] = []
+    model.model.layers[-1].mlp.register_forward_hook(lambda module, args, output: rows.append(output.shape[1]))
+    for arguments in passes:
+        rows.clear()
+        cut, whole = model(**arguments).logits, model(**arguments, output_hidden_states=True).logits
+        torch.testing.assert_close(cut, whole, **TOLERANCE)
+        is_whole = arguments.get("logits_to_keep") == 4 and implementation == "sdpa"  # whose causal kernel is not cut
+        assert is_whole or rows[0] == cut.shape[1] < rows[1]
+
+
+def test_a_pass_that_fills_the_cache_leaves_the_last_layer_out() -> None:
+    """Its keys and values are all that anyone reads; one token goes on, because kernels take no empty tensor."""
+    model, rows = tiny_model(), []
+    model.model.layers[-1].mlp.register_forward_hook(lambda module, args, output: rows.append(output.shape[1]))
+    text, cache = words(2, 9), DynamicCache(config=model.config)
+    model(text[:, :8], text[:, :0], cache=cache, use_cache=True)
+    assert rows == [1]
+    assert cache.get_seq_length() == 8
+    read = model(text[:, 8:], cache=cache, use_cache=True).logits
+    torch.testing.assert_close(read, model(text).logits[:, -1:], **TOLERANCE)

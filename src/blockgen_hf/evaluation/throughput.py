@@ -100,6 +100,7 @@ class NetworkMeter:
         self._trunk_bytes = weight_bytes(self._trunk)
         self._head_bytes = weight_bytes(self._head)
         self._depth = 0
+        self._cached = 0
         self._handles: list[Any] = []
 
     def __enter__(self) -> NetworkUse:
@@ -107,6 +108,8 @@ class NetworkMeter:
             self._trunk.register_forward_pre_hook(self._count_trunk, with_kwargs=True),
             self._head.register_forward_pre_hook(self._count_head),
         ]
+        if isinstance(layers := getattr(self._trunk, "layers", None), nn.ModuleList):
+            self._handles.append(layers[-1].register_forward_hook(self._count_last_layer))
         for module in (self._model, self._trunk, self._head):
             self._handles.append(module.register_forward_pre_hook(self._enter))
             self._handles.append(module.register_forward_hook(self._leave))
@@ -133,7 +136,7 @@ class NetworkMeter:
         clean_or_noisy = [ids for ids in given if isinstance(ids, torch.Tensor)]
         rows = clean_or_noisy[0].shape[0]
         length = sum(ids.shape[1] for ids in clean_or_noisy)
-        cached = _cached_tokens(take_cache({**kwargs}))
+        cached = self._cached = _cached_tokens(take_cache({**kwargs}))
         config: PreTrainedConfig = self._model.config
         width, layers = config.hidden_size, config.num_hidden_layers
         self.use.forwards += 1
@@ -143,6 +146,14 @@ class NetworkMeter:
             cached + length
         )
         self.use.bytes_read += self._trunk_bytes + 2 * layers * width * rows * cached * self._model.dtype.itemsize
+
+    def _count_last_layer(self, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+        """Of some tokens it may compute keys and values alone."""
+        rows, length, width = args[0].shape
+        config: PreTrainedConfig = self._model.config
+        weights = layer_weights(config) // config.num_hidden_layers - 2 * width * width
+        left_out = rows * (length - output.shape[1])
+        self.use.flops -= 2 * left_out * weights + 4 * left_out * width * (self._cached + length)
 
     def _count_head(self, module: nn.Module, args: tuple) -> None:
         tokens = args[0].shape[:-1].numel()
