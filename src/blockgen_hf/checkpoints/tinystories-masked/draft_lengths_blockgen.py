@@ -134,6 +134,8 @@ class DraftLength:
     _FIRST_WAIT, _LONGEST_WAIT = 16, 256
     # Four failures in a row stop a row that never drafted before, and one failure a row that has waited.
     _CREDIT, _CREDIT_LATER = 0.5, 0.1
+    # Rounds that drafts have to give beyond their cost, which leaves out that rows end at different times.
+    _MARGIN = 0.05
 
     def __init__(self, longest: int, costs: RoundCosts, ways: tuple[bool, ...]) -> None:
         self.longest = longest
@@ -175,12 +177,12 @@ class DraftLength:
         cost = self.costs.of_draft(max(drafted), mean, is_fused, len(accepted))
         if self.balance is None:
             self.balance = self._CREDIT * cost
-        self.balance = self._MEMORY * self.balance + (1 - self._MEMORY) * (mean - cost)
+        self.balance = self._MEMORY * self.balance + (1 - self._MEMORY) * (mean - cost - self._MARGIN)
         if self.balance < 0:
             self.waiting = self.next_wait
             self.next_wait = min(2 * self.next_wait, self._LONGEST_WAIT)
             self.balance = self._CREDIT_LATER * cost
-        elif mean > cost:
+        elif mean > cost + self._MARGIN:
             self.next_wait = self._FIRST_WAIT
 
 

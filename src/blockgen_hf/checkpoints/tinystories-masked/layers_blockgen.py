@@ -16,7 +16,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -28,41 +28,64 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache_blockgen import commit_and_read
 from .configuration_blockgen import BlockGenConfig
+from .inputs_blockgen import last_columns
 from .masking_blockgen import attend_in_chunks
 
 
-class BlockGenLayerNorm(nn.Module):
-    """Layer norm without bias, computed in float32; then shifted and scaled by the condition, if there is one."""
+# What a condition makes of a norm: shift, scale, and the weight that stands for its own and the scale.
+NormCondition = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+
+
+class BlockGenNorm(nn.Module):
+    """A norm with a weight and no bias, computed in float32; then shifted and scaled by the condition, if any."""
 
     def __init__(self, hidden_size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(hidden_size))
         self.eps = eps
 
+    def folded(self, shift: torch.Tensor | None, scale: torch.Tensor | None) -> NormCondition:
+        """One condition for all tokens may be made a part of the weights."""
+        return shift, scale, None
+
+
+class BlockGenLayerNorm(BlockGenNorm):
+    def folded(self, shift: torch.Tensor | None, scale: torch.Tensor | None) -> NormCondition:
+        """Fewer passes over the hidden states. Not where the weights lie elsewhere, on a disk for instance."""
+        shape = self.weight.shape
+        if shift is None or scale is None or shift.numel() != shape.numel() or shift.device != self.weight.device:
+            return shift, scale, None
+        return shift.float().view(shape), None, self.weight.float() * (1 + scale.float().view(shape))
+
     def forward(
-        self, hidden_states: torch.Tensor, shift: torch.Tensor | None = None, scale: torch.Tensor | None = None
+        self,
+        hidden_states: torch.Tensor,
+        shift: torch.Tensor | None = None,
+        scale: torch.Tensor | None = None,
+        weight: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`[B, L, d]` -> `[B, L, d]`; shift and scale `[1 or B, 1 or L, d]`."""
-        weight, bias, shape = self.weight.float(), None, self.weight.shape
-        # One condition for all tokens is a part of the weights: fewer passes over the hidden states.
-        if shift is not None and scale is not None and shift.numel() == shape.numel():
-            weight, bias = weight * (1 + scale.float().view(shape)), shift.float().view(shape)
-            shift = scale = None
-        normed = nn.functional.layer_norm(hidden_states.float(), shape, weight=weight, bias=bias, eps=self.eps)
+        """
+        `[B, L, d]` -> `[B, L, d]`; shift and scale `[1 or B, 1 or L, d]`, or what [`~BlockGenNorm.folded`] makes of
+        them.
+        """
+        if weight is None:
+            shift, scale, weight = self.folded(shift, scale)
+        bias = shift if scale is None else None
+        weight = self.weight.float() if weight is None else weight
+        normed = nn.functional.layer_norm(hidden_states.float(), self.weight.shape, weight, bias, self.eps)
         normed = normed.to(hidden_states.dtype)
-        return normed if shift is None or scale is None else normed * (1 + scale) + shift
+        return normed if scale is None or shift is None else normed * (1 + scale) + shift
 
 
-class BlockGenRMSNorm(nn.Module):
-    """Root-mean-square norm, computed in float32, as in Llama; then shifted and scaled by the condition, if any."""
-
-    def __init__(self, hidden_size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.eps = eps
+class BlockGenRMSNorm(BlockGenNorm):
+    """As in Llama."""
 
     def forward(
-        self, hidden_states: torch.Tensor, shift: torch.Tensor | None = None, scale: torch.Tensor | None = None
+        self,
+        hidden_states: torch.Tensor,
+        shift: torch.Tensor | None = None,
+        scale: torch.Tensor | None = None,
+        weight: None = None,
     ) -> torch.Tensor:
         """`[..., d]` -> `[..., d]`; shift and scale `[1 or B, 1 or L, d]`."""
         states = hidden_states.float()
@@ -71,14 +94,51 @@ class BlockGenRMSNorm(nn.Module):
         return normed if shift is None or scale is None else normed * (1 + scale) + shift
 
 
-def make_norm(config: BlockGenConfig, size: int | None = None) -> nn.Module:
+def make_norm(config: BlockGenConfig, size: int | None = None) -> BlockGenNorm:
     """The norm that the configuration names, of the hidden size or of another."""
-    kind = BlockGenRMSNorm if config.norm_type == "rms_norm" else BlockGenLayerNorm
+    kind: type[BlockGenNorm] = BlockGenRMSNorm if config.norm_type == "rms_norm" else BlockGenLayerNorm
     return kind(size or config.hidden_size, config.layer_norm_eps)
 
 
 class BlockGenModulation(nn.Linear):
     """Shifts, scales and gates of the adaptive layer norms, from the condition. Starts at zero."""
+
+
+class Modulation(NamedTuple):
+    """
+    What a condition makes of a branch: the norm before it is shifted and scaled, the gate stands behind it.
+
+    Args:
+        shift, scale, gate (`torch.Tensor` of shape `[1 or B, 1 or L, d]`, *optional*): None without a condition.
+        weight (`torch.Tensor` of shape `[d]`, *optional*): that of the norm where the scale is in it; the shift has
+            its shape then.
+    """
+
+    shift: torch.Tensor | None = None
+    scale: torch.Tensor | None = None
+    gate: torch.Tensor | None = None
+    weight: torch.Tensor | None = None
+
+    @property
+    def norm(self) -> NormCondition:
+        return self.shift, self.scale, self.weight
+
+    def folded(self, norm: BlockGenNorm) -> "Modulation":
+        shift, scale, weight = norm.folded(self.shift, self.scale)
+        return Modulation(shift, scale, self.gate, weight)
+
+    def of_last(self, length: int) -> "Modulation":
+        """Of the last tokens."""
+        return Modulation(
+            *(
+                part if part is None or part.ndim == 1 or part.shape[1] == 1 else last_columns(part, length)
+                for part in self
+            )
+        )
+
+
+# Of attention and MLP; of the norm behind the layers alone.
+LayerModulations = tuple[Modulation, ...]
 
 
 class BlockGenTimeEmbedding(nn.Module):
@@ -122,19 +182,17 @@ class BlockGenRotaryEmbedding(nn.Module):
     @dynamic_rope_update
     def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         angles = position_ids[..., None].float() * self.inv_freq.to(hidden_states.device, torch.float)
-        angles = torch.cat([angles, angles], dim=-1)
         cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
         return cos.to(hidden_states.dtype), sin.to(hidden_states.dtype)
 
 
-def rotate_half(states: torch.Tensor) -> torch.Tensor:
-    left, right = states.chunk(2, dim=-1)
-    return torch.cat([-right, left], dim=-1)
-
-
 def apply_rotary_pos_emb(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates `[B, heads, length, head_dim]` by the angles of its positions, `[B or 1, length, head_dim]`."""
-    return states * cos[:, None] + rotate_half(states) * sin[:, None]
+    """
+    Rotates `[B, heads, length, head_dim]` by the angles of its positions, `[B or 1, length, head_dim]`. The first half
+    of the sines has the other sign: that is the sign of what the halves exchange.
+    """
+    return torch.addcmul(states * cos[:, None], states.roll(states.shape[-1] // 2, dims=-1), sin[:, None])
 
 
 def eager_attention_forward(
@@ -185,6 +243,14 @@ def project(linear: nn.Module, hidden_states: torch.Tensor, num_unadapted: int |
     return torch.cat([base(clean), linear(noisy)], dim=1) if num_unadapted else linear(noisy)
 
 
+def last_tokens(
+    hidden_states: torch.Tensor, length: int, num_unadapted: int | None
+) -> tuple[torch.Tensor, int | None]:
+    """The last tokens of `[B, L, d]`, and how many of them no adapter acts on."""
+    dropped = hidden_states.shape[1] - length
+    return hidden_states[:, dropped:], None if num_unadapted is None else max(num_unadapted - dropped, 0)
+
+
 class BlockGenAttention(nn.Module):
     """Multi-head attention over the cached tokens and the clean and noisy tokens of the call."""
 
@@ -213,18 +279,24 @@ class BlockGenAttention(nn.Module):
         cache: Cache | None = None,
         num_committed: int = 0,
         num_unadapted: int | None = None,
+        num_queries: int | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        input_shape = hidden_states.shape[:-1]
-        hidden_shape = (*input_shape, -1, self.head_dim)
-        query_states = project(self.q_proj, hidden_states, num_unadapted).view(hidden_shape)
+        hidden_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        queries, query_embeddings, num_unadapted_queries = hidden_states, position_embeddings, num_unadapted
+        if num_queries is not None:
+            queries, num_unadapted_queries = last_tokens(hidden_states, num_queries, num_unadapted)
+            cos, sin = position_embeddings
+            query_embeddings = last_columns(cos, num_queries), last_columns(sin, num_queries)
+        input_shape = queries.shape[:-1]
+        query_states = project(self.q_proj, queries, num_unadapted_queries).view(*input_shape, -1, self.head_dim)
         key_states = project(self.k_proj, hidden_states, num_unadapted).view(hidden_shape)
         value_states = project(self.v_proj, hidden_states, num_unadapted).view(hidden_shape).transpose(1, 2)
         if self.q_norm is not None and self.k_norm is not None:
             query_states, key_states = self.q_norm(query_states), self.k_norm(key_states)
         query_states, key_states = query_states.transpose(1, 2), key_states.transpose(1, 2)
         if self.has_rope:
-            query_states = apply_rotary_pos_emb(query_states, *position_embeddings)
+            query_states = apply_rotary_pos_emb(query_states, *query_embeddings)
             key_states = apply_rotary_pos_emb(key_states, *position_embeddings)
 
         if cache is not None:
@@ -241,7 +313,7 @@ class BlockGenAttention(nn.Module):
         else:
             attn_output, attn_weights = attend(query_states, key_states, value_states, attention_mask, **kwargs)
         attn_output = attn_output.reshape(*input_shape, -1).contiguous()
-        return project(self.o_proj, attn_output, num_unadapted), attn_weights
+        return project(self.o_proj, attn_output, num_unadapted_queries), attn_weights
 
 
 class BlockGenMLP(nn.Module):
@@ -276,35 +348,51 @@ class BlockGenDecoderLayer(GradientCheckpointingLayer):
         )
         self.dropout = nn.Dropout(config.hidden_dropout)
 
+    def modulations(self, condition: torch.Tensor | None) -> LayerModulations:
+        """What the condition makes of attention and MLP."""
+        if self.modulation is None:
+            return (Modulation(), Modulation())
+        parts = self.modulation(condition).chunk(6, dim=-1)
+        return Modulation(*parts[:3]), Modulation(*parts[3:])
+
+    def constant_modulations(self, condition: torch.Tensor | None) -> LayerModulations:
+        """As [`~BlockGenDecoderLayer.modulations`], computed as far as it can be for a condition of all tokens."""
+        attention, mlp = self.modulations(condition)
+        return attention.folded(self.input_layernorm), mlp.folded(self.post_attention_layernorm)
+
     def forward(
         self,
         hidden_states: torch.Tensor,
         condition: torch.Tensor | None = None,
-        modulation: torch.Tensor | None = None,
+        modulations: LayerModulations | None = None,
         num_unadapted: int | None = None,
+        num_queries: int | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         """
-        `modulation`: that of the condition, `[.., .., 6 d]`, where it is known already. `num_unadapted`: see
-        [`project`].
+        `[B, L, d]` -> `[B, L or num_queries, d]`.
+
+        `modulations`: those of the condition, where they are known already. `num_unadapted`: see [`project`].
+        `num_queries`: only so many of the last tokens are wanted; the others are keys and values.
         """
-        if modulation is None and self.modulation is not None:
-            modulation = self.modulation(condition)
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (
-            (None,) * 6 if modulation is None else modulation.chunk(6, dim=-1)
-        )
+        attention, mlp = self.modulations(condition) if modulations is None else modulations
         residual = hidden_states
-        hidden_states = self.input_layernorm(hidden_states, shift, scale)
-        hidden_states, _ = self.self_attn(hidden_states, num_unadapted=num_unadapted, **kwargs)
-        hidden_states = add_gated(residual, self.dropout(hidden_states), gate)
+        hidden_states = self.input_layernorm(hidden_states, *attention.norm)
+        hidden_states, _ = self.self_attn(
+            hidden_states, num_unadapted=num_unadapted, num_queries=num_queries, **kwargs
+        )
+        if num_queries is not None:
+            residual, num_unadapted = last_tokens(residual, num_queries, num_unadapted)
+            attention, mlp = attention.of_last(num_queries), mlp.of_last(num_queries)
+        hidden_states = add_gated(residual, self.dropout(hidden_states), attention.gate)
 
         residual = hidden_states
-        hidden_states = self.post_attention_layernorm(hidden_states, mlp_shift, mlp_scale)
-        return add_gated(residual, self.dropout(self.mlp(hidden_states, num_unadapted)), mlp_gate)
+        hidden_states = self.post_attention_layernorm(hidden_states, *mlp.norm)
+        return add_gated(residual, self.dropout(self.mlp(hidden_states, num_unadapted)), mlp.gate)
 
 
 def add_gated(residual: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
     return residual + branch if gate is None else torch.addcmul(residual, branch, gate)
 
 
-__all__ = ["BlockGenAttention", "BlockGenDecoderLayer"]
+__all__ = ["BlockGenAttention", "BlockGenDecoderLayer", "LayerModulations", "Modulation"]

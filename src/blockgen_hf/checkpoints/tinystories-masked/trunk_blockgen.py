@@ -14,7 +14,7 @@
 """The trunk of BlockGen: from clean and noisy tokens to the hidden states of the noisy ones."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -36,6 +36,8 @@ from .layers_blockgen import (
     BlockGenRMSNorm,
     BlockGenRotaryEmbedding,
     BlockGenTimeEmbedding,
+    LayerModulations,
+    Modulation,
     make_norm,
 )
 from .masking_blockgen import (
@@ -128,7 +130,7 @@ class BlockGenModel(BlockGenPreTrainedModel):
         is_aligned: bool = False,
         num_kept: int | None = None,
         anchor_rows: torch.Tensor | None = None,
-        modulations: Sequence[torch.Tensor] | None = None,
+        modulations: Sequence[LayerModulations] | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """
@@ -150,7 +152,8 @@ class BlockGenModel(BlockGenPreTrainedModel):
                 Default: those of the noisy tokens.
             anchor_rows (`torch.LongTensor` of shape `[B or 1, N]`, *optional*): where noisy tokens are the places of
                 anchors, as in [`TrunkInputs`].
-            modulations (`Sequence[torch.Tensor]`, *optional*): what [`~BlockGenModel.constant_modulations`] returned.
+            modulations (`Sequence[LayerModulations]`, *optional*): what [`~BlockGenModel.constant_modulations`]
+                returned.
 
         Returns:
             [`BaseModelOutputWithPast`], `last_hidden_state` `[B, num_kept, hidden_size]`.
@@ -208,7 +211,11 @@ class BlockGenModel(BlockGenPreTrainedModel):
         condition = None
         if modulations is None:
             condition = self._condition(noise_level, num_clean, hidden_states)
+        num_kept = noisy_input_ids.shape[1] if num_kept is None else num_kept
+        num_queries = None
         for index, layer in enumerate(self.layers):
+            if index == len(self.layers) - 1 and not self._records(**kwargs):
+                mask, is_causal, num_queries = of_last_tokens(mask, is_causal, hidden_states.shape[1], num_kept)
             hidden_states = layer(
                 hidden_states,
                 condition,  # by position: reentrant checkpointing tracks no gradients of keywords
@@ -216,17 +223,16 @@ class BlockGenModel(BlockGenPreTrainedModel):
                 position_embeddings=position_embeddings,
                 attention_mask=mask,
                 is_causal=is_causal,
+                num_queries=num_queries,
                 cache=read_cache,
                 num_committed=num_committed,
                 num_unadapted=num_clean if self.config.adapter_rows == "noisy" else None,
                 **kwargs,
             )
-        num_kept = noisy_input_ids.shape[1] if num_kept is None else num_kept
         hidden_states = hidden_states[:, hidden_states.shape[1] - num_kept :]
-        modulation = None
-        if self.norm_modulation is not None:
-            modulation = self.norm_modulation(condition) if modulations is None else modulations[-1]
-        hidden_states = self._final_norm(hidden_states, modulation)
+        # That of the clean tokens was computed too: quantised layers do not take a tensor without tokens.
+        last = self._last_modulation(condition) if modulations is None else modulations[-1][0]
+        hidden_states = self.norm(hidden_states, *last.of_last(num_kept).norm)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, **named_cache(cache))
 
     def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -237,18 +243,22 @@ class BlockGenModel(BlockGenPreTrainedModel):
         noise = self.noise_embedding(torch.zeros_like(input_ids[:1, :1]))
         return torch.where(is_mask[..., None], noise.to(embeddings.dtype), embeddings)
 
-    def _final_norm(self, hidden_states: torch.Tensor, modulation: torch.Tensor | None) -> torch.Tensor:
-        if modulation is None:
-            return self.norm(hidden_states)
-        # That of the clean tokens was computed too: quantised layers do not take a tensor without tokens.
-        modulation = modulation if modulation.shape[1] == 1 else last_columns(modulation, hidden_states.shape[1])
-        return self.norm(hidden_states, *modulation.chunk(2, dim=-1))
+    def _records(self, **kwargs: Any) -> bool:
+        """Whether the caller wants to see what the layers return, of all tokens."""
+        names = ("output_hidden_states", "output_attentions")
+        return any(kwargs.get(name, getattr(self.config, name, False)) for name in names)
 
-    def constant_modulations(self, device: torch.device) -> list[torch.Tensor] | None:
+    def _last_modulation(self, condition: torch.Tensor | None) -> Modulation:
+        """Of the norm behind the layers."""
+        return (
+            Modulation() if self.norm_modulation is None else Modulation(*self.norm_modulation(condition).chunk(2, -1))
+        )
+
+    def constant_modulations(self, device: torch.device) -> list[LayerModulations] | None:
         """
-        What the adaptive layer norms make of the condition, for many forward passes: a tensor `[1, 1, 6 d]` for each
-        layer, and `[1, 1, 2 d]` for the last norm. None if there are none, if they depend on the noise level, or if
-        the weights are sharded (FSDP): these are whole in the forward pass of their layer only.
+        What the adaptive layer norms make of the condition, for many forward passes: of each layer, and of the norm
+        behind them. None if there are none, if they depend on the noise level, or if the weights are sharded (FSDP):
+        these are whole in the forward pass of their layer only.
         """
         if self.time_embedding is None or self.norm_modulation is None or self.config.time_conditioning:
             return None
@@ -259,7 +269,8 @@ class BlockGenModel(BlockGenPreTrainedModel):
         # Of the type that a forward pass has, whatever that of the norms (they may be kept in float32).
         hidden_states = self.embed_tokens(torch.zeros(1, 1, dtype=torch.long, device=device))
         condition = self._condition(None, 0, hidden_states)
-        return [modulation(condition) for modulation in modulations]
+        layers = [cast(BlockGenDecoderLayer, layer).constant_modulations(condition) for layer in self.layers]
+        return [*layers, (self._last_modulation(condition).folded(self.norm),)]
 
     def _condition(
         self, noise_level: torch.Tensor | None, num_clean: int, hidden_states: torch.Tensor
@@ -378,6 +389,32 @@ class BlockGenModel(BlockGenPreTrainedModel):
         if is_causal and (is_flash_attention_requested(self.config) or (implementation == "sdpa" and starts_at_zero)):
             return None, True
         return make_attention_mask(layout, implementation, self.dtype), False
+
+
+def of_last_tokens(mask: Any, is_causal: bool, length: int, num_kept: int) -> tuple[Any, bool, int | None]:
+    """
+    The attention of a layer of whose tokens only the last `num_kept` are wanted.
+
+    Args:
+        mask: that of all `length` queries, as the attention implementation takes it, or None.
+        is_causal (`bool`): whether the kernel makes the mask itself.
+
+    Returns:
+        mask, whether the kernel makes it, and the number of queries. None: all, where a mask cannot be cut.
+    """
+    kept = max(num_kept, 1)  # kernels take no empty tensors
+    first = length - kept
+    if first <= 0:
+        return mask, is_causal, None
+    if isinstance(mask, torch.Tensor):
+        return mask[..., first:, :], is_causal, kept
+    if isinstance(mask, tuple):
+        chunks = [chunk for chunk in mask if chunk.queries.stop > first]
+        if chunks[0].queries.start == first:
+            return tuple(chunk.moved(-first) for chunk in chunks), is_causal, kept
+    if mask is None and (kept == 1 or not is_causal):  # the last token sees all
+        return None, False, kept
+    return mask, is_causal, None
 
 
 __all__ = ["BlockGenModel", "BlockGenPreTrainedModel"]

@@ -25,16 +25,22 @@ class GrowingLayer(DynamicLayer):
     and what is there is not copied: concatenation copies all of it, in every pass.
     """
 
+    keys: torch.Tensor
+    values: torch.Tensor
     _buffers: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        self.keys, self.values = self.extended(key_states, value_states)
-        return self.keys, self.values
+        return self.extended(key_states, value_states, key_states.shape[-2])
 
-    def extended(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values with these behind them, `[B, heads, length + new, head_dim]`; good until the next call."""
+    def extended(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, num_committed: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Keys and values with these behind them, `[B, heads, length + new, head_dim]`; good until the next call. The
+        first `num_committed` of the new ones stay.
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         length = self.get_seq_length()
@@ -42,6 +48,7 @@ class GrowingLayer(DynamicLayer):
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             added = ((self.keys, key_states), (self.values, value_states))
             keys, values = (torch.cat(pair, dim=-2) if length else pair[1] for pair in added)
+            self._commit(keys, values, length, num_committed)
             return keys, values
         end = length + key_states.shape[-2]
         if not self._has_room(key_states, length, end):
@@ -55,7 +62,12 @@ class GrowingLayer(DynamicLayer):
         keys, values = (buffer[:, :, :end] for buffer in self._buffers or ())
         keys[:, :, length:] = key_states
         values[:, :, length:] = value_states
+        self._commit(keys, values, length, num_committed)
         return keys, values
+
+    def _commit(self, keys: torch.Tensor, values: torch.Tensor, length: int, num_committed: int) -> None:
+        if num_committed:
+            self.keys, self.values = keys[:, :, : length + num_committed], values[:, :, : length + num_committed]
 
     def reset(self) -> None:
         self._buffers = None
@@ -96,15 +108,15 @@ def commit_and_read(
     Every cache class returns what it holds when it is updated, also with no token at all: so this reads them all.
     """
     layer: Any = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
-    if num_committed == 0 and type(layer) in (DynamicLayer, GrowingLayer) and not cache.offloading:
+    if isinstance(layer, GrowingLayer):
+        return layer.extended(key_states, value_states, num_committed)
+    if num_committed == 0 and type(layer) is DynamicLayer and not cache.offloading:
         cached = (layer.keys, layer.values)  # an update would copy them
     else:
         cached = cache.update(key_states[:, :, :num_committed], value_states[:, :, :num_committed], layer_idx)
     key_states, value_states = key_states[:, :, num_committed:], value_states[:, :, num_committed:]
     if key_states.shape[2] == 0:
         return cached
-    if isinstance(layer, GrowingLayer):
-        return layer.extended(key_states, value_states)
     return torch.cat([cached[0], key_states], dim=2), torch.cat([cached[1], value_states], dim=2)
 
 

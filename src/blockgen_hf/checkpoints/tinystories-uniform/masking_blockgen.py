@@ -30,7 +30,7 @@ such kernel, the queries are cut into chunks, each of which is attended to the f
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -255,6 +255,10 @@ class AttentionChunk:
     queries: slice
     keys: tuple[slice, ...]
     mask: torch.Tensor | None
+
+    def moved(self, number: int) -> "AttentionChunk":
+        """The same queries, so many places further."""
+        return replace(self, queries=slice(self.queries.start + number, self.queries.stop + number))
 
 
 # What the attention layers take as a mask besides the tensors and `BlockMask`s of transformers.
