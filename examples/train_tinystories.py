@@ -13,6 +13,13 @@ may start from a masked one, which costs a fraction of training from the beginni
 
     python examples/train_tinystories.py --output-dir runs/uniform --init-from runs/tinystories/final --num-layers 6 \
         --diffusion-type uniform --max-steps 1500
+
+`--self-data` mixes in as many stories that the first model writes, autoregressively and at the temperature of the
+final model's generation settings. Tokens of such stories depend less on chance, so that a block of them can be
+predicted at once, and drafts agree more often with the autoregressive text:
+
+    python examples/train_tinystories.py --output-dir runs/again --init-from runs/tinystories/final --num-layers 6 \
+        --self-data 4000 --max-steps 1000
 """
 
 import argparse
@@ -38,10 +45,12 @@ from transformers.trainer_utils import get_last_checkpoint
 from blockgen_hf import BlockGenConfig, BlockGenForDiffusionLM
 from blockgen_hf.evaluation import evaluate_likelihood
 from blockgen_hf.training import train_tokenizer
+from blockgen_hf.training.self_data import write_self_data
 
 
 END_OF_TEXT = "<|endoftext|>"
 DATASET = "roneneldan/TinyStories"
+TEMPERATURE = 0.5  # of the final model's generation settings, and of --self-data
 CARD = """---
 license: apache-2.0
 language: en
@@ -80,7 +89,7 @@ stored in bfloat16 and loaded in float32.
 
 ## Training
 
-{stories:,} stories of TinyStories (CDLA-Sharing-1.0, which leaves trained models unrestricted), joined with
+{stories:,} stories of TinyStories (CDLA-Sharing-1.0, which leaves trained models unrestricted){own}, joined with
 `<|endoftext|>` and cut into rows of {positions} tokens; {objective} (BlockGen, Sec. 5.1). {start}{steps:,} steps
 of {batch_size} rows, {tokens:,} tokens or {epochs:.1f} epochs, {optimizer} with peak learning rate
 {learning_rate:g} and
@@ -118,6 +127,14 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--num-heads", type=int, default=3)
     parser.add_argument("--diffusion-type", choices=("masked", "uniform"), default="masked")
     parser.add_argument("--init-from", help="start from this model: a folder, or a name on the Hub")
+    parser.add_argument("--self-data", type=int, default=0, help="stories of the model to start from to train on, too")
+    parser.add_argument(
+        "--block-size-weights",
+        type=float,
+        nargs=5,
+        default=[0.4, 0.1, 0.1, 0.15, 0.25],
+        help='of block sizes 1, 2, 4, 8, 16. Default: "mostly AR" (BlockGen, Sec. 5.2)',
+    )
     parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
     parser.add_argument("--max-steps", type=int, default=3000)
     parser.add_argument("--batch-size", type=int, default=8)
@@ -139,6 +156,27 @@ def read_stories(args: argparse.Namespace, split: str) -> list[str]:
 
     selection = f"train[:{args.max_stories}]" if split == "train" else "validation[:2000]"
     return [story.strip() for story in load_dataset(DATASET, split=selection)["text"] if story.strip()]
+
+
+def own_stories(args: argparse.Namespace, stories: list[str]) -> list[str]:
+    """Stories by the model to start from, behind the first words of given ones; those that have an end."""
+    file = args.output_dir / "self_data.jsonl"
+    if not file.exists():
+        print(f"{args.init_from} writes {args.self_data:,} stories ...")
+        write_self_data(
+            BlockGenForDiffusionLM.from_pretrained(args.init_from, dtype=torch.float32).eval(),
+            PreTrainedTokenizerFast.from_pretrained(args.init_from),
+            stories,
+            file,
+            count=args.self_data,
+            prompt_tokens=8,
+            length=args.length,
+            temperature=TEMPERATURE,
+            batch_size=64,
+            seed=args.seed,
+        )
+    texts = (json.loads(line)["text"].strip() for line in file.read_text(encoding="utf-8").splitlines())
+    return [text for text in texts if text.endswith((".", "!", "?", '"'))]
 
 
 class PackedStories(torch.utils.data.Dataset):
@@ -228,9 +266,8 @@ def model_config(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -
         mask_token_id=tokenizer.mask_token_id if args.diffusion_type == "masked" else None,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        # "Mostly AR" weights (Sec. 5.2): gamma_1 > gamma_n > the rest. Autoregressive steps learn from every token.
         block_sizes=[1, 2, 4, 8, 16],
-        block_size_weights=[0.4, 0.1, 0.1, 0.15, 0.25],
+        block_size_weights=args.block_size_weights,
     )
 
 
@@ -271,11 +308,14 @@ def main() -> None:
     args = make_parser().parse_args()
     if (args.train_file is None) != (args.validation_file is None):
         raise SystemExit("--train-file and --validation-file go together.")
+    if args.self_data and not args.init_from:
+        raise SystemExit("--self-data needs --init-from, the model that writes the stories.")
     set_seed(args.seed)
     print("reading stories and training the tokenizer ...")
     stories = read_stories(args, "train")
     tokenizer = make_tokenizer(args, stories)
-    train_set = PackedStories(stories, tokenizer, args.length)
+    own = own_stories(args, stories) if args.self_data else []
+    train_set = PackedStories([*(stories[: len(own)] if own else stories), *own], tokenizer, args.length)
     valid_set = PackedStories(read_stories(args, "validation"), tokenizer, args.length)
     model = BlockGenForDiffusionLM(model_config(args, tokenizer))
     if args.init_from:
@@ -318,7 +358,8 @@ def main() -> None:
         vocabulary=len(tokenizer),
         block_sizes=config.block_sizes,
         weights=config.block_size_weights,
-        stories=len(stories),
+        stories=len(own) or len(stories),
+        own=f" and {len(own):,} that the first model wrote at temperature {TEMPERATURE}" if own else "",
         steps=args.max_steps,
         batch_size=args.batch_size,
         tokens=tokens,
@@ -337,7 +378,7 @@ def save(model: BlockGenForDiffusionLM, tokenizer: PreTrainedTokenizerFast, card
     """Weights in bfloat16 to be small, loaded in float32; tokenizer, generation settings and card with them."""
     model.to(torch.bfloat16)
     model.generation_config.update(
-        decoding="arpc", corrector_period=1, do_sample=True, top_k=0, temperature=0.5, max_new_tokens=128
+        decoding="arpc", corrector_period=1, do_sample=True, top_k=0, temperature=TEMPERATURE, max_new_tokens=128
     )
     model.save_pretrained(folder)
     model.config.dtype, model.config.use_cache = torch.float32, True

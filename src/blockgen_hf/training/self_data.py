@@ -11,8 +11,6 @@ from ..run_folders import json_lines
 from ..whole_files import write_whole
 
 
-_BATCH = 8
-
 
 @torch.no_grad()
 def write_self_data(
@@ -24,17 +22,22 @@ def write_self_data(
     count: int,
     prompt_tokens: int,
     length: int,
+    temperature: float = 1.0,
+    batch_size: int = 8,
     seed: int = 0,
 ) -> int:
     """
     Writes a JSONL file of texts, each the beginning of a given one and what the model samples behind it,
-    autoregressively and by its own settings but for temperature 1. The file is written when all are there.
+    autoregressively and by its own settings but for the temperature. The file is written when all are there.
 
     Args:
         texts: whose first tokens are the prompts.
         count: how many to write.
         prompt_tokens: tokens of a prompt; shorter texts are skipped.
         length: tokens of a text, its prompt included.
+        temperature: of the samples. Below 1, their tokens depend less on chance, so that several at once can be
+            predicted better.
+        batch_size: texts that are sampled at once.
         seed: of the samples.
 
     Returns:
@@ -47,10 +50,11 @@ def write_self_data(
         raise ValueError(f"`length` must be more than the {prompt_tokens} tokens of a prompt, but is {length}.")
     found: list[dict[str, str]] = []
     prompts = _prompts(texts, tokenizer, prompt_tokens)
-    settings = dict(decoding="ar", do_sample=True, temperature=1.0, top_k=0, max_new_tokens=length - prompt_tokens)
+    room = length - prompt_tokens
+    settings = dict(decoding="ar", do_sample=True, temperature=temperature, top_k=0, max_new_tokens=room)
     with torch.random.fork_rng():
         torch.default_generator.manual_seed(seed)
-        while batch := list(islice(prompts, min(_BATCH, count - len(found)))):
+        while batch := list(islice(prompts, min(batch_size, count - len(found)))):
             ids = torch.tensor(batch, device=model.device)
             sampled = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
             found += [{"text": text} for text in tokenizer.batch_decode(sampled, skip_special_tokens=True)]
