@@ -11,7 +11,6 @@ from ..run_folders import json_lines
 from ..whole_files import write_whole
 
 
-
 @torch.no_grad()
 def write_self_data(
     model: PreTrainedModel,
