@@ -29,9 +29,10 @@ HAS_GRADIO = find_spec("gradio") is not None  # asked here, as the fixture below
 
 
 @pytest.fixture
-def space(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
-    """The names of the app; without Gradio, which only its page needs."""
-    if not HAS_GRADIO:
+def space(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
+    """The names of the app; without Gradio, which takes seconds to import, unless its page is looked at."""
+    pytest.importorskip("httpx", reason="comes with gradio")
+    if not HAS_GRADIO or request.node.get_closest_marker("slow") is None:
         monkeypatch.setitem(sys.modules, "gradio", ModuleType("gradio"))
         sys.modules["gradio"].Blocks = None  # type: ignore[attr-defined]
     with space_app() as names:

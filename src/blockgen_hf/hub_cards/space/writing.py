@@ -241,7 +241,8 @@ class ModelWriter(Writer):
         )
 
     def _encode(self, prompt: str, fields: Fields) -> torch.Tensor:
-        token_ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
+        encoded = self.tokenizer(prompt, add_special_tokens=False, verbose=False) if prompt else {"input_ids": []}
+        token_ids = encoded["input_ids"]
         positions = self.facts.positions
         if len(token_ids) + fields.max_new_tokens > positions:
             raise ValueError(
