@@ -352,6 +352,21 @@ def test_the_last_layer_reads_all_tokens_and_computes_those_that_are_wanted(vari
         assert is_whole or rows[0] == cut.shape[1] < rows[1]
 
 
+@pytest.mark.parametrize("variant", ["masked", "uniform", "block_causal"])
+def test_gradients_are_those_of_a_whole_last_layer(variant: str) -> None:
+    model, text = tiny_model(variant).double().train(), words(3, 12)
+    labels = text.masked_fill(torch.arange(12) < 3, -100)
+    gradients = []
+    for is_whole in (False, True):
+        model.zero_grad()
+        torch.manual_seed(0)
+        model(text, labels=labels, output_hidden_states=is_whole).loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+    assert len(gradients[0]) == len(gradients[1]) > 20
+    for cut, whole in zip(*gradients, strict=True):
+        torch.testing.assert_close(cut, whole, rtol=1e-9, atol=1e-12)
+
+
 def test_a_pass_that_fills_the_cache_leaves_the_last_layer_out() -> None:
     """Its keys and values are all that anyone reads; one token goes on, because kernels take no empty tensor."""
     model, rows = tiny_model(), []

@@ -144,7 +144,7 @@ def test_rows_that_come_to_evaluate_are_prepared_and_give_bounds(tmp_path: Path)
 
 def test_the_end_of_an_answer_is_learned(tmp_path: Path) -> None:
     rows = [{"prompt": "ab", "completion": "cd"}, {"prompt": "ef", "completion": "g"}]
-    settings = dict(max_steps=60, learning_rate=2e-2, ema_decay=0, block_size_unit="sequence")
+    settings = dict(max_steps=100, learning_rate=1e-2, ema_decay=0, block_size_unit="sequence")
     trainer = make(tmp_path, rows, tiny_model(eos_token_id=EOS), **settings)
     trainer.train()
     for row in rows:

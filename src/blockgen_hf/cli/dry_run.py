@@ -11,6 +11,7 @@ from ..modeling.configuration_blockgen import BlockGenConfig
 from ..places import data_place, local_folder
 from ..run_folders import LOCK, FolderInUseError, lock_folder
 from ..tokenizer_loading import pretrained_tokenizer
+from ..training.arguments import CHECKPOINTING
 from ..training.estimates import (
     ParameterCount,
     count_parameters,
@@ -157,7 +158,7 @@ def _costs(prepared: Prepared, config: BlockGenConfig, parameters: ParameterCoun
     else:
         yield _line("in all", f"{args.num_train_epochs:g} times the data, whose size is known once they are read")
 
-    is_mixed = args.bf16 or args.fp16
+    is_mixed, checkpointing = args.bf16 or args.fp16, bool(getattr(args, CHECKPOINTING))
     memory = estimate_memory(
         config,
         parameters,
@@ -165,7 +166,7 @@ def _costs(prepared: Prepared, config: BlockGenConfig, parameters: ParameterCoun
         length,
         bytes_per_value=2 if is_mixed else 4,
         ema=args.ema_decay > 0,
-        checkpointing=bool(args.activation_checkpointing),
+        checkpointing=checkpointing,
         shards=args.world_size if args.fsdp else 1,
     )
     yield _line("memory", f"about {_gigabytes(memory.total)} a process (estimate): " + _parts(memory))
@@ -173,7 +174,7 @@ def _costs(prepared: Prepared, config: BlockGenConfig, parameters: ParameterCoun
     set_num_threads(device, parameters.total)
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     speed = measure_speed(config, device, dtype)
-    operations = step_operations(config, parameters, rows, length, checkpointing=bool(args.activation_checkpointing))
+    operations = step_operations(config, parameters, rows, length, checkpointing=checkpointing)
     seconds = estimate_seconds(operations, speed, args.world_size, device)
     in_all = f", {_duration(seconds * args.max_steps)} in all" if args.max_steps > 0 else ""
     yield _line(

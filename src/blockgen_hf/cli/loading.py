@@ -58,9 +58,11 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
+        from ..training.arguments import CHECKPOINTING
+
         raise CommandError(
             "The device has not enough memory. In training: a smaller training.per_device_train_batch_size (the "
-            "global batch stays as it is), training.activation_checkpointing=true or training.bf16=true; else a "
+            f"global batch stays as it is), training.{CHECKPOINTING}=true or training.bf16=true; else a "
             "smaller --batch-size."
         ) from error
     except BrokenPipeError:  # of the reader of what is printed

@@ -8,6 +8,10 @@ from .draws import BLOCK_SIZE_SAMPLINGS, NOISE_LEVEL_SAMPLINGS
 
 
 BLOCK_SIZE_UNITS = ("micro_batch", "sequence")
+# The setting that trades time for memory, as the installed transformers calls it: 5.20 knows the second name only.
+CHECKPOINTING = next(
+    name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, name)
+)
 
 
 @dataclass
