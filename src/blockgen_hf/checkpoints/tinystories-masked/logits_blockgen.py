@@ -87,7 +87,7 @@ class OccurrencePenalties(logits_process.RepetitionPenaltyLogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         columns = torch.arange(input_ids.shape[1], device=input_ids.device)
-        ignored = torch.as_tensor(self.prompt_ignore_length, device=input_ids.device)
+        ignored = torch.as_tensor(self.prompt_ignore_length or 0, device=input_ids.device)
         counted = (columns >= ignored.view(-1, 1)).expand(input_ids.shape).to(scores.dtype)
         counts = torch.zeros_like(scores).scatter_add(1, input_ids, counted)
         return scores - self.presence * (counts > 0).to(scores.dtype) - self.frequency * counts
@@ -175,7 +175,7 @@ def process_logits(
         if type(processor) in ROW_PROCESSORS:
             logits = processor(text.context[rows], logits)
         elif isinstance(processor, logits_process.RepetitionPenaltyLogitsProcessor):
-            logits = _of_rows(processor, rows, text.padding)(text.context[rows], logits)
+            logits = _penalised(processor, rows, text, logits)
         elif isinstance(processor, POSITION_PROCESSORS):
             logits = _process_by_position(logits, index, text.columns[where], text, processor)
         else:
@@ -183,15 +183,24 @@ def process_logits(
     return logits
 
 
-def _of_rows(
-    processor: logits_process.RepetitionPenaltyLogitsProcessor, rows: torch.Tensor, padding: torch.Tensor
-) -> LogitsProcessor:
-    """A repetition penalty knows how much of the text of a row to ignore; here of some rows, `[M]`, and no padding."""
-    ignored = processor.prompt_ignore_length
-    lengths = padding if ignored is None else torch.as_tensor(ignored, device=padding.device).maximum(padding)
+def _penalised(
+    processor: logits_process.RepetitionPenaltyLogitsProcessor,
+    rows: torch.Tensor,
+    text: BlockText,
+    logits: torch.Tensor,
+) -> torch.Tensor:
+    """
+    A repetition penalty knows how much of the text of a row to ignore, besides its padding. What is ignored becomes a
+    token behind the vocabulary: not every supported transformers takes a length for each row.
+    """
+    ignored, vocab_size = processor.prompt_ignore_length, logits.shape[-1]
+    lengths = text.padding if ignored is None else torch.as_tensor(ignored, device=logits.device).maximum(text.padding)
     processor = copy(processor)
-    processor.prompt_ignore_length = lengths[rows]
-    return processor
+    processor.prompt_ignore_length = None
+    context = text.context[rows]
+    columns = torch.arange(context.shape[1], device=logits.device)
+    counted = context.masked_fill(columns < lengths[rows, None], vocab_size)
+    return processor(counted, torch.nn.functional.pad(logits, (0, 1)))[:, :vocab_size]
 
 
 def _process_by_position(
