@@ -12,9 +12,8 @@ reused, and an interrupted command goes on when it is repeated.
 import json
 import statistics
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +38,10 @@ from blockgen_hf.tables import Table, error_bar
 from blockgen_hf.training import BlockGenDataCollator, DataArguments, load_datasets, train_tokenizer
 from blockgen_hf.training.recipe_building import training_texts
 from blockgen_hf.training.tokenizers import END_OF_TEXT
-from blockgen_hf.whole_files import write_json, write_whole
+from blockgen_hf.whole_files import write_json
 
 from .adaptation import read_evaluations
+from .experiments import option, rounded, svg_figure
 
 
 SIZES = (1, 2, 4, 8)
@@ -49,38 +49,34 @@ _PROMPT = 16
 _HEADS = 4
 
 
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass(frozen=True)
 class Settings:
     """The defaults made the committed figures."""
 
-    train_file: str | None = _option(None, "Stories, separated by <|endoftext|>; the last 60 are held out.")
-    output_dir: str = _option("runs/adaptation", "Folder for models, prepared data and results.")
-    results: str | None = _option(None, "Results file. Default: results.json in the output folder.")
-    figure: str | None = _option(None, "Where the curves are drawn. Default: curves.svg in the output folder.")
-    report: bool = _option(False, "Train nothing: report what has been measured.")
+    train_file: str | None = option(None, "Stories, separated by <|endoftext|>; the last 60 are held out.")
+    output_dir: str = option("runs/adaptation", "Folder for models, prepared data and results.")
+    results: str | None = option(None, "Results file. Default: results.json in the output folder.")
+    figure: str | None = option(None, "Where the curves are drawn. Default: curves.svg in the output folder.")
+    report: bool = option(False, "Train nothing: report what has been measured.")
 
-    vocab_size: int = _option(1024, "Tokens of the tokenizer.")
-    max_documents: int = _option(12_000, "Stories to train on.")
-    length: int = _option(128, "Tokens per row.")
-    hidden_size: int = _option(128, "Width of the models.")
-    layers: int = _option(4, "Layers of the models.")
-    batch_size: int = _option(8, "Rows per step.")
+    vocab_size: int = option(1024, "Tokens of the tokenizer.")
+    max_documents: int = option(12_000, "Stories to train on.")
+    length: int = option(128, "Tokens per row.")
+    hidden_size: int = option(128, "Width of the models.")
+    layers: int = option(4, "Layers of the models.")
+    batch_size: int = option(8, "Rows per step.")
 
-    llama_steps: int = _option(1000, "Training steps of the Llama.")
-    adapt_steps: int = _option(600, "Training steps of an adaptation.")
-    learning_rate: float = _option(3e-3, "Peak learning rate from scratch.")
-    full_learning_rate: float = _option(1e-3, "Of the adaptation of all weights.")
-    adapter_learning_rate: float = _option(3e-3, "Of the adapter.")
+    llama_steps: int = option(1000, "Training steps of the Llama.")
+    adapt_steps: int = option(600, "Training steps of an adaptation.")
+    learning_rate: float = option(3e-3, "Peak learning rate from scratch.")
+    full_learning_rate: float = option(1e-3, "Of the adaptation of all weights.")
+    adapter_learning_rate: float = option(3e-3, "Of the adapter.")
 
-    eval_rows: int = _option(120, "Validation rows.")
-    eval_draws: int = _option(2, "Draws of noise per validation row.")
-    texts: int = _option(32, "Texts whose drafts are counted.")
-    timed_texts: int = _option(4, "Texts that decodings are timed on, one at a time.")
-    repeats: int = _option(3, "Repeats of the timing.")
+    eval_rows: int = option(120, "Validation rows.")
+    eval_draws: int = option(2, "Draws of noise per validation row.")
+    texts: int = option(32, "Texts whose drafts are counted.")
+    timed_texts: int = option(4, "Texts that decodings are timed on, one at a time.")
+    repeats: int = option(3, "Repeats of the timing.")
 
     def __post_init__(self) -> None:
         if self.train_file is None and not self.report:
@@ -130,7 +126,7 @@ class Bench:
             return
         started = time.process_time()
         record = measure() or {}
-        self.found[name] = _rounded({**record, "cpu_seconds": round(time.process_time() - started, 1)})
+        self.found[name] = rounded({**record, "cpu_seconds": round(time.process_time() - started, 1)})
         write_json(self.file, self.found)
         print(name, self.found[name], flush=True)
 
@@ -315,22 +311,9 @@ def curve(run: Path) -> list[dict[str, float]]:
     ]
 
 
-def _rounded(value: Any) -> Any:
-    """To as many digits as anyone can use, with keys as JSON has them."""
-    if isinstance(value, dict):
-        return {str(key): _rounded(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_rounded(item) for item in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
-
-
 def draw(found: dict[str, Any], file: Path) -> None:
     """An SVG image: nats per token against the tokens trained on, a panel for each block size."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "blockgen-hf", "font.size": 9}):
-        figure = Figure(figsize=(3.2 * len(SIZES), 3.2), layout="constrained")
+    with svg_figure(file, 3.2 * len(SIZES), 3.2) as figure:
         panels = figure.subplots(1, len(SIZES), sharey=True)
         for panel, size in zip(panels, SIZES, strict=True):
             for name in (BEGINNING, FULL, ADAPTER):
@@ -343,10 +326,6 @@ def draw(found: dict[str, Any], file: Path) -> None:
             panel.grid(visible=True, alpha=0.3)
         panels[0].set_ylabel("nats per token")
         panels[0].legend(frameon=False)
-        image = BytesIO()
-        figure.savefig(image, format="svg", metadata={"Date": None})
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(file, image.getvalue())
 
 
 def tables(found: dict[str, Any]) -> str:

@@ -3,14 +3,13 @@
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from blockgen_hf.evaluation.samples_tables import log_axis
 from blockgen_hf.tables import Table, error_bar
-from blockgen_hf.whole_files import write_whole
 
+from ..experiments import svg_figure
 from .claims import HIGHER_IS_BETTER, Claim, Ordering, Panel
 from .runs import Bench, Cell
 
@@ -98,22 +97,14 @@ def _mean(values: Sequence[float]) -> str:
 
 def draw(claim: Claim, bench: Bench, file: Path) -> None:
     """An SVG image with the panels side by side; bars are ± the standard deviation over seeds."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
     columns = min(len(claim.panels), 3)
     lines = -(-len(claim.panels) // columns)
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "blockgen-hf", "font.size": 9}):
-        figure = Figure(figsize=(_PANEL_SIZE[0] * columns, _PANEL_SIZE[1] * lines), layout="constrained")
+    with svg_figure(file, _PANEL_SIZE[0] * columns, _PANEL_SIZE[1] * lines) as figure:
         axes = list(figure.subplots(lines, columns, squeeze=False).flat)
         for axis in axes[len(claim.panels) :]:
             axis.set_visible(False)
         for axis, panel in zip(axes, claim.panels, strict=False):
             _draw_panel(axis, panel, bench)
-        image = BytesIO()
-        figure.savefig(image, format="svg", metadata={"Date": None})
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(file, image.getvalue())
 
 
 def _draw_panel(axis: Any, panel: Panel, bench: Bench) -> None:

@@ -16,6 +16,7 @@ from blockgen_hf.training import BlockGenTrainer, BlockGenTrainingArguments, app
 from blockgen_hf.training.recipe_building import vocabulary
 from blockgen_hf.whole_files import write_json
 
+from ..experiments import rounded
 from .measures import MEASURES
 from .settings import Settings
 from .tasks import Task, load_task, story_data
@@ -200,15 +201,10 @@ class Bench:
         }
 
     def _keep(self, name: str, record: dict[str, Any]) -> None:
-        self.found[name] = _rounded(record)
+        self.found[name] = rounded(record)
         self.file.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.file, {"settings": self.settings.that_matter(), "results": self.found})
 
 
 def _name(cell: Cell, seed: int) -> str:
     return f"{cell.task} | {cell.variant} | {cell.measure} {cell.key} | {seed}"
-
-
-def _rounded(record: dict[str, Any]) -> dict[str, Any]:
-    """To as many digits as anyone can use."""
-    return {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in record.items()}

@@ -76,8 +76,8 @@ class OccurrencePenalties(logits_process.RepetitionPenaltyLogitsProcessor):
     OpenAI's penalties: from the logit of a token that stands in the generated text, the presence penalty is subtracted
     once, and the frequency penalty once for each time that it stands there. The prompt does not count.
 
-    A repetition penalty by type, which is called in the same way: with some rows of the text, and how much of each of
-    them to ignore.
+    A repetition penalty by type, which is called in the same way: with some rows of the text, of which it knows how
+    much to ignore.
     """
 
     def __init__(self, presence: float, frequency: float, prompt_length: int) -> None:
@@ -86,10 +86,8 @@ class OccurrencePenalties(logits_process.RepetitionPenaltyLogitsProcessor):
         self.frequency = frequency
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        columns = torch.arange(input_ids.shape[1], device=input_ids.device)
-        ignored = torch.as_tensor(self.prompt_ignore_length or 0, device=input_ids.device)
-        counted = (columns >= ignored.view(-1, 1)).expand(input_ids.shape).to(scores.dtype)
-        counts = torch.zeros_like(scores).scatter_add(1, input_ids, counted)
+        generated = input_ids[:, self.prompt_ignore_length or 0 :]
+        counts = torch.zeros_like(scores).scatter_add(1, generated, torch.ones_like(generated, dtype=scores.dtype))
         return scores - self.presence * (counts > 0).to(scores.dtype) - self.frequency * counts
 
 
