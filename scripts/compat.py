@@ -24,27 +24,32 @@ import run  # noqa: E402
 FOLDER = ROOT / ".venv-compat"
 PAGE = ROOT / "docs" / "compatibility.md"
 TABLE = "<!-- written by `python3 run.py compat` -->"
+OTHERS = "other releases that it brings"
 
-PARTS = {
+PARTS = {  # the test files of each, in one string
     "generate": "tests/test_generate.py",
+    "processors": "tests/test_generate_processors.py",
+    "speculation": "tests/test_speculation.py",
     "cache": "tests/test_cache.py",
     "cache names": "tests/test_cache_names.py",
     "forward": "tests/test_forward.py",
     "remote code": "tests/test_remote_code.py",
+    "any causal model": "tests/test_causal_lm.py",
     "trainer": "tests/test_trainer.py",
     "push": "tests/test_push.py",
     "PEFT": "tests/test_peft.py",
     "TRL": "tests/test_trl_sft.py",
     "lm-eval": "tests/test_lm_eval.py",
     "data": "tests/test_data.py",
+    "command line": "tests/test_cli.py tests/test_cli_train.py",
 }
 SHORT = ("generate", "cache names")  # a minute: what generates, and what releases call differently
 PARTS_OF = {  # what a dependency can break
     "transformers": tuple(PARTS),
-    "torch": ("generate", "cache", "cache names", "forward", "remote code", "trainer", "PEFT"),
-    "huggingface-hub": ("remote code", "trainer", "push", "data"),
+    "torch": ("generate", "speculation", "cache", "cache names", "forward", "remote code", "trainer", "PEFT"),
+    "huggingface-hub": ("remote code", "trainer", "push", "data", "command line"),
     "accelerate": ("trainer", "push", "PEFT", "TRL"),
-    "datasets": ("trainer", "TRL", "data"),
+    "datasets": ("trainer", "TRL", "data", "command line"),
     "peft": ("PEFT", "TRL"),
     "trl": ("TRL",),
     "lm-eval": ("lm-eval",),
@@ -70,7 +75,7 @@ def try_release(
     else:
         installed = run.pip_install(venv, "--upgrade", requirement, *kept)
     if not installed:
-        return {"package": name, "release": requirement, "others": "not installed here"}
+        return {"package": name, "release": requirement, OTHERS: "not installed here"}
     if name == "torch":  # quanto compiles its kernels beside itself, for the torch that it meets: not those of .venv
         run.pip_install(venv, "--no-deps", "--ignore-installed", f"optimum-quanto=={pinned['optimum-quanto']}")
     found = run.releases(venv)
@@ -79,7 +84,7 @@ def try_release(
         for other, release in found.items()
         if other != name and pinned.get(other) != release and not other.startswith(("nvidia-", "cuda-"))
     ]
-    row = {"package": name, "release": found[name], "others": ", ".join(sorted(others))}
+    row = {"package": name, "release": found[name], OTHERS: ", ".join(sorted(others))}
     if found[name] == pinned[name]:
         row["release"] += " (pinned)"
         if short:  # the tests have had it
@@ -95,34 +100,38 @@ def install_cpu_torch(venv: Path, requirement: str) -> bool:
     return run.pip_install(venv, f"{requirement}+cpu", *(("--extra-index-url", run.CPU_INDEX) if has_index else ()))
 
 
-def run_tests(venv: Path, path: str) -> str:
+def run_tests(venv: Path, paths: str) -> str:
     """`ok`, or what failed."""
-    command = [run.python_of(venv), "-m", "pytest", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", path]
+    options = ["-q", "-x", "-m", "not slow", "-p", "no:cacheprovider"]
+    command = [run.python_of(venv), "-m", "pytest", *options, *paths.split()]
     started = time.monotonic()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     status = {0: "ok", 5: "none"}.get(done.returncode, "FAILS")
-    print(f"   {path}: {status} in {time.monotonic() - started:.0f} s", flush=True)
+    print(f"   {paths}: {status} in {time.monotonic() - started:.0f} s", flush=True)
     if status == "FAILS":
         print(done.stdout[-4000:], done.stderr[-1000:], flush=True)
     return status
 
 
 def as_table(rows: list[dict[str, str]]) -> str:
-    columns = ["package", "release", *PARTS, "others"]
-    titles = ["package", "release", *PARTS, "other releases that it brings"]
-    lines = [titles, ["---"] * len(columns), *([row.get(column, "") for column in columns] for row in rows)]
+    columns = ["package", "release", *PARTS, OTHERS]
+    lines = [columns, ["---"] * len(columns), *([row.get(column, "") for column in columns] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def rows_of(table: str) -> list[dict[str, str]]:
+    """What `as_table` wrote, perhaps with other columns."""
+    titles, _, *lines = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.strip().splitlines())
+    return [dict(zip(titles, line, strict=True)) for line in lines]
 
 
 def write_page(rows: list[dict[str, str]]) -> None:
     """Puts the rows into the page's table, in place of earlier ones of the same packages."""
     text, table = PAGE.read_text(encoding="utf-8").split(TABLE)
-    new = as_table(rows).splitlines()
     names = {row["package"] for row in rows}
-    lines = [line for line in table.strip().splitlines()[2:] if line.split("|")[1].strip() not in names]
-    order = {name: place for place, name in enumerate(PARTS_OF)}
-    lines = sorted([*lines, *new[2:]], key=lambda line: order[line.split("|")[1].strip()])
-    PAGE.write_text("\n".join([text + TABLE, "", *new[:2], *lines, ""]), encoding="utf-8")
+    rows = [*rows, *(row for row in rows_of(table) if row["package"] not in names)]
+    rows.sort(key=lambda row: list(PARTS_OF).index(row["package"]))
+    PAGE.write_text(f"{text}{TABLE}\n\n{as_table(rows)}\n", encoding="utf-8")
 
 
 def main() -> None:

@@ -42,6 +42,16 @@ def seeded() -> None:
 
 
 @pytest.fixture(autouse=True)
+def nothing_compiled() -> Iterator[None]:
+    """
+    What a test compiles does not count towards the next one's limit of recompilations: Dynamo counts them by code
+    object, and the decorators of transformers' forward passes are one code object for all models.
+    """
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture(autouse=True)
 def fixed_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     """How much speculation drafts does not depend on the clock."""
     monkeypatch.setattr(RoundCosts, "of_token", lambda self: 0.002)

@@ -1,6 +1,5 @@
 """Converted models (grouped queries, RMS norm, gated MLP, anchored blocks) run in every way as they do eagerly."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -85,16 +84,9 @@ def test_training_in_chunks_of_queries_has_the_same_losses_and_gradients(noisy_a
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
 
 
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @torch.no_grad()
 @pytest.mark.slow
-def test_the_compiled_forward_is_one_graph(fresh_compiler: None) -> None:
+def test_the_compiled_forward_is_one_graph() -> None:
     """Autoregressive, in the layout of training, and a canvas behind a prefix."""
     model = adopted(original("qwen3"))
     compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -110,7 +102,7 @@ def test_the_compiled_forward_is_one_graph(fresh_compiler: None) -> None:
 
 
 @pytest.mark.slow
-def test_a_compiled_training_step_equals_the_eager_one(fresh_compiler: None) -> None:
+def test_a_compiled_training_step_equals_the_eager_one() -> None:
     model, ids = adopted(original()).train(), texts(2, 9)
     compiled = torch.compile(model, backend="aot_eager")
     gradients = []

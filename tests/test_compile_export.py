@@ -25,11 +25,6 @@ DECODINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> None:
-    torch._dynamo.reset()
-
-
 # ---- torch.compile
 @torch.no_grad()
 @pytest.mark.parametrize("variant", ["masked", "uniform_time_conditional", "block_causal"])

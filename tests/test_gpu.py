@@ -50,7 +50,6 @@ CACHES: dict[str, Any] = {
 def exact_float32() -> None:
     """Products of float32 in float32, not in TF32."""
     torch.set_float32_matmul_precision("highest")
-    torch._dynamo.reset()
 
 
 def model_on_device(
