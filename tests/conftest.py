@@ -20,7 +20,7 @@ from tiny import VARIANTS, tiny_model, tiny_tokenizer
 
 from blockgen_hf import BlockGenForDiffusionLM
 from blockgen_hf.cli import main
-from blockgen_hf.generation.draft_lengths_blockgen import RoundCosts
+from blockgen_hf.generation.draft_lengths_blockgen import MeasuredRoundCosts, RoundCosts
 from blockgen_hf.hub.portable import make_tokenizer_portable
 
 
@@ -53,8 +53,11 @@ def nothing_compiled() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def fixed_costs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """How much speculation drafts does not depend on the clock."""
-    monkeypatch.setattr(RoundCosts, "of_token", lambda self: 0.002)
+    """How much speculation drafts does not depend on the clock, nor on other rows."""
+    for costs in (RoundCosts, MeasuredRoundCosts):
+        monkeypatch.setattr(costs, "of_token", lambda self: 0.002)
+    measured = lambda device, draft_passes, **shared: MeasuredRoundCosts(device, draft_passes)  # noqa: E731
+    monkeypatch.setattr("blockgen_hf.serving.generations.SharedRoundCosts", measured)
 
 
 @pytest.fixture

@@ -376,7 +376,9 @@ def test_the_tensor_parallel_plan_names_every_projection() -> None:
         model = adopted(original(family))
         plan = model.config.base_model_tp_plan
         names = {name.split(".")[-2] for name, _ in model.model.layers.named_parameters()}
-        assert {pattern.split(".")[-1] for pattern in plan} == names - {"input_layernorm", "post_attention_layernorm"}
+        # Before transformers 5.23, the embedding may have an entry too.
+        named = {pattern.split(".")[-1] for pattern in plan if pattern.startswith("layers.")}
+        assert named == names - {"input_layernorm", "post_attention_layernorm"}
         assert "base_model_tp_plan" not in model.config.to_dict()
 
 

@@ -20,6 +20,7 @@ from blockgen_hf.serving.cache_slots import RowCache
 from blockgen_hf.serving.engine import EngineClosedError, GenerationEngine, QueueFullError
 from blockgen_hf.serving.generations import Generation
 from blockgen_hf.serving.handles import RequestHandle
+from blockgen_hf.serving.pass_costs import PassCosts, SharedRoundCosts
 from blockgen_hf.serving.passes import SharedPasses, TrunkCall, choose_together
 from blockgen_hf.serving.requests import (
     DraftEvent,
@@ -232,7 +233,8 @@ def test_drafts_are_told_where_they_are_asked_for() -> None:
     generation_events: list[Event] = []
     handle = RequestHandle(replace(asked, stream_drafts=True), lambda: None)
     handle.put = generation_events.append  # type: ignore[method-assign]
-    generation, passes = Generation(model, None, handle.request, handle), SharedPasses(model, 64)
+    passes = SharedPasses(model, 64)
+    generation = Generation(model, None, handle.request, handle, passes.costs)
     passes.slots.add(generation.cache)
     with torch.no_grad():
         generation.go_on(0)
@@ -255,6 +257,51 @@ def test_a_draft_that_nobody_has_read_gives_way() -> None:
     for event in (TokensEvent((1,)), DraftEvent((2,), 1), DraftEvent((3,), 1), FinishedEvent("length", Usage(4))):
         handle.put(event)
     assert list(handle) == [TokensEvent((1,)), FinishedEvent("length", Usage(4))]
+
+
+# what drafts cost
+
+
+def test_what_a_token_costs_depends_on_how_many_rows_share_a_pass() -> None:
+    """A pass of 4 s + 0.1 s a column, logits of 0.1 s a position, 0.2 s of work a row, or 0.5 s for a draft."""
+    for rows in (1, 10):
+        costs = PassCosts(torch.device("cpu"))
+        shared = SharedRoundCosts(torch.device("cpu"), 0, costs, lambda: 0.0)
+        assert not shared.is_ready and costs.of_token() is None
+        for columns in (rows, 4 * rows, 9 * rows):
+            costs.add_pass(rows, columns, 4 + 0.1 * columns)
+            costs.add_projection(rows, 0.1 * rows)
+        costs.add_work(has_draft=False, seconds=0.2)
+        assert shared.is_ready and costs.of_draft_work() == 0
+        costs.add_work(has_draft=True, seconds=0.5)
+        seconds_of_a_round = 4 / rows + 0.1 + 0.1 + 0.2
+        assert costs.of_token() == pytest.approx((0.1 + 0.1) / seconds_of_a_round)
+        assert costs.of_draft_work() == pytest.approx((0.5 - 0.2) / seconds_of_a_round)
+
+
+def test_passes_that_are_all_alike_do_not_tell_what_a_token_costs() -> None:
+    costs = PassCosts(torch.device("cpu"))
+    for _ in range(5):
+        costs.add_pass(2, 2, 1.0)
+        costs.add_projection(2, 0.1)
+        costs.add_work(has_draft=False, seconds=0.1)
+    assert costs.of_token() is None
+
+
+def test_rows_do_not_draft_where_a_token_costs_as_much_as_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The text is the same; few rounds have a draft."""
+    monkeypatch.undo()
+    model = tiny_model().double()
+    asked = request(2, num_tokens=40, decoding="speculative", block_size=4, do_sample=False)
+    drafted = []
+    for cost in (0.0, 1.0):
+        monkeypatch.setattr(SharedRoundCosts, "of_token", lambda self, cost=cost: cost)
+        with running(model) as engine:
+            events = list(engine.submit(asked))
+        assert text(events) == alone(model, asked).sequences[0, 4:].tolist()
+        usage = events[-1].usage
+        drafted.append(usage.accepted_draft_tokens + usage.rejected_draft_tokens)
+    assert drafted[1] < drafted[0] / 2
 
 
 # what requests may do to one another

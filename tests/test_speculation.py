@@ -1,5 +1,7 @@
 """`decoding="speculative"`: the text, or the law, of `decoding="ar"`, by drafts that are verified."""
 
+import itertools
+import time
 from typing import Any
 
 import pytest
@@ -9,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_generate_law import LENGTH, SIGNIFICANCE, law_model, oracle_of, p_value
 from tiny import EOS, MASK, PAD, generate, left_padded, record_forwards, tiny_model, words
-from transformers import DynamicCache, QuantizedCache, StaticCache, TextStreamer
+from transformers import DynamicCache, LogitsProcessor, QuantizedCache, StaticCache, TextStreamer
 
 from blockgen_hf import BlockGenForDiffusionLM
 from blockgen_hf.generation import speculation_blockgen
-from blockgen_hf.generation.draft_lengths_blockgen import DraftLength, RoundCosts
+from blockgen_hf.generation.draft_lengths_blockgen import DraftLength, MeasuredRoundCosts, RoundCosts
 
 
 PADDED = left_padded([words(3), words(6, seed=1), words(1, seed=2), words(4, seed=7)])
@@ -314,7 +316,7 @@ def test_worthless_drafts_cost_a_few_passes_only() -> None:
 
 def test_rows_that_do_not_draft_are_decoded_as_autoregressively(monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch whose drafts do not pay: most rounds are those of `decoding="ar"`, a token and a query of each row."""
-    monkeypatch.setattr(RoundCosts, "of_token", lambda self: 1.0)
+    monkeypatch.setattr(MeasuredRoundCosts, "of_token", lambda self: 1.0)
     model, prompts = tiny_model().double(), words(3, 4)
     with record_forwards(model) as calls:
         as_autoregressive(model, {"input_ids": prompts}, {"block_size": 8}, do_sample=True, max_new_tokens=60)
@@ -370,7 +372,7 @@ def test_drafts_are_longer_where_more_is_accepted() -> None:
 def test_what_a_token_costs_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """In rounds without a draft, by a round of ten tokens more; the first is not looked at."""
     monkeypatch.undo()
-    costs, now = RoundCosts(torch.device("cpu")), iter([0.0, 2.0, 10.0, 90.0, 100.0, 103.0])
+    costs, now = MeasuredRoundCosts(torch.device("cpu")), iter([0.0, 2.0, 10.0, 90.0, 100.0, 103.0])
     monkeypatch.setattr(costs, "_clock", lambda: next(now))
     unmeasured = costs.of_token()
     for tokens in (0, 10, 10):
@@ -379,7 +381,28 @@ def test_what_a_token_costs_is_measured(monkeypatch: pytest.MonkeyPatch) -> None
         costs.stop(0, tokens)
     assert costs.of_token() == pytest.approx((3 / 2 - 1) / 10)
     costs.forget()
-    assert costs.of_token() == pytest.approx((3 / 2 - 1) / 10) and not costs.has_plain_round
+    assert costs.of_token() == pytest.approx((3 / 2 - 1) / 10) and not costs.is_ready
+
+
+class ShiftedScores(LogitsProcessor):
+    """Drafts, which no such processor sees, are hardly ever right."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return scores.roll(input_ids.shape[-1] % 7, -1)
+
+
+def test_no_clock_has_a_say_where_the_text_depends_on_the_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By rejection, when rows whose drafts failed have decoded autoregressively for a while."""
+    monkeypatch.undo()
+    model, texts = tiny_model(), []
+    for power in (1, 3):
+        ticks = itertools.count()
+        monkeypatch.setattr(time, "process_time", lambda ticks=ticks, power=power: float(next(ticks)) ** power)
+        settings = dict(do_sample=True, temperature=0.1, max_new_tokens=60, logits_processor=[ShiftedScores()])
+        texts.append(
+            generate(model, words(1, 3), decoding="speculative", acceptance="rejection", block_size=4, **settings)
+        )
+    assert torch.equal(*texts)
 
 
 # ---- the forward pass

@@ -243,7 +243,8 @@ class GenerationEngine:
                 handle = self._queue.popleft()
             try:
                 chunk = self._passes.prefill_chunk
-                generation = Generation(self.model, self.tokenizer, handle.request, handle, chunk)
+                costs = self._passes.costs
+                generation = Generation(self.model, self.tokenizer, handle.request, handle, costs, chunk)
             except Exception as error:  # what was checked when it was submitted
                 handle.put(FailedEvent(error))
                 self._finished["failed"] += 1

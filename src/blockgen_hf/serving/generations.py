@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -23,6 +24,7 @@ from ..modeling.releases_blockgen import named_cache
 from .cache_slots import RowCache
 from .handles import RequestHandle
 from .logprobs import score_prompt, token_logprobs
+from .pass_costs import PassCosts, SharedRoundCosts
 from .passes import Call, HeadCall, TrunkCall
 from .requests import (
     DraftEvent,
@@ -90,6 +92,7 @@ class Generation:
         tokenizer: for stop strings.
         request: what is asked for.
         handle: is told the events.
+        costs: of passes that it shares.
         prompt_chunk: tokens of the prompt that are scored in one pass.
     """
 
@@ -99,6 +102,7 @@ class Generation:
         tokenizer: PreTrainedTokenizerBase | None,
         request: GenerationRequest,
         handle: RequestHandle,
+        costs: PassCosts,
         prompt_chunk: int = 256,
     ) -> None:
         self.request = request
@@ -107,12 +111,15 @@ class Generation:
         self.prompt_chunk = prompt_chunk
         self.cache = RowCache()
         self.model = served_model(model, request.seed, self._run_trunk, self._run_head)
+        self.model.measured_round_costs = partial(SharedRoundCosts, costs=costs, work_clock=self._seconds_of_work)
         self.config = resolved_settings(model, request)
         self.call: Call | None = None
         self.tokens: list[int] = []
         # What it has cost so far, and in the end; and what ended it.
         self.usage = Usage(len(request.input_ids))
         self.outcome: Literal["stop", "length", "cancelled", "failed"] = "failed"
+        self._clock = costs.clock
+        self._worked = self._resumed = 0.0
         self._num_scored = 0  # passes for log-probabilities alone
         self._last_logits: torch.Tensor | None = None
         self._stops = StoppingCriteriaList()
@@ -138,7 +145,9 @@ class Generation:
             self.call.turn, result = turn, self.call.result
             if result is None:
                 return
+        self._resumed = self._clock()
         self.call = self._greenlet.switch(result)
+        self._worked += self._clock() - self._resumed
         if self.call is not None:
             self.call.turn = turn
 
@@ -148,6 +157,10 @@ class Generation:
         self._greenlet.throw(error)
 
     # inside of it
+
+    def _seconds_of_work(self) -> float:
+        """Between passes, until now."""
+        return self._worked + self._clock() - self._resumed
 
     def _run(self, _: Any) -> None:
         try:

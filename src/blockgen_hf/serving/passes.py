@@ -16,6 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..modeling.releases_blockgen import named_cache
 from .cache_slots import CacheSlots, RowCache
+from .pass_costs import PassCosts
 
 
 # Logits are large: so many positions are projected to the vocabulary at once.
@@ -141,6 +142,7 @@ class SharedPasses:
         config = self.model.config
         self.trunk, self.head = self.model.base_model, self.model.get_output_embeddings()
         self.slots = CacheSlots(config.num_hidden_layers)
+        self.costs = PassCosts(self.model.device)
         # Tokens of a block see one another under block-causal attention: they are committed together.
         grid = config.block_sizes[0] if config.clean_attention == "block_causal" else 1
         self.prefill_chunk += -self.prefill_chunk % grid
@@ -167,7 +169,9 @@ class SharedPasses:
             self._run_trunk(trunk_calls)
 
     def _project(self, calls: list[HeadCall]) -> None:
+        started = self.costs.clock()
         logits = self.head(torch.cat([call.hidden_states.flatten(0, -2) for call in calls]))
+        self.costs.add_projection(len(logits), self.costs.clock() - started)
         parts = logits.split([call.num_positions for call in calls])
         for call, part in zip(calls, parts, strict=True):
             call.result = part.unflatten(0, call.hidden_states.shape[:-1])
@@ -187,16 +191,19 @@ class SharedPasses:
     def _forward(self, calls: list[TrunkCall]) -> list[torch.Tensor]:
         """One pass: the hidden states of each row, `[1, n, d]`."""
         num_clean, num_noisy = max(call.num_clean for call in calls), max(call.num_noisy for call in calls)
+        started = self.costs.clock()
         rows = [call.cache for call in calls]
         cache, start = self.slots.for_pass(rows, num_clean + num_noisy)
         arguments = calls[0].arguments if len(calls) == 1 else joined_arguments(calls, start, num_clean, num_noisy)
         states = self.trunk(cache=cache, **arguments).last_hidden_state
         self.slots.store(cache, rows, [call.num_committed for call in calls], start)
+        columns = len(calls) * (num_clean + num_noisy)
+        self.costs.add_pass(len(calls), columns, self.costs.clock() - started)
         tokens = sum(call.num_clean + call.num_noisy for call in calls)
         self.counts.passes += 1
         self.counts.rows += len(calls)
         self.counts.tokens += tokens
-        self.counts.padding += len(calls) * (num_clean + num_noisy) - tokens
+        self.counts.padding += columns - tokens
         if len(calls) == 1:
             return [with_length(states, calls[0].num_kept)]
         return [kept_states(states[index], call, num_noisy) for index, call in enumerate(calls)]

@@ -30,6 +30,7 @@ from transformers.utils.generic import is_flash_attention_requested
 from .cache_blockgen import make_growing
 from .releases_blockgen import CACHE_NAME, BothCacheNames, named_cache, take_cache
 from .block_decoding_blockgen import BlockDecoder
+from .draft_lengths_blockgen import MeasuredRoundCosts, RoundCosts
 from .generation_configuration_blockgen import (
     AR_CORRECTORS,
     DIFFUSION_CORRECTORS,
@@ -433,6 +434,10 @@ class BlockGenGenerationMixin(GenerationMixin):
         `torch.manual_seed` and `set_seed` reproduce the text.
         """
         return int(torch.randint(2**62, ()))
+
+    def measured_round_costs(self, device: torch.device, draft_passes: int) -> RoundCosts:
+        """What rounds of speculation cost here: see [`MeasuredRoundCosts`]. A server knows what its rows share."""
+        return MeasuredRoundCosts(device, draft_passes)
 
     def _sample(
         self,

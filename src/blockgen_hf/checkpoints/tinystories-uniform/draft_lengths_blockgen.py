@@ -21,36 +21,79 @@ import torch
 class RoundCosts:
     """
     What tokens cost that a pass has beyond those of decoding autoregressively: hardly anything on accelerators; on
-    CPUs more, the more rows there are.
+    CPUs more, the more rows there are. Everything is counted in rounds of autoregressive decoding.
 
-    Everything is counted in rounds of autoregressive decoding. Only where the text does not depend on what is drafted
-    may a clock decide; elsewhere nothing is measured.
+    These are guesses that depend on nothing but the device, for rows whose text depends on what is drafted.
 
     Args:
         device (`torch.device`): where the model is.
         draft_passes (`int`): passes that make a draft and give no token; 0 where drafts are made by passes that do.
     """
 
-    _MEMORY = 0.8
     # What a token costs as long as nothing is known (docs/speed.md).
     _TOKEN_ON_CPU, _TOKEN_ELSEWHERE = 0.06, 0.001
 
     def __init__(self, device: torch.device, draft_passes: int = 0) -> None:
         self.draft_passes = draft_passes
         self._default = self._TOKEN_ON_CPU if device.type == "cpu" else self._TOKEN_ELSEWHERE
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether enough is known for drafts."""
+        return True
+
+    def start(self) -> None:
+        """Before a round."""
+
+    def stop(self, passes: int, tokens: int) -> None:
+        """After a round with so many passes and tokens of all rows more than an autoregressive one."""
+
+    def forget(self) -> None:
+        """The rows of the batch have changed."""
+
+    def of_token(self) -> float:
+        """What a token costs."""
+        return self._default
+
+    def of_draft(self, length: int, accepted: float, is_fused: bool, num_rows: int) -> float:
+        """
+        What a draft of this length costs, with its verification and the tokens that are accepted and wait for the next
+        pass, beyond the rounds whose tokens are certain.
+        """
+        if self.draft_passes:
+            tokens = accepted + (self.draft_passes + 2) * length
+        elif is_fused:  # a block behind each of `length + 1` prefixes
+            tokens = accepted + length + (length + 1) ** 2 - 1
+        else:
+            tokens = accepted + 3 * length
+        return self.draft_passes + self.of_token() * num_rows * tokens
+
+
+class MeasuredRoundCosts(RoundCosts):
+    """
+    As a clock says, where the text does not depend on what is drafted.
+
+    Args:
+        device, draft_passes: see [`RoundCosts`].
+    """
+
+    _MEMORY = 0.8
+
+    def __init__(self, device: torch.device, draft_passes: int = 0) -> None:
+        super().__init__(device, draft_passes)
         # Of the process on CPUs, which other jobs on the machine disturb less; every round waits for its tokens.
         self._clock = time.process_time if device.type == "cpu" else time.perf_counter
         self._started = 0.0
         self.forget()
 
     def forget(self) -> None:
-        """The rows of the batch have changed: only how much a token costs is known from then on, until measured."""
+        """Of other rows only how much a token costs is known, until it is measured again."""
         self._plain: float | None = None
         self._drafting: tuple[float, float, float] | None = None  # seconds, passes and tokens of a round
         self._is_warm = False
 
     @property
-    def has_plain_round(self) -> bool:
+    def is_ready(self) -> bool:
         """Whether it is known how long a round without a draft takes."""
         return self._plain is not None
 
@@ -58,7 +101,6 @@ class RoundCosts:
         self._started = self._clock()
 
     def stop(self, passes: int, tokens: int) -> None:
-        """After a round with so many passes and tokens of all rows more than an autoregressive one."""
         seconds = self._clock() - self._started
         if tokens == 0:
             self._plain = seconds if self._plain is None else self._mixed(self._plain, seconds)
@@ -74,24 +116,10 @@ class RoundCosts:
         return self._MEMORY * old + (1 - self._MEMORY) * new
 
     def of_token(self) -> float:
-        """What a token costs."""
         if not self._plain or self._drafting is None:
             return self._default
         seconds, passes, tokens = self._drafting
         return max(0.0, (seconds / self._plain - 1 - passes) / tokens)
-
-    def of_draft(self, length: int, accepted: float, is_fused: bool, num_rows: int) -> float:
-        """
-        What a draft of this length costs, with its verification and the tokens that are accepted and wait for the next
-        pass, beyond the rounds whose tokens are certain.
-        """
-        if self.draft_passes:
-            tokens = accepted + (self.draft_passes + 2) * length
-        elif is_fused:  # a block behind each of `length + 1` prefixes
-            tokens = accepted + length + (length + 1) ** 2 - 1
-        else:
-            tokens = accepted + 3 * length
-        return self.draft_passes + self.of_token() * num_rows * tokens
 
 
 class Acceptance:
@@ -186,4 +214,4 @@ class DraftLength:
             self.next_wait = self._FIRST_WAIT
 
 
-__all__ = ["Acceptance", "DraftLength", "RoundCosts"]
+__all__ = ["Acceptance", "DraftLength", "MeasuredRoundCosts", "RoundCosts"]

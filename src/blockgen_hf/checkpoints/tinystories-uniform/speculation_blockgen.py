@@ -68,7 +68,9 @@ class SpeculativeDecoder(BlockDecoder):
         self.rejects = generation_config.acceptance == "rejection" and drafting.do_sample
         self.has_steps = generation_config.draft_steps > 1 or generation_config.draft_decoding == "arpc"
         rows, device = input_ids.shape[0], input_ids.device
-        self.costs = RoundCosts(device, drafting.function_evaluations(generation_config.draft_steps) * self.has_steps)
+        draft_passes = drafting.function_evaluations(generation_config.draft_steps) * self.has_steps
+        # No clock has a say where the text depends on what is drafted.
+        self.costs = (RoundCosts if self.rejects else model.measured_round_costs)(device, draft_passes)
         longest = self.block_size if self.has_steps else max(1, self.block_size - 1)
         ways = self._ways(generation_config.fused_drafts, device)
         # A row that does not draft saves nothing as long as another one does: the rows of a batch draft as one. Where
@@ -121,7 +123,7 @@ class SpeculativeDecoder(BlockDecoder):
         """
         rows, room = self.state.active.tolist(), self.state.room().tolist()
         passes, tokens = 0, 0
-        if may_draft and (self.rejects or self.costs.has_plain_round):
+        if may_draft and self.costs.is_ready:
             if self.has_steps:
                 passes, tokens = self._make_draft(max(room) - 1)
             widths = self._widths(rows, room)
