@@ -131,6 +131,7 @@ class RevisionDecoder(BlockDecoder):
         self.state.num_function_evaluations = before.num_function_evaluations
         self.grid = TimeGrid.of(self.process.schedule, stage.num_steps, draft.device)
         self.rows = draft_rows.fold_in(-Purpose.REVISE, index)  # negative: the index of no token
+        self._numbers_ahead = None
         # Time that is up ends the revision, not the text.
         criteria = [criterion for criterion in self.stopping_criteria if not isinstance(criterion, MaxTimeCriteria)]
         end = EndOfDraft(self.state.prompt_width + self.lengths)

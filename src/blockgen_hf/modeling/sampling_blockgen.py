@@ -35,6 +35,11 @@ _MULTIPLIER_1 = 0xBF58476D1CE4E5B9 - 2**64
 _MULTIPLIER_2 = 0x94D049BB133111EB - 2**64
 
 
+def _wrapped(value: int) -> int:
+    """The int64 that a product or sum of int64 wraps to."""
+    return (value + 2**63) % 2**64 - 2**63
+
+
 def _shift_right(values: torch.Tensor, bits: int) -> torch.Tensor:
     """Logical right shift of int64 (`>>` on a signed tensor copies the sign bit)."""
     return (values >> bits) & ((1 << (64 - bits)) - 1)
@@ -75,6 +80,9 @@ class CounterGenerator:
         """
         keys = self.keys
         for value in values:
+            if isinstance(value, int):
+                keys = _mix(keys + _wrapped(_GOLDEN_GAMMA * value))
+                continue
             number = torch.as_tensor(value, device=keys.device)
             if number.is_floating_point():
                 raise TypeError(f"keys of random numbers must be integers, but are of type {number.dtype}.")
@@ -160,27 +168,26 @@ def sample_categorical(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tens
     chunks = probs.unflatten(-1, (num_chunks, width))
     masses = chunks.sum(-1)
     total = masses.sum(-1)
-    torch._assert_async(
-        (total.isfinite() & (total > 0)).all(),
-        NO_DISTRIBUTION,
-    )
-    chunk, place = _invert(masses, uniform)
-    inside = torch.take_along_dim(chunks, chunk[..., None, None], dim=-2).squeeze(-2)
-    token, _ = _invert(inside, place)
-    return chunk * width + token
+    torch._assert_async(((total > 0) & (total < torch.inf)).all(), NO_DISTRIBUTION)
+    cumulative, target, chunk = _invert(masses, uniform)
+    end = cumulative.gather(-1, chunk)
+    start = torch.where(chunk > 0, cumulative.gather(-1, (chunk - 1).clamp(min=0)), 0.0)
+    place = ((target - start) / (end - start)).clamp(0, 1).squeeze(-1)  # in the chunk's share of the masses
+    inside = torch.take_along_dim(chunks, chunk[..., None], dim=-2).squeeze(-2)
+    _, _, token = _invert(inside, place)
+    return (chunk * width + token).squeeze(-1)
 
 
-def _invert(masses: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The index into whose share of the masses the number in [0, 1) falls, and where in that share, in [0, 1]."""
+def _invert(masses: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    The cumulative masses `[..., n]`, the share of them that the number in [0, 1) stands for, and the index into which
+    it falls, `[..., 1]` both.
+    """
     cumulative = masses.cumsum(-1, dtype=torch.float64)
-    total = cumulative[..., -1]
+    total = cumulative[..., -1:]
     # Rounding may lift the target to the total, behind the last index of positive mass.
-    target = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
-    index = (cumulative <= target[..., None]).sum(-1, keepdim=True)
-    end = cumulative.gather(-1, index)
-    start = torch.where(index > 0, cumulative.gather(-1, (index - 1).clamp(min=0)), 0.0)
-    place = ((target[..., None] - start) / (end - start)).clamp(0, 1)
-    return index.squeeze(-1), place.squeeze(-1)
+    target = torch.minimum(uniform[..., None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    return cumulative, target, (cumulative <= target).sum(-1, keepdim=True)
 
 
 __all__ = [

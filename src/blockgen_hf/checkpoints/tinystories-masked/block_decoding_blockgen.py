@@ -40,7 +40,7 @@ from .decoding_state_blockgen import DecodingState, row_generator
 from .denoising_blockgen import Block, Purpose, TimeGrid, denoise, denoise_adaptively, hit_first
 from .frames_blockgen import FrameRecorder
 from .generation_configuration_blockgen import AR_CORRECTORS, DISTRIBUTION_CORRECTORS
-from .logits_blockgen import BlockText, Prediction, process_logits, without_padding
+from .logits_blockgen import BlockText, Prediction, looks_at_text, process_logits, without_padding
 
 
 # So many clean tokens are committed by the first denoising pass of the block behind them. More are worth a pass of
@@ -105,6 +105,7 @@ class BlockDecoder:
         self.confidence: torch.Tensor | None = None
         self.logits_processor = without_padding(logits_processor, input_ids, self.state.padding)
         self.rows = row_generator(model.draw_seed(), input_ids, attention_mask)
+        self._numbers_ahead: torch.Tensor | None = None
         self.num_seeded = max_new_tokens if generation_config.decoding == "ar" else generation_config.ar_seed_tokens
         self._trajectory: list[tuple[torch.Tensor, ...]] = []
         self.recorder = self._frame_recorder(input_ids)
@@ -208,12 +209,11 @@ class BlockDecoder:
     def _autoregressive_token(self) -> torch.Tensor:
         """The next token of every row by block size 1, `[A, 1]`."""
         state = self.state
-        generator = self._generator(1)
         logits = self._next_token_logits()
         canvas = state.tokens[state.active[:, None], state.columns(1)]
         everywhere = torch.ones_like(canvas, dtype=torch.bool)
         prediction = self._predicted(logits.flatten(0, 1), everywhere, canvas)
-        tokens = prediction.sample(generator.fold_in(Purpose.AR_TOKEN).uniform().flatten())
+        tokens = prediction.sample(self._ar_numbers(1))
         if self.confidence is not None:
             self.confidence[state.active[:, None], state.columns(1) - state.prompt_width] = prediction.log_prob(
                 tokens
@@ -268,7 +268,9 @@ class BlockDecoder:
         # Greedy decoding takes the model's own fixed queries: the text is then that of repeated `forward` calls.
         if not self.settings.do_sample:
             return self.model.fixed_queries(positions).expand(shape)
-        keys = self._generator(shape[1]).fold_in(Purpose.AR_QUERY)
+        # CODEPATH: uniform noise is drawn; mask tokens are all alike.
+        is_drawn = not isinstance(self.process, MaskedDiffusion)
+        keys = self._generator(shape[1]).fold_in(Purpose.AR_QUERY) if is_drawn else None
         return self.process.prior(shape, state.tokens.device, keys)
 
     def _denoise_block(self, length: int) -> torch.Tensor:
@@ -495,16 +497,32 @@ class BlockDecoder:
         new_index = self.state.columns(length) - self.state.prompt_width
         return self.rows.select(self.state.active).fold_in(new_index)
 
+    def _ar_numbers(self, length: int) -> torch.Tensor:
+        """
+        What the next `length` tokens are drawn with autoregressively, `[A length]`; nothing where they are not drawn.
+        Those of the whole text are computed at once.
+        """
+        state = self.state
+        if not self.settings.do_sample:
+            return torch.empty(0)
+        if self._numbers_ahead is None:
+            index = torch.arange(state.tokens.shape[1] - state.prompt_width, device=state.tokens.device)
+            self._numbers_ahead = self.rows.fold_in(index, Purpose.AR_TOKEN).uniform()
+        return self._numbers_ahead[state.active[:, None], state.columns(length) - state.prompt_width].flatten()
+
     def _predicted(self, logits: torch.Tensor, where: torch.Tensor, canvas: torch.Tensor) -> Prediction:
         """x_hat from the raw logits `[M, V]` of some positions of the next block, through the logits processors."""
         config, state = self.model.config, self.state
         logits = logits.float()
         if config.has_mask_row:  # impossible, and it must not fill a place of top-k or top-p
             logits[:, config.mask_token_id] = -torch.inf
-        if self.logits_processor:
+        if looks_at_text(self.logits_processor):
             columns = state.columns(canvas.shape[1])
             text = BlockText(state.clean_context(), state.padding, canvas, columns, state.active)
             logits = process_logits(logits, where, text, self.logits_processor)
+        else:
+            for processor in self.logits_processor:
+                logits = processor(canvas, logits)
         return Prediction(logits, self.settings.do_sample)
 
     def _put_draft(self, streamer: Any, prediction: Prediction, z_t: torch.Tensor) -> None:

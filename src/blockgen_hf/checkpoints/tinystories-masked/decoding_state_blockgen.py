@@ -90,6 +90,7 @@ class DecodingState:
         self.num_function_evaluations = torch.zeros(batch_size, dtype=torch.long, device=device)
         self.active = torch.arange(batch_size, device=device)
         self.done = torch.zeros(batch_size, dtype=torch.bool, device=device)
+        self.num_done = 0  # of the active rows: looking at `done` waits for the device, once a call of `accept`
         # How many columns of padding stand before each prompt, `[B]`.
         self.padding = torch.zeros(batch_size, dtype=torch.long, device=device)
         if attention_mask is not None:
@@ -241,14 +242,15 @@ class DecodingState:
             end of a row.
         """
         length = tokens.shape[1]
-        columns = self.columns(length)
-        taken = torch.ones_like(columns, dtype=torch.bool)
+        rows, columns = self.active[:, None], self.columns(length)
+        if self.keep_all_rows:
+            tokens = torch.where(self.done[:, None], self.pad_token_id, tokens)
+        taken = None
         if counts is not None:
             self.is_even = len(counts) == 1
             taken = torch.arange(length, device=counts.device) < counts[:, None]
-        tokens = torch.where(self.done[:, None], self.pad_token_id, tokens)
-        tokens = torch.where(taken, tokens, self.tokens[self.active[:, None], columns])
-        self.tokens[self.active[:, None], columns] = tokens
+            tokens = torch.where(taken, tokens, self.tokens[rows, columns])
+        self.tokens[rows, columns] = tokens
         first = max(self.prompt_width, self.first_column)
         is_even = self.is_even and counts is None
         self._find_ends(columns, taken, first, is_even, stopping_criteria)
@@ -257,12 +259,13 @@ class DecodingState:
         skipped = int(self.anchor_is_committed)
         added = columns[:, skipped:] - int(self.is_anchored)  # the anchor before, and all but the one behind
         self.anchor_is_committed = False
-        self.pending = torch.cat([self.pending, self.tokens[self.active[:, None], added]], dim=1)
-        self.start = self.start + taken.sum(-1, keepdim=True)
-        if counts is None:
+        self.pending = torch.cat([self.pending, self.tokens[rows, added]], dim=1)
+        if taken is None:
+            self.start = self.start + length
             self.context_mask = self.mask_with(length - skipped)
             self.first_column += length
         else:
+            self.start = self.start + taken.sum(-1, keepdim=True)
             self._leave_out(taken[:, skipped:])
             self.first_column = int(self.start.min())
         self._drop_done_rows()
@@ -325,7 +328,7 @@ class DecodingState:
     def _find_ends(
         self,
         columns: torch.Tensor,
-        taken: torch.Tensor,
+        taken: torch.Tensor | None,
         first: int,
         is_even: bool,
         stopping_criteria: StoppingCriteriaList,
@@ -334,6 +337,13 @@ class DecodingState:
         Evaluates the criteria on every prefix that the new columns complete, as they would be token by token, and
         fills with pads behind. The clock is looked at once: it stops everyone, and no finished block is thrown away
         for it.
+
+        Args:
+            columns: of the new tokens, `[A, n]`.
+            taken: which of them a row takes, `[A, n]`; default: all.
+            first: before it there is the prompt.
+            is_even: whether the columns of all rows are the same.
+            stopping_criteria: of the call.
         """
         by_text = [criterion for criterion in stopping_criteria if not isinstance(criterion, MaxTimeCriteria)]
         by_clock = [criterion for criterion in stopping_criteria if isinstance(criterion, MaxTimeCriteria)]
@@ -341,7 +351,11 @@ class DecodingState:
         ahead = 0 if is_even else int(self.start.max() - self.start.min())
         last = min(self.first_column + columns.shape[1] + ahead, width)
         was_done = self.done
-        new = taken & (columns >= first) & (columns < last) & ~was_done[:, None]
+        new = ~was_done[:, None] & (columns < last)
+        if first > self.first_column:
+            new = new & (columns >= first)
+        if taken is not None:
+            new = new & taken
         ends = self._ends_by_token(columns, by_text, last)
         if ends is None:
             completed = range(first, last) if is_even else columns[new].unique().tolist()
@@ -353,13 +367,17 @@ class DecodingState:
             ends = (ends & new).long()
             self.num_new_tokens[self.active] += (new & (ends.cumsum(-1) == ends)).sum(-1)
             self.done = was_done | ends.any(-1)
-        behind = torch.arange(self.tokens.shape[1], device=columns.device) >= (
-            self.prompt_width + self.num_new_tokens[self.active, None]
-        )
-        ended = (self.done & ~was_done)[:, None] & behind
-        self.tokens[self.active] = self.tokens[self.active].masked_fill(ended, self.pad_token_id)
+        num_done = int(self.done.sum())
+        if num_done > self.num_done:
+            behind = torch.arange(self.tokens.shape[1], device=columns.device) >= (
+                self.prompt_width + self.num_new_tokens[self.active, None]
+            )
+            ended = (self.done & ~was_done)[:, None] & behind
+            self.tokens[self.active] = self.tokens[self.active].masked_fill(ended, self.pad_token_id)
         if by_clock:
             self.done = self.done | self._stops(by_clock, last)
+            num_done = int(self.done.sum())
+        self.num_done = num_done
 
     def _ends_by_token(
         self, columns: torch.Tensor, criteria: list[StoppingCriteria], last: int
@@ -374,7 +392,8 @@ class DecodingState:
             if type(criterion) is EosTokenCriteria:
                 ends = ends | torch.isin(tokens, criterion.eos_token_id.to(tokens.device))
             elif type(criterion) is MaxLengthCriteria and last <= (criterion.max_position_embeddings or last):
-                ends = ends | (columns + 1 >= criterion.max_length)
+                if last >= criterion.max_length:
+                    ends = ends | (columns + 1 >= criterion.max_length)
             else:
                 return None
         return ends
@@ -387,12 +406,12 @@ class DecodingState:
         return stops[self.active]
 
     def _drop_done_rows(self) -> None:
-        num_done = int(self.done.sum())
-        if num_done == self.done.numel():
+        if self.num_done == self.done.numel():
             self.dropped_rows = self.dropped_rows or self.active.numel() < self.tokens.shape[0]
             self.active = self.active[:0]
-        elif num_done and not self.keep_all_rows:
+        elif self.num_done and not self.keep_all_rows:
             kept = (~self.done).nonzero().squeeze(-1)
+            self.num_done = 0
             self.dropped_rows = True
             self.active, self.done, self.start = self.active[kept], self.done[kept], self.start[kept]
             self.first_column = int(self.start.min())  # the row that was furthest behind may have left

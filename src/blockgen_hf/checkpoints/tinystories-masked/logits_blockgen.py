@@ -150,6 +150,11 @@ class BlockText:
     rows: torch.Tensor
 
 
+def looks_at_text(processors: LogitsProcessorList) -> bool:
+    """Whether any of the processors may look at more than the row of logits that it changes."""
+    return any(type(processor) not in ROW_PROCESSORS for processor in processors)
+
+
 def process_logits(
     logits: torch.Tensor, where: torch.Tensor, text: BlockText, processors: LogitsProcessorList
 ) -> torch.Tensor:
@@ -287,4 +292,11 @@ class Prediction:
         return self.logits.double().log_softmax(-1)
 
 
-__all__ = ["BlockText", "OccurrencePenalties", "Prediction", "process_logits", "without_padding"]
+__all__ = [
+    "BlockText",
+    "OccurrencePenalties",
+    "Prediction",
+    "looks_at_text",
+    "process_logits",
+    "without_padding",
+]

@@ -306,7 +306,7 @@ class SpeculativeDecoder(BlockDecoder):
         if self.rejects and num_drafted:
             tokens, accepted = self._test_probabilities(prediction, draft, limits)
         else:
-            tokens = prediction.sample(self._numbers(Purpose.AR_TOKEN, num_drafted + 1)).view(len(draft), -1)
+            tokens = prediction.sample(self._ar_numbers(num_drafted + 1)).view(len(draft), -1)
             accepted = (tokens[:, :num_drafted] == draft).long().cumprod(-1).sum(-1)
             if min(limits) < num_drafted:
                 accepted = accepted.minimum(torch.tensor(limits, device=accepted.device))
