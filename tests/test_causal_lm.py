@@ -451,3 +451,15 @@ def test_smollm2_from_a_gguf_file_is_the_original_and_speculates(tmp_path: Path)
     expected = source.generate(**inputs, max_new_tokens=12)
     assert torch.equal(model.generate(**inputs, max_new_tokens=12), expected)
     assert torch.equal(model.generate(**inputs, max_new_tokens=12, decoding="speculative"), expected)
+
+
+@pytest.mark.usefixtures("loud_transformers")
+def test_a_mask_token_behind_the_vocabulary_is_no_mistake(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """transformers warns of tokens beyond the vocabulary when a configuration is saved; of others it still does."""
+    model = adopted(original())
+    assert model.config.mask_token_id == model.config.vocab_size
+    model.save_pretrained(tmp_path)
+    assert "mask_token_id" not in caplog.text
+    model.config.pad_token_id = model.config.vocab_size
+    model.config.save_pretrained(tmp_path)
+    assert "pad_token_id must be" in caplog.text and "mask_token_id" not in caplog.text

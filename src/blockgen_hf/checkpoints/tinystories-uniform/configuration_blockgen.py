@@ -13,6 +13,7 @@
 # limitations under the License.
 """BlockGen configuration."""
 
+import copy
 from math import inf, isfinite
 from os import PathLike
 from pathlib import Path
@@ -316,6 +317,16 @@ class BlockGenConfig(PreTrainedConfig):
         for name in names:
             if not is_positive_int(getattr(self, name)):
                 raise ValueError(f"`{name}` must be a positive integer, but is {getattr(self, name)!r}.")
+
+    def validate(self) -> None:
+        """As of every configuration, but for a mask token that has a row behind the vocabulary."""
+        # CODEPATH: the vocabulary of adapted models is that of the original one, which has no mask token.
+        if self.mask_token_id == self.vocab_size:
+            others = copy.copy(self)
+            others.mask_token_id = None
+            others.validate()
+        else:
+            super().validate()
 
     def _check_numbers(self) -> None:
         if self.head_dim % 2 != 0:
