@@ -22,7 +22,7 @@ def write_self_data(
     prompt_tokens: int,
     length: int,
     temperature: float = 1.0,
-    batch_size: int = 8,
+    batch_size: int = 32,
     seed: int = 0,
 ) -> int:
     """
