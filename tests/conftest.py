@@ -2,9 +2,11 @@
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test needs the network
@@ -56,8 +58,12 @@ def fixed_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     """How much speculation drafts does not depend on the clock, nor on other rows."""
     for costs in (RoundCosts, MeasuredRoundCosts):
         monkeypatch.setattr(costs, "of_token", lambda self: 0.002)
-    measured = lambda device, draft_passes, **shared: MeasuredRoundCosts(device, draft_passes)  # noqa: E731
-    monkeypatch.setattr("blockgen_hf.serving.generations.SharedRoundCosts", measured)
+
+    def measured(device: torch.device, draft_passes: int, **shared: Any) -> MeasuredRoundCosts:
+        return MeasuredRoundCosts(device, draft_passes)
+
+    if generations := sys.modules.get("blockgen_hf.serving.generations"):  # where the test serves
+        monkeypatch.setattr(generations, "SharedRoundCosts", measured)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .generations import Cancelled, Generation, check_request
+from .generations import Cancelled, Generation, check_request, with_kept_modulations
 from .handles import RequestHandle
 from .passes import SharedPasses
 from .requests import FailedEvent, FinishedEvent, GenerationRequest, Usage
@@ -104,13 +104,13 @@ class GenerationEngine:
         for name, value in limits.items():
             if value < 1:
                 raise ValueError(f"`{name}` must be at least 1, but is {value}.")
-        self.model = model
+        self.model = with_kept_modulations(model)
         self.tokenizer = tokenizer
         self.max_batch_rows = max_batch_rows
         self.max_queue = max_queue
         self.max_cached_tokens = max_cached_tokens
         # For checks in the threads of callers: `generate` writes to the model that it is called on.
-        self._model_of_checks = copy.copy(model)
+        self._model_of_checks = copy.copy(self.model)
         self._passes = SharedPasses(model, prefill_chunk)
         self._queue: deque[RequestHandle] = deque()
         self._running: list[Generation] = []

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
@@ -81,6 +81,14 @@ def served_model(
     generator = torch.Generator().manual_seed(seed)
     served.draw_seed = lambda: int(torch.randint(2**62, (), generator=generator))
     return served
+
+
+def with_kept_modulations(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model, which computes once what every `generate` computes of its weights: they do not change here."""
+    kept, trunk = copy.copy(model), copy.copy(model.base_model)
+    kept._modules = {**model._modules, model.base_model_prefix: trunk}
+    trunk.constant_modulations = cache(trunk.constant_modulations)
+    return kept
 
 
 class Generation:
@@ -363,4 +371,4 @@ def check_request(
         start_generate(served, request, copy.deepcopy(request.generation_config), RowCache())
 
 
-__all__ = ["Cancelled", "Generation", "check_request"]
+__all__ = ["Cancelled", "Generation", "check_request", "with_kept_modulations"]
