@@ -71,10 +71,10 @@ class PassCosts:
 
     def of_draft_work(self) -> float:
         """Of what a row does for a draft outside of passes, in rounds without a draft."""
-        parts, (plain, drafting) = self._parts(), (self._work[kind].values for kind in (False, True))
+        parts, drafting = self._parts(), self._work[True].values
         if parts is None or not drafting:
             return 0.0
-        return max(0.0, drafting[0] - plain[0]) / parts[1]
+        return max(0.0, drafting[0] - self._work[False].values[0]) / parts[1]
 
     def _parts(self) -> tuple[float, float] | None:
         """Seconds of a token more, and of a round without a draft."""
