@@ -356,17 +356,17 @@ def corrected_rarely(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize(
     ("options", "steps", "informed", "evaluations"),
     [
-        ((), 2, [0], 3),  # the budget of half a block, 4, does not pay for a second informed step
-        (("--block-size", "16"), 4, [0, 1, 2], 7),
-        (("--block-size", "16", "--corrector-period", "3"), 6, [0, 3], 8),
+        ((), 3, [0, 1], 5),
+        (("--block-size", "16"), 5, [0, 1, 2, 3], 9),  # the budget of ten does not pay for another informed step
+        (("--block-size", "16", "--corrector-period", "3"), 7, [0, 3], 9),
         (("--block-size", "2"), 2, [0], 3),
         (("--block-size", "1"), 1, [], 1),
-        (("--block-size", "16", "--corrector", "random"), 8, [*range(7)], 8),
+        (("--block-size", "16", "--corrector", "random"), 10, [*range(9)], 10),
         (("--block-size", "16", "--denoising-steps", "16"), 16, [0, 3, 6, 9, 12], 21),
         (("--block-size", "16", "--nfe-per-block", "16"), 12, [0, 3, 6, 9], 16),
     ],
 )
-def test_arpc_without_a_budget_has_half_of_the_block(
+def test_arpc_without_a_budget_has_two_thirds_of_the_block(
     run: Command, corrected_rarely: str, options: tuple[str, ...], steps: int, informed: list[int], evaluations: int
 ) -> None:
     words = ("a", "--model", corrected_rarely, "--decoding", "arpc", "--max-new-tokens", "1")

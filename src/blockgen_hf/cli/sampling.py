@@ -179,8 +179,8 @@ class Sampler:
 
     def _with_defaults(self, settings: dict[str, Any]) -> dict[str, Any]:
         """
-        With the length, and with a budget for ARPC where neither the settings nor the model's own say one: half of the
-        block size, about two tokens for each forward pass, with as many informed steps as it pays for.
+        With the length, and with a budget for ARPC where neither the settings nor the model's own say one: two thirds of
+        the block size, less than two tokens for each forward pass, with as many informed steps as it pays for.
         """
         settings = {**self.defaults, **settings}
         config = self._config(settings)
@@ -189,7 +189,7 @@ class Sampler:
         if config.decoding != "arpc" or has_budget or first_informed > config.block_size:
             return settings
         smallest = config.function_evaluations(first_informed)
-        budget = max(smallest, config.block_size // 2)
+        budget = max(smallest, 2 * config.block_size // 3)
         return {"corrector_period": CORRECTOR_PERIOD, "nfe_per_block": budget, **settings}
 
     def generate(self, settings: dict[str, Any], streamer: StreamedText | None = None) -> Generation:
