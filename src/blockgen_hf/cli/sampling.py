@@ -179,8 +179,8 @@ class Sampler:
 
     def _with_defaults(self, settings: dict[str, Any]) -> dict[str, Any]:
         """
-        With the length, and with a budget for ARPC where neither the settings nor the model's own say one: two thirds of
-        the block size, less than two tokens for each forward pass, with as many informed steps as it pays for.
+        With the length, and with a budget for ARPC where neither the settings nor the model's own say one: two thirds
+        of the block size, less than two tokens for each forward pass, with as many informed steps as it pays for.
         """
         settings = {**self.defaults, **settings}
         config = self._config(settings)

@@ -38,7 +38,7 @@ from .block_decoding_blockgen import BlockDecoder
 from .denoising_blockgen import Purpose
 from .draft_lengths_blockgen import DraftLength, RoundCosts
 from .generation_configuration_blockgen import BlockGenGenerationConfig
-from .logits_blockgen import ROW_PROCESSORS, BlockText, Prediction, process_logits
+from .logits_blockgen import ROW_PROCESSORS, BlockText, Prediction, looks_at_text, process_logits
 
 
 class SpeculativeDecoder(BlockDecoder):
@@ -153,7 +153,7 @@ class SpeculativeDecoder(BlockDecoder):
     def _plain_round(self, rows: list[int]) -> None:
         """A token of every row, at the price that it has with `decoding="ar"`."""
         self._drop_draft()
-        if len(rows) > 1 and len(self.logits_processor) < len(self.verifying_processors):
+        if len(rows) > 1 and looks_at_text(self.verifying_processors):
             self._draft_round(rows, [0] * len(rows), [0] * len(rows))  # each row has another text before the token
         else:
             drafting, self.logits_processor = self.logits_processor, self.verifying_processors
@@ -232,7 +232,7 @@ class SpeculativeDecoder(BlockDecoder):
         evaluations = state.num_function_evaluations.max()
         generator, goes_on = self._generator(length), ~state.done
         numbers = generator.fold_in(self._purpose).uniform()
-        noise = self.process.prior(numbers.shape, numbers.device, generator.fold_in(Purpose.PRIOR))
+        noise = self._prior(length, Purpose.PRIOR)
         block = self._block(generator, goes_on[:, None].expand_as(noise), numbers=numbers)
         is_verified = self._range(length) < state.room()[:, None] - 1
         self._show("noise", noise, noise=block.free, free=block.free & is_verified)
@@ -411,9 +411,7 @@ class SpeculativeDecoder(BlockDecoder):
         if isinstance(self.process, MaskedDiffusion):
             prior = self.process.prior((len(queries), len(behind)), queries.device)
         else:
-            length = int(behind[-1]) + 1
-            keys = self._generator(length).fold_in(Purpose.PRIOR)
-            prior = self.process.prior((len(queries), length), queries.device, keys)[:, behind]
+            prior = self._prior(int(behind[-1]) + 1, Purpose.PRIOR)[:, behind]
         return torch.cat([queries, prior], dim=1)
 
     def _numbers(self, purpose: Purpose, length: int) -> torch.Tensor:
@@ -434,8 +432,7 @@ class SpeculativeDecoder(BlockDecoder):
             return self._clean_logits(torch.nn.functional.pad(draft, (0, 1))), None
         clean = state.canvas(torch.nn.functional.pad(draft, (0, 1)))  # the last token of the text, and the draft
         length = num_queries - 1 + width
-        keys = self._generator(length).fold_in(Purpose.PRIOR)
-        prior = self.process.prior((len(draft), length), draft.device, keys)
+        prior = self._prior(length, Purpose.PRIOR)
         place = self._range(num_queries)[:, None] + self._range(width)  # behind prefix i: i, i + 1, ...
         canvases = torch.cat([clean[..., None], prior[:, place[:, 1:]]], dim=-1)
         blocks = self._range(num_queries).repeat_interleave(width)
@@ -464,7 +461,7 @@ class SpeculativeDecoder(BlockDecoder):
         logits = logits.float()
         if config.has_mask_row:
             logits[..., config.mask_token_id] = -torch.inf
-        if len(self.logits_processor) < len(self.verifying_processors):
+        if looks_at_text(self.verifying_processors):
             columns = state.columns(draft.shape[1] + 1)
             text = state.tokens.clone()
             text[state.active[:, None], columns[:, :-1]] = draft

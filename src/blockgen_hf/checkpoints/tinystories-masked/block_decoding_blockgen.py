@@ -264,14 +264,10 @@ class BlockDecoder:
         The fully noised tokens by which the next tokens, at these positions `[A or 1, n]`, are predicted
         autoregressively, `[A, n]`.
         """
-        state, shape = self.state, (self.state.active.numel(), positions.shape[1])
         # Greedy decoding takes the model's own fixed queries: the text is then that of repeated `forward` calls.
         if not self.settings.do_sample:
-            return self.model.fixed_queries(positions).expand(shape)
-        # CODEPATH: uniform noise is drawn; mask tokens are all alike.
-        is_drawn = not isinstance(self.process, MaskedDiffusion)
-        keys = self._generator(shape[1]).fold_in(Purpose.AR_QUERY) if is_drawn else None
-        return self.process.prior(shape, state.tokens.device, keys)
+            return self.model.fixed_queries(positions).expand(self.state.active.numel(), -1)
+        return self._prior(positions.shape[1], Purpose.AR_QUERY)
 
     def _denoise_block(self, length: int) -> torch.Tensor:
         """Algorithm 1: from a fully noised block to a clean one, `[A, length]`."""
@@ -286,8 +282,7 @@ class BlockDecoder:
         """The next tokens `[A, n]`, of which those that are `free` are replaced by noise and denoised."""
         state, settings = self.state, self.settings
         generator = self._generator(tokens.shape[1])
-        z_t = self.process.prior(tokens.shape, tokens.device, generator.fold_in(Purpose.PRIOR))
-        z_t = torch.where(free, z_t, tokens)
+        z_t = torch.where(free, self._prior(tokens.shape[1], Purpose.PRIOR), tokens)
         self._show("noise", z_t, noise=free, free=free)
         states = [z_t] if settings.output_trajectory else None
         where = state.active[:, None], state.columns(tokens.shape[1]) - state.prompt_width
@@ -496,6 +491,13 @@ class BlockDecoder:
         """Keys of the next tokens, `[A, length]`: by row and by index among its new tokens."""
         new_index = self.state.columns(length) - self.state.prompt_width
         return self.rows.select(self.state.active).fold_in(new_index)
+
+    def _prior(self, length: int, purpose: Purpose) -> torch.Tensor:
+        """The next `length` tokens, fully noised, `[A, length]`."""
+        # CODEPATH: uniform noise is drawn; mask tokens are all alike.
+        is_drawn = not isinstance(self.process, MaskedDiffusion)
+        keys = self._generator(length).fold_in(purpose) if is_drawn else None
+        return self.process.prior((self.state.active.numel(), length), self.state.tokens.device, keys)
 
     def _ar_numbers(self, length: int) -> torch.Tensor:
         """
