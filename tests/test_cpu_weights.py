@@ -56,6 +56,17 @@ def test_logits_are_near(weights: str, variant: str) -> None:
 
 
 @pytest.mark.parametrize("weights", FORMATS)
+def test_queries_keys_and_values_are_told_apart(weights: str) -> None:
+    """Fewer heads of keys than of queries, biases, a norm for either, and a gated MLP."""
+    llama = dict(
+        adaptive_layer_norm=False, num_key_value_heads=1, head_dim=4, attention_bias=True, qk_norm=True,
+        norm_type="rms_norm", gated_mlp=True,
+    )  # fmt: skip
+    expected, got = (logits(model, words(2, 8)) for model in (tiny_model(**llama), packed(weights, **llama)))
+    assert (got - expected).norm() / expected.norm() < TOLERANCES[weights]
+
+
+@pytest.mark.parametrize("weights", FORMATS)
 def test_likelihood_is_near(weights: str) -> None:
     batch = {"input_ids": words(2, 8)}
     expected, got = (sequence_nll(model, batch, monte_carlo_samples=2) for model in (tiny_model(), packed(weights)))
@@ -142,8 +153,10 @@ def test_bytes_are_counted(weights: str, part: float) -> None:
     """Matrices shrink; scales, biases and the modulations are whole."""
     size = dict(hidden_size=64, intermediate_size=256, vocab_size=1000, mask_token_id=999)
     whole, model = tiny_model(**size), packed(weights, **size)
-    matrices = [name for name, module in model.named_modules() if isinstance(module, PackedLinear)]
-    assert len(matrices) == 2 * 6 + 1 and "lm_head" in matrices
+    matrices = [name for name, _ in whole.named_modules() if name.endswith(("_proj", "lm_head"))]
+    assert len(matrices) == 2 * 6 + 1
+    # Queries, keys and values are one product.
+    assert sum(isinstance(module, PackedLinear) for module in model.modules()) == 2 * 4 + 1
     saved = sum((1 - part) * whole.get_submodule(name).weight.nbytes for name in matrices)
     scales = 4 * (2 * (5 * 64 + 256) + 1000) if weights == "int8" else 0
     assert weight_bytes(model) == weight_bytes(whole) - saved + scales
@@ -158,9 +171,9 @@ def bad_models() -> dict[str, tuple[Any, str]]:
     wrapped.model.layers[1].mlp.up_proj = nn.Sequential(wrapped.model.layers[1].mlp.up_proj)
     return {
         "training": (tiny_model().train(), "is in training mode"),
-        "type": (tiny_model().bfloat16(), "but model.layers.0.self_attn.q_proj is torch.bfloat16 on cpu"),
+        "type": (tiny_model().bfloat16(), "but lm_head is torch.bfloat16 on cpu"),
         "device": (tiny_model().to("meta"), "is torch.float32 on meta"),
-        "twice": (packed(), "model.layers.0.self_attn.q_proj is a Int8Linear"),
+        "twice": (packed(), "lm_head is a Int8Linear"),
         "wrapped": (wrapped, "model.layers.1.mlp.up_proj is a Sequential"),
         "other": (nn.Linear(2, 2), "must be a BlockGen model, but is a Linear"),
     }

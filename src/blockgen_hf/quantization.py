@@ -16,16 +16,9 @@ from transformers import PreTrainedModel
 from .modeling.configuration_blockgen import BlockGenConfig
 
 
-# The matrices that every token meets. Those of the condition are multiplied once a text.
-_LAYER_MATRICES = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-)
+# The matrices that every token meets. Those of the condition are multiplied once a text. The first three become one.
+_JOINED = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_LAYER_MATRICES = ("self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 _SMALLEST = 1e-30  # of what is divided by
 _NUMBERS_OF_A_SAMPLE = 64
 # Entries of a layer's largest matrix from which on packing pays: a call of oneDNN costs some 30 microseconds more.
@@ -140,11 +133,15 @@ def quantize_for_cpu(model: PreTrainedModel, weights: str = "int8") -> PreTraine
     """
     if weights not in FORMATS:
         raise ValueError(f"`weights` must be one of {', '.join(map(repr, FORMATS))}, but is {weights!r}.")
-    names = _matrices(model, weights)  # all of them are checked before the first is replaced
+    _check_model(model, weights)  # all of it, before the first matrix is replaced
     model.requires_grad_(False)
-    for name in names:
-        packed = FORMATS[weights](model.get_submodule(name))
-        model.set_submodule(name, packed.eval())
+    pack = FORMATS[weights]
+    for layer in model.model.layers:
+        layer.self_attn.qkv_proj = pack(_joined([layer.get_submodule(name) for name in _JOINED])).eval()
+        layer.self_attn.q_proj = layer.self_attn.k_proj = layer.self_attn.v_proj = None
+        for name in _layer_matrices(model):
+            layer.set_submodule(name, pack(layer.get_submodule(name)).eval())
+    model.lm_head = pack(model.lm_head).eval()
     return model
 
 
@@ -154,7 +151,7 @@ def gains_from_packing(model: PreTrainedModel) -> bool:
     in float32, with layers of some width (512 and more).
     """
     try:
-        _matrices(model, "float32")
+        _check_model(model, "float32")
     except ValueError:
         return False
     return bool(model.config.hidden_size * model.config.intermediate_size >= _LARGE)
@@ -174,19 +171,32 @@ def readable_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return {**dict(model.named_parameters(remove_duplicate=False)), **samples} if samples else model.state_dict()
 
 
-def _matrices(model: PreTrainedModel, weights: str) -> list[str]:
-    """Names of the matrices to pack. Raises a `ValueError` for a model or a machine with which that is impossible."""
+def _layer_matrices(model: PreTrainedModel) -> list[str]:
+    return [name for name in _LAYER_MATRICES if model.config.gated_mlp or name != "mlp.gate_proj"]
+
+
+def _joined(linears: list[nn.Linear]) -> nn.Linear:
+    """One linear layer, whose outputs are those of several, one behind the other."""
+    weight = torch.cat([linear.weight.detach() for linear in linears])
+    has_bias = linears[0].bias is not None
+    joined = nn.Linear(weight.shape[1], len(weight), bias=has_bias, device="meta")
+    joined.weight = nn.Parameter(weight, requires_grad=False)
+    if has_bias:
+        joined.bias = nn.Parameter(torch.cat([linear.bias.detach() for linear in linears]), requires_grad=False)
+    return joined
+
+
+def _check_model(model: PreTrainedModel, weights: str) -> None:
+    """Raises a `ValueError` for a model or a machine with which packing is impossible."""
     _check_machine(weights)
     if not isinstance(model, PreTrainedModel) or model.config.model_type != BlockGenConfig.model_type:
         raise ValueError(f"`model` must be a BlockGen model, but is a {type(model).__name__}.")
     if model.training:
         raise ValueError("`model` is in training mode, and packed weights cannot be trained: call `model.eval()`.")
-    matrices = [name for name in _LAYER_MATRICES if model.config.gated_mlp or name != "mlp.gate_proj"]
-    names = [f"model.layers.{i}.{name}" for i in range(len(model.model.layers)) for name in matrices]
-    names.append("lm_head")
-    for name in names:
-        _check_linear(name, model.get_submodule(name))
-    return names
+    _check_linear("lm_head", model.lm_head)  # first: of a model that is packed already, there is no `q_proj`
+    for i, layer in enumerate(model.model.layers):
+        for name in (*_JOINED, *_layer_matrices(model)):
+            _check_linear(f"model.layers.{i}.{name}", layer.get_submodule(name))
 
 
 def _check_machine(weights: str) -> None:

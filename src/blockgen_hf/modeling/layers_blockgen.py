@@ -265,9 +265,11 @@ class BlockGenAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.is_causal = False
         width, key_width = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.widths = (width, key_width, key_width)  # of queries, keys and values
         self.q_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, key_width, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, key_width, bias=config.attention_bias)
+        self.qkv_proj: nn.Module | None = None  # one product instead of the three, where weights are packed
         self.o_proj = nn.Linear(width, config.hidden_size, bias=config.attention_output_bias)
         self.q_norm = BlockGenRMSNorm(self.head_dim, config.layer_norm_eps) if config.qk_norm else None
         self.k_norm = BlockGenRMSNorm(self.head_dim, config.layer_norm_eps) if config.qk_norm else None
@@ -284,19 +286,26 @@ class BlockGenAttention(nn.Module):
         num_queries: int | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        hidden_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         queries, query_embeddings, num_unadapted_queries = hidden_states, position_embeddings, num_unadapted
         if num_queries is not None:
             queries, num_unadapted_queries = last_tokens(hidden_states, num_queries, num_unadapted)
             cos, sin = position_embeddings
             query_embeddings = last_columns(cos, num_queries), last_columns(sin, num_queries)
         input_shape = queries.shape[:-1]
-        query_states = project(self.q_proj, queries, num_unadapted_queries).view(*input_shape, -1, self.head_dim)
-        key_states = project(self.k_proj, hidden_states, num_unadapted).view(hidden_shape)
-        value_states = project(self.v_proj, hidden_states, num_unadapted).view(hidden_shape).transpose(1, 2)
+        if self.qkv_proj is None:
+            query_states = project(self.q_proj, queries, num_unadapted_queries)
+            key_states = project(self.k_proj, hidden_states, num_unadapted)
+            value_states = project(self.v_proj, hidden_states, num_unadapted)
+        else:
+            query_states, key_states, value_states = self.qkv_proj(hidden_states).split(self.widths, dim=-1)
+            query_states = last_columns(query_states, queries.shape[1])
+        query_states, key_states, value_states = (
+            states.unflatten(-1, (-1, self.head_dim)) for states in (query_states, key_states, value_states)
+        )
         if self.q_norm is not None and self.k_norm is not None:
             query_states, key_states = self.q_norm(query_states), self.k_norm(key_states)
         query_states, key_states = query_states.transpose(1, 2), key_states.transpose(1, 2)
+        value_states = value_states.transpose(1, 2)
         if self.has_rope:
             query_states = apply_rotary_pos_emb(query_states, *query_embeddings)
             key_states = apply_rotary_pos_emb(key_states, *position_embeddings)
