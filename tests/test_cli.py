@@ -437,7 +437,7 @@ def test_compare(run: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     out = run("a b", "--compare", "--seed", "0")
     assert max(map(len, out.splitlines())) <= 100
     rows = re.findall(
-        r"^(ar|speculative|block_diffusion|arpc) +(.*?) +(\d+) +([\d.]+) +[\d.]+$", out, flags=re.MULTILINE
+        r"^(ar|speculative|block_diffusion|arpc|draft_revise) +(.*?) +(\d+) +([\d.]+) +[\d.]+$", out, flags=re.MULTILINE
     )
     expected = [
         ("ar", "", 16),
@@ -447,6 +447,7 @@ def test_compare(run: Command, monkeypatch: pytest.MonkeyPatch) -> None:
         ("block_diffusion", "block size 8, 4 steps", 8),
         ("arpc", "block size 8, 8 steps, 7 with ar_surprisal", 32),
         ("arpc", "block size 8, 4 steps, 3 with ar_surprisal", 16),
+        ("draft_revise", "block size 4, 4 steps, then 25% revised in", 32),
     ]
     assert [row[:2] for row in rows] == [row[:2] for row in expected]
     for (*_, count, ratio), (*_, most) in zip(rows, expected, strict=True):
@@ -472,6 +473,13 @@ def test_compare_takes_the_other_settings(run: Command) -> None:
         assert row["settings"]["top_k"] == 2
         assert row["settings"].get("block_size", 4) == 4
         assert row["settings"].get("corrector", "ar_kl") == "ar_kl"
+
+
+def test_compare_of_a_model_without_diffusion(run: Command, tmp_path: Path) -> None:
+    tiny_model(next_token_prediction=True, block_sizes=[1], adaptive_layer_norm=False).save_pretrained(tmp_path)
+    spaced_tokenizer().save_pretrained(tmp_path)
+    model = str(tmp_path)
+    assert [row["decoding"] for row in results(run, "a b", "--compare", "--model", model)] == ["ar"]
 
 
 def test_compare_leaves_out_what_a_block_causal_model_cannot(run: Command, tmp_path: Path) -> None:
@@ -521,6 +529,12 @@ def test_compare_leaves_out_what_a_block_causal_model_cannot(run: Command, tmp_p
         ),
         (("--decoding", "speculative", "--draft-steps", "0"), "`draft_steps` must be an integer of at least 1"),
         (("--num-samples", "2", "--show-denoising"), "shows a single sample"),
+        (
+            ("--decoding", "block_diffusion", "--revise-ratio", "0.9"),
+            "--revise-ratio has no meaning with --decoding block_diffusion: it is for draft_revise.",
+        ),
+        ((*ARPC, "--draft-steps", "2"), "it is for speculative."),
+        (("--decoding", "ar", "--corrector", "random"), "it is for arpc and speculative and draft_revise."),
     ],
 )
 def test_bad_options(fail: Command, arguments: tuple[str, ...], message: str) -> None:

@@ -112,7 +112,7 @@ def test_measuring_leaves_model_and_random_numbers_alone() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [((words(4, 8), 1), "`block_size` must be more than 1"), ((words(1, 8), 4), "needs two losses at least")],
+    [((words(4, 8), 1), "`block_size` must be an integer above 1"), ((words(1, 8), 4), "needs two losses at least")],
 )
 def test_what_has_no_variance_is_refused(arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -196,8 +196,11 @@ def test_off_by_default(tmp_path: Path) -> None:
         ({"noise_level_interval": [0.5]}, "`noise_level_interval` must be two numbers"),
         ({"noise_level_interval": [0.0, 0.5]}, "`noise_level_interval` must be two numbers"),
         ({"noise_level_interval": [0.8, 0.5]}, "`noise_level_interval` must be two numbers"),
-        ({"noise_interval_steps": -1}, "`noise_interval_steps` must be at least 0"),
-        ({"noise_interval_rows": 1}, "`noise_interval_rows` must be at least 2"),
+        ({"noise_interval_steps": -1}, "`noise_interval_steps` must be an integer of at least 0"),
+        ({"noise_level_interval": 0.3}, "`noise_level_interval` must be two numbers"),
+        ({"noise_level_interval": [0.3, "a"]}, "`noise_level_interval` must be two numbers"),
+        ({"noise_interval_steps": 2.5}, "`noise_interval_steps` must be an integer"),
+        ({"noise_interval_rows": 1}, "`noise_interval_rows` must be an integer of at least 2"),
         ({"noise_interval_steps": 5}, "`noise_interval_steps` needs an `eval_dataset`"),
         ({"noise_level_interval": [0.1, 0.5], "model": {"block_sizes": [1]}}, "needs a block size above 1"),
     ],
@@ -206,6 +209,28 @@ def test_bad_settings_are_refused(settings: dict[str, Any], message: str, tmp_pa
     model = tiny_model(**settings.pop("model", {}))
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, model, **settings)
+
+
+def test_a_run_that_ends_before_the_first_choice_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("WARNING"):
+        make_trainer(tmp_path, eval_rows=TokenRows(4), noise_interval_steps=5000, max_steps=500)
+    assert "No noise levels will be chosen: the run has 500 steps" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"interval": (0.8, 0.3)}, "`interval` must be two numbers"),
+        ({"interval": (-1, 2)}, "`interval` must be two numbers"),
+        ({"noise_level_sampling": "foo"}, "`noise_level_sampling` must be one of sequence, block, but is 'foo'"),
+        ({"batch_size": 0}, "`batch_size` must be a positive integer, but is 0"),
+        ({"draws": 0}, "`draws` must be a positive integer, but is 0"),
+        ({"block_size": 2.5}, "`block_size` must be an integer above 1, but is 2.5"),
+    ],
+)
+def test_a_variance_of_nothing_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        noise_variance(tiny_model(), [words(1, 8)[0]] * 3, **{"block_size": 4, **settings})
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import textwrap
 from typing import Any
 
 from ..default_decoding import CORRECTOR_PERIOD
+from ..modeling.configuration_blockgen import BlockGenConfig
 from ..tables import aligned, terminal_width
 from .sampling import Generation, Sampler, describe
 
@@ -18,6 +19,7 @@ _COMPARED: tuple[dict[str, Any], ...] = (
     {"decoding": "block_diffusion", "nfe_per_block": 4},
     {"decoding": "arpc", "nfe_per_block": 16, "corrector_period": CORRECTOR_PERIOD},
     {"decoding": "arpc", "nfe_per_block": 8, "corrector_period": CORRECTOR_PERIOD},
+    {"decoding": "draft_revise"},
 )
 _WIDTH = 100
 _COLUMNS = ("decoding", "settings", "function evaluations", "tokens / forward", "tokens / second")
@@ -27,8 +29,8 @@ _DECODING, _FIGURES = 15, (11, 9, 9)  # widths
 def compare(sampler: Sampler, settings: dict[str, Any], quiet: bool) -> list[Generation]:
     """A generation for each decoding that the model knows, all with the same seed; prints a table unless quiet."""
     config = sampler.model.config
-    knows_ar = config.clean_attention == "causal" or config.block_sizes[0] == 1
-    compared = [{**row, **settings} for row in _COMPARED if knows_ar or row["decoding"] == "block_diffusion"]
+    known = [row for row in _COMPARED if _knows(config, row["decoding"])]
+    compared = [{**row, **settings} for row in known]
     sampler.generate({**compared[-1], "max_new_tokens": 1})  # the first call pays for what is set up once
     generations = []
     for row in compared:
@@ -39,6 +41,12 @@ def compare(sampler: Sampler, settings: dict[str, Any], quiet: bool) -> list[Gen
             _print_head(sampler.prompt, sampler.seed)
         _print_row(generations[-1])
     return generations
+
+
+def _knows(config: BlockGenConfig, decoding: str) -> bool:
+    if config.next_token_prediction:
+        return decoding == "ar"
+    return decoding == "block_diffusion" or config.clean_attention == "causal" or config.block_sizes[0] == 1
 
 
 def _widths() -> tuple[int, ...]:

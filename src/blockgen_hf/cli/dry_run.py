@@ -11,7 +11,8 @@ from ..modeling.configuration_blockgen import BlockGenConfig
 from ..places import data_place, local_folder
 from ..run_folders import LOCK, FolderInUseError, lock_folder
 from ..tokenizer_loading import pretrained_tokenizer
-from ..training.arguments import CHECKPOINTING
+from ..training.arguments import CHECKPOINTING, BlockGenTrainingArguments
+from ..training.draws import WHOLE_INTERVAL
 from ..training.estimates import (
     ParameterCount,
     count_parameters,
@@ -51,6 +52,8 @@ def _describe(prepared: Prepared) -> Iterator[str]:
     yield _line("tokenizer", _tokenizer(recipe))
     yield from _data(recipe)
     yield _line("block sizes", _block_sizes(config, prepared))
+    if max(config.block_sizes) > 1:
+        yield _line("noise levels", _noise_levels(prepared.args))
     yield from _costs(prepared, config, parameters)
     yield _line("output", _output(prepared))
 
@@ -140,6 +143,18 @@ def _block_sizes(config: BlockGenConfig, prepared: Prepared) -> str:
     if args.block_size_unit == "sequence":
         slots *= args.train_batch_size
     return f"{sizes}; {args.block_size_sampling}, {slots} a step"
+
+
+def _noise_levels(args: BlockGenTrainingArguments) -> str:
+    """From which interval they are drawn."""
+    low, high = args.noise_level_interval or WHOLE_INTERVAL
+    first = f"from {low:g} to {high:g}, one a {args.noise_level_sampling}"
+    every = args.noise_interval_steps
+    if every == 0:
+        return first
+    if 0 < args.max_steps <= every:
+        return f"{first}; never chosen anew: `noise_interval_steps` is {every:,}"
+    return f"{first}; chosen anew every {every:,} steps"
 
 
 def _costs(prepared: Prepared, config: BlockGenConfig, parameters: ParameterCount) -> Iterator[str]:

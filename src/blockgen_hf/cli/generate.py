@@ -57,8 +57,13 @@ _SETTINGS = (
     "top_p",
     "repetition_penalty",
 )
-
-
+# Settings that only some decodings have.
+_DECODINGS_OF = (
+    (("revise_block_size", "revise_ratio", "revise_steps", "revise_score"), ("draft_revise",)),
+    (("acceptance", "draft_steps", "fused_drafts"), ("speculative",)),
+    (("draft_decoding",), ("speculative", "draft_revise")),
+    (("corrector", "corrector_start", "corrector_period"), ("arpc", "speculative", "draft_revise")),
+)
 # Those of BlockGenGenerationConfig, known here without importing transformers.
 CHOICES = {
     "decoding": ("ar", "block_diffusion", "arpc", "speculative", "draft_revise"),
@@ -133,7 +138,7 @@ def _add_decoding_arguments(group: argparse._ArgumentGroup) -> None:
         "--nfe-per-block",
         type=int,
         metavar="N",
-        help="function evaluations per block (default for arpc: half the block size)",
+        help="function evaluations per block (default for arpc: two thirds of the block size)",
     )
     group.add_argument(
         "--ar-seed-tokens",
@@ -184,7 +189,9 @@ def _add_decoding_arguments(group: argparse._ArgumentGroup) -> None:
         "--draft-steps", type=int, metavar="N", help="speculative: denoising steps per draft (default: 1)"
     )
     group.add_argument(
-        "--draft-decoding", choices=CHOICES["draft_decoding"], help="speculative: how a draft of several steps is made"
+        "--draft-decoding",
+        choices=CHOICES["draft_decoding"],
+        help="speculative: how a draft of several steps is made; draft_revise: how drafts and revisions are denoised",
     )
     group.add_argument(
         "--fused-drafts",
@@ -309,6 +316,13 @@ def _check_combinations(args: argparse.Namespace) -> None:
             if getattr(args, other) is not None:
                 raise CommandError(
                     f"--{other.replace('_', '-')} has no meaning with --decoding speculative, which has --draft-steps."
+                )
+    for others, decodings in _DECODINGS_OF:
+        for other in others:
+            if args.decoding not in (None, *decodings) and getattr(args, other) is not None:
+                raise CommandError(
+                    f"--{other.replace('_', '-')} has no meaning with --decoding {args.decoding}: it is for "
+                    f"{' and '.join(decodings)}."
                 )
     if args.show_denoising and args.num_samples > 1:
         raise CommandError("--show-denoising shows a single sample: leave --num-samples out.")

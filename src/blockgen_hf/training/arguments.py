@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from .draws import BLOCK_SIZE_SAMPLINGS, NOISE_LEVEL_SAMPLINGS
+from .draws import BLOCK_SIZE_SAMPLINGS, NOISE_LEVEL_SAMPLINGS, check_interval
 
 
 BLOCK_SIZE_UNITS = ("micro_batch", "sequence")
@@ -109,14 +109,12 @@ class BlockGenTrainingArguments(TrainingArguments):
             value = getattr(self, name)
             if value not in accepted:
                 raise ValueError(f"`{name}` must be one of {', '.join(accepted)}, but is {value!r}.")
-        ends = self.noise_level_interval
-        if ends is not None and not (len(ends) == 2 and 0 < ends[0] < ends[1] <= 1):
-            raise ValueError(
-                f"`noise_level_interval` must be two numbers, 0 < beta < omega <= 1, or None, but is {ends!r}."
-            )
+        if self.noise_level_interval is not None:
+            check_interval("noise_level_interval", self.noise_level_interval)
         for name, smallest in (("noise_interval_steps", 0), ("noise_interval_rows", 2)):
-            if getattr(self, name) < smallest:
-                raise ValueError(f"`{name}` must be at least {smallest}, but is {getattr(self, name)!r}.")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < smallest:
+                raise ValueError(f"`{name}` must be an integer of at least {smallest}, but is {value!r}.")
         if not 0 <= self.block_size_curriculum <= 1:
             raise ValueError(
                 f"`block_size_curriculum` must be from 0 to 1, a share of the steps, but is "

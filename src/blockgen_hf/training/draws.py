@@ -32,6 +32,16 @@ WHOLE_INTERVAL: NoiseInterval = (SMALLEST_TIME, 1.0)
 _SIZES, _SLOTS, _LEVEL_OFFSET, _LEVEL_ORDER, _BLOCK_ORDER, _NOISE = range(6)
 
 
+def check_interval(name: str, interval: object) -> None:
+    """
+    Raises:
+        ValueError: no pair of noise levels.
+    """
+    ends = interval if isinstance(interval, Sequence) and not isinstance(interval, str) else ()
+    if not (len(ends) == 2 and all(isinstance(end, int | float) for end in ends) and 0 < ends[0] < ends[1] <= 1):
+        raise ValueError(f"`{name}` must be two numbers, 0 < beta < omega <= 1, but is {interval!r}.")
+
+
 def stratified_block_sizes(
     block_sizes: Sequence[int], weights: Sequence[float] | None, num_slots: int, u: float
 ) -> list[int]:
@@ -198,4 +208,4 @@ def _blocks(batch: dict[str, torch.Tensor], block_size: BlockSize, is_anchored: 
     return (starts.long().cumsum(-1) - 1).clamp(min=0)
 
 
-__all__ = ["StepDraws", "corrupt_batch", "stratified_block_sizes"]
+__all__ = ["StepDraws", "check_interval", "corrupt_batch", "stratified_block_sizes"]

@@ -18,7 +18,14 @@ from transformers.modeling_utils import unwrap_model
 
 from ..evaluation.likelihood import evaluation_mode
 from ..evaluation.rows import Collator, collated
-from .draws import WHOLE_INTERVAL, NoiseInterval, StepDraws, corrupt_batch
+from .draws import (
+    NOISE_LEVEL_SAMPLINGS,
+    WHOLE_INTERVAL,
+    NoiseInterval,
+    StepDraws,
+    check_interval,
+    corrupt_batch,
+)
 
 
 # Tenths that are at least half of the whole apart.
@@ -78,10 +85,22 @@ def noise_variance(
         [`NoiseVariance`].
 
     Raises:
-        ValueError: a block size of 1, which has no noise level, or fewer than two losses to compare.
+        ValueError: a block size of 1, which has no noise level, an interval that is none, an unknown sampling, or
+            fewer than two losses to compare.
     """
-    if block_size < 2:
-        raise ValueError(f"`block_size` must be more than 1, but is {block_size!r}: block size 1 is fully noised.")
+    if not isinstance(block_size, int) or block_size < 2:
+        raise ValueError(
+            f"`block_size` must be an integer above 1, but is {block_size!r}: block size 1 is fully noised."
+        )
+    check_interval("interval", interval)
+    if noise_level_sampling not in NOISE_LEVEL_SAMPLINGS:
+        raise ValueError(
+            f"`noise_level_sampling` must be one of {', '.join(NOISE_LEVEL_SAMPLINGS)}, but is "
+            f"{noise_level_sampling!r}."
+        )
+    for name, count in (("draws", draws), ("batch_size", batch_size)):
+        if not isinstance(count, int) or count < 1:
+            raise ValueError(f"`{name}` must be a positive integer, but is {count!r}.")
     unwrapped = unwrap_model(model)
     batches = [batch for _, batch in collated(rows, batch_size, data_collator)]
     num_rows = sum(len(batch["input_ids"]) for batch in batches)

@@ -146,6 +146,11 @@ class BlockGenTrainer(PublishingTrainer):
                 "`noise_interval_steps` needs an `eval_dataset`, on which the variance of the loss is measured: one, "
                 f"not {'several' if self.eval_dataset else 'none'}."
             )
+        if 0 < args.max_steps <= args.noise_interval_steps and args.noise_level_interval is None:
+            logger.warning(
+                f"No noise levels will be chosen: the run has {args.max_steps} steps, and `noise_interval_steps` is "
+                f"{args.noise_interval_steps}. Set it to a part of the steps to clip them."
+            )
 
     @property
     def noise_intervals(self) -> dict[int, NoiseInterval]:

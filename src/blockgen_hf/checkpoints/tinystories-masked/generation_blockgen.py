@@ -394,6 +394,15 @@ class BlockGenGenerationMixin(GenerationMixin):
                 f"tokens: the model has {positions} positions. It is "
                 f"{generation_config.max_length - input_ids_length}. With `cache_window` a text may be longer."
             )
+        rope = self.config.rope_parameters
+        reach = rope.get("original_max_position_embeddings") if rope["rope_type"] == "longrope" else None
+        if generation_config.decoding == "speculative" and reach is not None and generation_config.max_length > reach:
+            raise ValueError(
+                "`decoding='speculative'` verifies tokens of several positions in one pass, but with "
+                f"`rope_type='longrope'` what a token is rotated by depends on the pass behind {reach} positions "
+                f"(`original_max_position_embeddings`), and the text may have {generation_config.max_length}: use "
+                "`decoding='ar'`, or ask for fewer new tokens."
+            )
         super()._validate_generated_length(generation_config, input_ids_length, has_default_max_length)
 
     def _prepare_cache_for_generation(
