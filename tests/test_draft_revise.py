@@ -246,6 +246,7 @@ MANNERS: dict[str, dict[str, Any]] = {
     "chunked": {"prefill_chunk_size": 2},
     "greedy": {"do_sample": False, "noise_removal": "greedy"},
     "confidence": {"sampler": "confidence", "confidence_threshold": 0.3},
+    "window": {"cache_window": 4},
 }
 WAYS = [
     *(("masked", manner) for manner in ("snapshot", "ar_surprisal", "stages", "processed", "static", "confidence")),
@@ -285,6 +286,40 @@ def test_rows_that_end_at_different_lengths_get_the_text_that_they_have_alone() 
 @pytest.mark.parametrize("variant, manner", WAYS)
 def test_rows_get_the_text_that_they_have_alone(variant: str, manner: str) -> None:
     assert_same_alone(tiny_model(variant).double(), **MANNERS[manner])
+
+
+ADAPTED_WAYS = [
+    *(("masked", "block", manner) for manner in ("snapshot", "posthoc", "static", "stages", "window")),
+    *(("masked", "causal", manner) for manner in ("no cache", "arpc", "chunked")),
+    *(("uniform", "block", manner) for manner in ("no cache", "ar_surprisal")),
+    *(("uniform", "causal", manner) for manner in ("posthoc", "window")),
+]
+
+
+@pytest.mark.parametrize("variant, noisy_attention, manner", ADAPTED_WAYS)
+def test_rows_of_adapted_models_get_the_text_that_they_have_alone(
+    variant: str, noisy_attention: str, manner: str
+) -> None:
+    """Also where the drafts of a batch end at different lengths: the anchor of a canvas is not among its noise."""
+    model = tiny_model(variant, ar_prediction="clean", noisy_attention=noisy_attention).double()
+    assert assert_same_alone(model, **MANNERS[manner]).num_new_tokens.unique().numel() > 1
+
+
+def test_adapted_models_revise_texts_of_any_length_by_posthoc_confidence() -> None:
+    """A text of a single block is scored as one of several is: under a pass that sees the rest of the block."""
+    model, prompt = tiny_model(ar_prediction="clean").double(), words(1, 3)
+    settings = dict(REVISED, revise_score="posthoc", revise_ratio=0.5, return_dict_in_generate=True)
+    for size in (4, 8):
+        found = generate(model, prompt, **{**settings, "revise_block_size": size}, max_new_tokens=8)
+        draft, confidence = found.drafts[0], []
+        for start in range(0, 8, size):
+            text = torch.cat([prompt, draft], dim=1)[:, : 3 + start + size]
+            canvas = text[:, 2 + start : -1]
+            logits = model(text[:, : 2 + start], canvas, noisy_position_ids=2 + start + torch.arange(size)[None]).logits
+            log_probs = logits.log_softmax(-1)
+            confidence.append(log_probs.gather(-1, draft[:, start : start + size, None]).squeeze(-1))
+        lowest = torch.cat(confidence, dim=1).topk(4, largest=False).indices
+        assert sorted(lowest[0].tolist()) == found.revised[0][0].nonzero().flatten().tolist()
 
 
 @pytest.mark.slow

@@ -173,11 +173,14 @@ class RevisionDecoder(BlockDecoder):
     def _reread(self, draft: torch.Tensor) -> Any:
         """One denoising pass over the finished draft, without noise and in the blocks of the revision."""
         state, length = self.state, draft.shape[1]
+        blocks = self._noisy_blocks(length)
+        if blocks is None and state.is_anchored:  # given, so that the anchors are those among the clean tokens
+            blocks = self._blocks(length)[None]
         outputs = self._forward(
             input_ids=torch.cat([state.pending, state.canvas(draft)], dim=1),
             noisy_input_ids=state.canvas(draft),
             noisy_position_ids=state.next_positions(length),
-            noisy_block_ids=self._noisy_blocks(length),
+            noisy_block_ids=blocks,
             block_size=self.block_size,
             attention_mask=state.mask_with(length),
             noise_level=0.0,
@@ -208,8 +211,12 @@ class RevisionDecoder(BlockDecoder):
         inside = self._offsets(length) < self.lengths[self.state.active, None]
         if inside.all():
             return None
-        blocks = torch.arange(length, device=inside.device) // self.block_size
+        blocks = self._blocks(length)
         return torch.where(inside, blocks, blocks + length)
+
+    def _blocks(self, length: int) -> torch.Tensor:
+        """The blocks of the next tokens, `[length]`."""
+        return torch.arange(length, device=self.state.tokens.device) // self.block_size
 
     # streaming
 
