@@ -315,7 +315,8 @@ def test_adapted_models_revise_texts_of_any_length_by_posthoc_confidence() -> No
         for start in range(0, 8, size):
             text = torch.cat([prompt, draft], dim=1)[:, : 3 + start + size]
             canvas = text[:, 2 + start : -1]
-            logits = model(text[:, : 2 + start], canvas, noisy_position_ids=2 + start + torch.arange(size)[None]).logits
+            where = 2 + start + torch.arange(size)[None]
+            logits = model(text[:, : 2 + start], canvas, noisy_position_ids=where).logits
             log_probs = logits.log_softmax(-1)
             confidence.append(log_probs.gather(-1, draft[:, start : start + size, None]).squeeze(-1))
         lowest = torch.cat(confidence, dim=1).topk(4, largest=False).indices
