@@ -523,7 +523,7 @@ class BlockDecoder:
             logits[:, config.mask_token_id] = -torch.inf
         if looks_at_text(self.logits_processor):
             columns = state.columns(canvas.shape[1])
-            text = BlockText(state.clean_context(), state.padding, canvas, columns, state.active)
+            text = BlockText(*state.clean_context(), state.padding, canvas, columns, state.active)
             logits = process_logits(logits, where, text, self.logits_processor)
         else:
             for processor in self.logits_processor:
