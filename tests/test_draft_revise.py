@@ -8,7 +8,7 @@ import pytest
 import torch
 from enumeration import Array, Oracle, Process, Tokens, chi_square_p_value, factorized, prior, states
 from test_generate_law import LENGTH, SIGNIFICANCE, VOCAB_SIZE, case, law_model, oracle_of
-from tiny import BLOCK_CAUSAL, MASK, PAD, generate, left_padded, record_forwards, tiny_model, words
+from tiny import BLOCK_CAUSAL, MASK, PAD, generate, left_padded, record_forwards, tiny_model, tiny_tokenizer, words
 from transformers import (
     DynamicCache,
     QuantizedCache,
@@ -247,9 +247,13 @@ MANNERS: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False, "noise_removal": "greedy"},
     "confidence": {"sampler": "confidence", "confidence_threshold": 0.3},
     "window": {"cache_window": 4},
+    "stop strings": {"stop_strings": ["kg", "gh", "jf", "qj"], "tokenizer": tiny_tokenizer()},
 }
 WAYS = [
-    *(("masked", manner) for manner in ("snapshot", "ar_surprisal", "stages", "processed", "static", "confidence")),
+    *(
+        ("masked", manner)
+        for manner in ("snapshot", "ar_surprisal", "stages", "processed", "static", "confidence", "stop strings")
+    ),
     *(("uniform", manner) for manner in ("posthoc", "random", "arpc", "seeded", "no cache", "chunked", "greedy")),
     ("uniform_time_conditional", "arpc"),
     ("time_conditional", "posthoc"),
@@ -414,6 +418,44 @@ def test_criteria_are_evaluated_on_the_revised_text() -> None:
         assert drafted == 12 or not found.revised[0][row, drafted - 1 :].any()
         shorter += length < drafted
     assert shorter
+
+
+STOP_STRINGS = ["ab", "ca", "ee", "kg", "gh", "jf", "mnc"]
+
+
+class StopsBehind(StoppingCriteria):
+    """A caller's own stop strings, looked for in the new text only."""
+
+    def __init__(self, prompt_width: int) -> None:
+        self.prompt_width = prompt_width
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        tails = tiny_tokenizer().batch_decode(input_ids[:, self.prompt_width :][:, -3:])
+        return torch.tensor([tail.endswith(tuple(STOP_STRINGS)) for tail in tails])
+
+
+@pytest.mark.parametrize("is_own", [False, True])
+def test_a_stop_string_that_ended_a_draft_stays_whole(is_own: bool) -> None:
+    """All of its tokens are held fixed, and no others: every text that ends early ends in a stop string."""
+    tokenizer, prompts = tiny_tokenizer(), words(20, 4)
+    stop: dict[str, Any] = {"stop_strings": STOP_STRINGS, "tokenizer": tokenizer}
+    if is_own:
+        stop = {"stopping_criteria": StoppingCriteriaList([StopsBehind(4)])}
+    settings = dict(
+        REVISED, revise_block_size=[8, 4], revise_ratio=[0.8, 1.0], max_new_tokens=40, suppress_tokens=[PAD]
+    )
+    found = generate(tiny_model(), prompts, **settings, **stop, return_dict_in_generate=True)
+    early = (found.num_new_tokens < 40).nonzero().flatten().tolist()
+    assert len(early) > 10
+    for row in early:
+        new = tokenizer.decode(found.sequences[row, 4 : 4 + int(found.num_new_tokens[row])])
+        assert new.endswith(tuple(STOP_STRINGS)) or (len(new) == 1 and not is_own)  # it may begin in the prompt
+        # The second stage revises all that it may.
+        length = int((found.drafts[1][row] != PAD).sum())
+        draft = tokenizer.decode(torch.cat([prompts[row], found.drafts[1][row, :length]]))
+        size = 0 if length == 40 else next(len(string) for string in STOP_STRINGS if draft.endswith(string))
+        size = min(size, length)
+        assert found.revised[1][row, :length].tolist() == [True] * (length - size) + [False] * size
 
 
 class StopsAt(StoppingCriteria):

@@ -19,9 +19,11 @@ they are chosen again with text on both sides.
 
 A stage is the block loop over a text that is known but for its noise: its blocks go from left to right, and a block as
 large as the text sees all of it. What a criterion stops is found anew in every stage, on the text as it is then; no
-text gets longer than its draft.
+text gets longer than its draft, and the tokens that ended a draft, all those of a stop string, are not revised.
 """
 
+from bisect import bisect_left
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -50,6 +52,22 @@ class EndOfDraft(StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         return self.lengths <= input_ids.shape[1]
+
+
+def num_ending(criteria: Sequence[StoppingCriteria], text: torch.Tensor, row: int, pad_token_id: int) -> int:
+    """
+    How many of the last tokens of a row of `text` `[B, length]` ended it: the fewest for which a criterion stops it,
+    whatever stands before them. 1 where it is not the text that stopped it.
+    """
+    length = text.shape[1]
+
+    def stops(count: int) -> bool:
+        rest = text.clone()
+        rest[row, : length - count] = pad_token_id
+        return any(bool(torch.as_tensor(criterion(rest, None)).expand(len(text))[row]) for criterion in criteria)
+
+    fewest = bisect_left(range(1, length + 1), True, key=stops) + 1
+    return fewest if fewest <= length else 1
 
 
 class RevisionDecoder(BlockDecoder):
@@ -144,16 +162,25 @@ class RevisionDecoder(BlockDecoder):
 
     def _least_certain(self, draft: torch.Tensor, lengths: torch.Tensor, ratio: float) -> torch.Tensor:
         """
-        Snapshot Confidence Remask: the bottom gamma-quantile of the tokens of each draft, `[B, n]`. The token that
-        ended a row before its time is not among them: the text behind it was never written.
+        Snapshot Confidence Remask: the bottom gamma-quantile of the tokens of each draft, `[B, n]`. The tokens that
+        ended a row before its time are not among them: the text behind them was never written.
         """
         offsets = torch.arange(draft.shape[1], device=draft.device)
-        is_end = (offsets == lengths[:, None] - 1) & (lengths[:, None] < self._longest)
-        fixed = (offsets >= lengths[:, None]) | is_end
+        fixed = offsets >= (lengths - self._num_ending(draft, lengths))[:, None]
         count = (ratio * lengths.double() + 0.5).floor().long()
         numbers = self._generator(draft.shape[1]).fold_in(Purpose.SCORE)
         penalty = numbers.uniform() if self.score == "random" else -self._confidence_in(draft)
         return worst_positions(penalty, count[:, None], fixed, numbers.uniform(1))
+
+    def _num_ending(self, draft: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """How many tokens ended each draft before its time, `[B]`."""
+        state, counts = self.state, torch.zeros_like(lengths)
+        text = torch.cat([state.tokens[:, : state.prompt_width], draft], dim=1)
+        criteria = [criterion for criterion in self.stopping_criteria if not isinstance(criterion, EndOfDraft)]
+        for row in (lengths < self._longest).nonzero().flatten().tolist():
+            end = state.prompt_width + int(lengths[row])
+            counts[row] = num_ending(criteria, text[:, :end], row, state.pad_token_id)
+        return counts
 
     def _confidence_in(self, draft: torch.Tensor) -> torch.Tensor:
         """
