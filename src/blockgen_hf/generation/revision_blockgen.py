@@ -22,7 +22,6 @@ large as the text sees all of it. What a criterion stops is found anew in every 
 text gets longer than its draft, and the tokens that ended a draft, all those of a stop string, are not revised.
 """
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,8 +65,7 @@ def num_ending(criteria: Sequence[StoppingCriteria], text: torch.Tensor, row: in
         rest[row, : length - count] = pad_token_id
         return any(bool(torch.as_tensor(criterion(rest, None)).expand(len(text))[row]) for criterion in criteria)
 
-    fewest = bisect_left(range(1, length + 1), True, key=stops) + 1
-    return fewest if fewest <= length else 1
+    return next((count for count in range(1, length + 1) if stops(count)), 1)
 
 
 class RevisionDecoder(BlockDecoder):
