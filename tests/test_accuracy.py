@@ -272,6 +272,12 @@ def test_speculation_gives_the_answers_of_ar_and_has_evaluations_per_token_only(
     assert per_block == {**dict.fromkeys(decodings, ""), "arpc:8": "8 of 8 tokens"}
 
 
+def test_drafts_have_the_block_size_of_generate_unless_one_is_asked_for() -> None:
+    decodings = ["draft_revise", "block_diffusion:2", "draft_revise:block_size=2"]
+    assert [figures.block_size for figures in evaluate(decodings=decodings).figures.values()] == [4, 8, 2]
+    assert evaluate(decodings=["draft_revise"], block_size=8).figures["draft_revise"].block_size == 8
+
+
 # On disk
 
 

@@ -294,6 +294,15 @@ def test_prefill_in_chunks_gives_the_same_text() -> None:
         )
 
 
+@pytest.mark.parametrize("num_return_sequences", [1, 2])
+def test_a_static_cache_has_room_for_every_text_without_a_prompt(num_return_sequences: int) -> None:
+    """With `prefill_chunk_size` it is made before the empty prompts, which `generate` sees as one, are expanded."""
+    model, nothing = tiny_model(), torch.zeros(2, 0, dtype=torch.long)
+    settings = dict(decoding="block_diffusion", max_new_tokens=12, num_return_sequences=num_return_sequences)
+    found = generate(model, nothing, **settings, cache_implementation="static", prefill_chunk_size=3)
+    assert torch.equal(found, generate(model, nothing, **settings))
+
+
 # ---- AR seeding
 @pytest.mark.parametrize("variant", ["masked", pytest.param("uniform", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("k", [1, 3, 4, 7, 99])

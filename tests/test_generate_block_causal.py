@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import MASK, generate, left_padded, record_forwards, tiny_model, words
-from transformers import DynamicCache
+from tiny import MASK, PAD, generate, left_padded, record_forwards, tiny_model, words
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 
 DIFFUSION: dict[str, Any] = dict(decoding="block_diffusion")
@@ -66,6 +66,37 @@ def test_prompt_remainder_is_held_fixed(variant: str, settings: dict[str, Any], 
         assert (first[0][:, remainder:] == MASK).all()
     expected = -(-(remainder + 7) // size)
     assert len(outputs.trajectory) == expected
+
+
+class Echo(LogitsProcessor):
+    """A processor of the caller's, which looks at the last token and at the length of the text."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        length = input_ids.ne(PAD).sum(-1, keepdim=True)
+        last = torch.nn.functional.one_hot(input_ids[:, -1], scores.shape[1])
+        return scores - 2 * last + torch.arange(scores.shape[1]) % length
+
+
+@pytest.mark.parametrize(
+    "processed",
+    [
+        {"repetition_penalty": 1.5},
+        {"presence_penalty": 1.0, "frequency_penalty": 0.5},
+        {"exponential_decay_length_penalty": (3, 1.5), "eos_token_id": 5, "pad_token_id": PAD},
+        {"logits_processor": LogitsProcessorList([Echo()])},
+    ],
+    ids=lambda processed: next(iter(processed)),
+)
+@every_variant
+def test_processors_see_the_whole_text_of_rows_that_are_ahead(variant: str, processed: dict[str, Any]) -> None:
+    """Behind prompts of 4, 3 and 6 tokens blocks begin after 4, 0 and 4: no row loses text for the sake of another."""
+    model, prompts = tiny_model(variant, seed=1).double(), [words(4), words(3, seed=1), words(6, seed=2)]
+    settings = {**DIFFUSION, "block_size": 4, "max_new_tokens": 14, **processed}
+    for seed in range(3):
+        texts = generate(model, None, seed, **left_padded(prompts), **settings)[:, 6:]
+        for prompt, text in zip(prompts, texts, strict=True):
+            alone = generate(model, prompt[None], seed, **settings)[0, len(prompt) :]
+            assert text[: len(alone)].tolist() == alone.tolist()
 
 
 @every_variant

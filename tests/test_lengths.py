@@ -16,7 +16,15 @@ def short_model(variant: str = "masked", **overrides: Any) -> Any:
     return tiny_model(variant, max_position_embeddings=POSITIONS, **overrides)
 
 
-@pytest.mark.parametrize("overrides", [{}, {"next_token_prediction": True, "block_sizes": [1]}])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"next_token_prediction": True, "block_sizes": [1]},
+        {"ar_prediction": "clean"},
+        {"ar_prediction": "clean", "noisy_attention": "causal", "diffusion_type": "uniform"},
+    ],
+)
 @torch.no_grad()
 def test_block_size_one_is_the_chain_rule_on_the_window(overrides: dict[str, Any]) -> None:
     """Token by token: to a model of one layer, the window is all there is; before that is full, the whole text."""
@@ -48,6 +56,18 @@ def test_the_first_length_is_the_evaluation_of_texts_that_end_there(variant: str
     assert figure == found.lengths[0].at_positions[4]
     assert abs(figure.nll - cut.nll) < 5 * (figure.nll_standard_error + cut.nll_standard_error)
     assert found.num_tokens == 6 * 32 and found.num_sequences == 6
+
+
+def test_lengths_of_adapted_models_count_the_tokens_that_are_scored() -> None:
+    """Nothing predicts the first token, and the figures of the whole text are those of its evaluation."""
+    rows, overrides = words(3, 32), {"ar_prediction": "clean"}
+    found = evaluate_lengths(short_model(**overrides).double(), rows, (1, 2), [1, 4])
+    whole = tiny_model(max_position_embeddings=32, **overrides).double()
+    expected = evaluate_likelihood(whole, rows, [1, 4], 2)
+    assert [part.num_tokens for part in found.lengths] == [3 * 15, 3 * 16]
+    assert found.num_tokens == expected.num_tokens == 3 * 31
+    for size in (1, 4):
+        assert found.lengths[1].up_to_end[size].nll == pytest.approx(expected.block_sizes[size].nll, rel=1e-9)
 
 
 def test_a_window_as_long_as_the_text_is_none() -> None:

@@ -112,6 +112,19 @@ def test_what_a_decoding_does_not_have_does_not_multiply_it() -> None:
     assert {cell.nfe for cell in cells if cell.series == "arpc:8"} == {8}
 
 
+def test_drafts_have_the_block_size_of_generate_unless_one_is_asked_for() -> None:
+    """A draft as large as its revision would be no draft."""
+    model, decodings = tiny_model(), ["draft_revise", "block_diffusion:2", "draft_revise:block_size=2"]
+    cells, _ = sample_cells(model, decodings, max_new_tokens=LENGTH)
+    assert [(cell.name, cell.block_size) for cell in cells] == [
+        ("draft_revise-k0", 4),
+        ("block_diffusion-2-L8-k0", 8),
+        ("draft_revise-block_size=2-k0", 2),
+    ]
+    cells, _ = sample_cells(model, ["draft_revise"], max_new_tokens=LENGTH, block_sizes=[2, 8])
+    assert [cell.block_size for cell in cells] == [2, 8]
+
+
 def test_first_hitting_has_no_number_of_evaluations() -> None:
     cells, _ = sample_cells(
         tiny_model(), ["block_diffusion:sampler=first_hitting"], max_new_tokens=LENGTH, nfe=[2, 4], ar_seed_tokens=[4]

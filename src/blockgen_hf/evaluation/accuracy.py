@@ -96,7 +96,8 @@ def evaluate_answers(
         k (`Sequence[int]`): values of k for pass@k, each at most `num_samples`.
         max_new_tokens (`int`): longest sample. It is reduced if prompt and answer exceed the model's positions;
             prompts that leave no room count as not answered.
-        block_size (`int`, *optional*): block size of decodings that do not set it. Default: the largest trained.
+        block_size (`int`, *optional*): block size of decodings that do not set it. Default: the largest trained; for
+            the drafts of `"draft_revise"`, that of `generate`.
         prompt_separator (`str`): text after a prompt that is a text, as in training.
         add_bos_token (`bool`): whether to begin prompts that are texts with the BOS token, as in training.
         answer_form (`str`, *optional*): how to read the answer of a sample. `"marker"`: the number after the last
@@ -186,8 +187,7 @@ def _check_arguments(
 
 
 def _parse_decodings(model: PreTrainedModel, decodings: Sequence[str], block_size: int | None) -> list[Decoding]:
-    size = max(model.config.block_sizes) if block_size is None else block_size
-    parsed = [Decoding.parse(text, size) for text in decodings]
+    parsed = [Decoding.parse(text, block_size, default=max(model.config.block_sizes)) for text in decodings]
     names = [decoding.name for decoding in parsed]
     if not parsed or len(set(names)) < len(names):
         raise ValueError(f"`decodings` must be at least one, each once, but are {names!r}.")

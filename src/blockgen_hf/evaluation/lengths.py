@@ -151,8 +151,9 @@ def _counts(batch: Mapping[str, torch.Tensor], starts: Sequence[int], config: Bl
     rows = evaluation_rows(
         columns["input_ids"], columns["labels"], columns["attention_mask"], columns.get("document_ids"), seed=0
     )
-    scored = rows.scored & (rows.positions > 0) if config.next_token_prediction else rows.scored
-    return torch.stack([(scored & part).sum(-1) for part in parts_of(rows.positions, starts)], dim=-1)
+    # Where clean tokens predict, nothing predicts the first one.
+    scored = rows.scored & (rows.token_positions > 0) if config.predicts_from_clean else rows.scored
+    return torch.stack([(scored & part).sum(-1) for part in parts_of(rows.token_positions, starts)], dim=-1)
 
 
 __all__ = ["LengthFigures", "LengthResult", "evaluate_lengths"]

@@ -92,7 +92,7 @@ def nll_by_position(
         tensors["input_ids"], tensors["labels"], attention_mask, document_ids, seed, config.is_anchored
     )
     labels = torch.where(rows.scored, rows.tokens, -100)
-    parts = parts_of(rows.positions, starts)
+    parts = parts_of(rows.token_positions, starts)
     shape = len(rows.tokens), len(sizes), monte_carlo_samples, len(starts)
     nll = torch.zeros(shape, dtype=torch.float64, device=rows.tokens.device)
     shared: dict[str, Any] = {}  # by all draws and block sizes: keys and values of the clean half

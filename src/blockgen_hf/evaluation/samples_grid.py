@@ -1,7 +1,7 @@
 """Which samples to compare: decodings x block sizes x function evaluations x AR seed tokens x temperatures."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
@@ -104,7 +104,8 @@ def sample_cells(
             `denoising_steps` with `"block_diffusion"`, `nfe_per_block` with `"arpc"`, whose AR passes count.
         max_new_tokens (`int`): length of the texts.
         nfe (`Sequence[int]`): function evaluations per block.
-        block_sizes (`Sequence[int]`, *optional*): L'. Default: the largest that the model was trained for.
+        block_sizes (`Sequence[int]`, *optional*): L'. Default: the largest that the model was trained for; for the
+            drafts of `"draft_revise"`, that of `generate`.
         ar_seed_tokens (`Sequence[int]`): k.
         temperatures (`Sequence[float]`): of all draws, autoregressive and diffusion alike.
         top_p (`Sequence[float]`): of all draws.
@@ -116,11 +117,12 @@ def sample_cells(
     for name, values, smallest in (("nfe", nfe, 1), ("block_sizes", sizes, 1), ("ar_seed_tokens", ar_seed_tokens, 0)):
         if not values or any(not isinstance(value, int) or value < smallest for value in values):
             raise ValueError(f"`{name}` must be integers of at least {smallest}, but are {list(values)!r}.")
+    without_size = ("ar", "draft_revise") if block_sizes is None else ("ar",)
     axes = {"block_size": sizes, "ar_seed_tokens": ar_seed_tokens, "temperature": temperatures, "top_p": top_p}
     cells: dict[str, SampleCell] = {}
     skipped: dict[str, SkippedCell] = {}
     for text in decodings:
-        for decoding, series, budget, chosen in _settings_of(text, nfe, axes):
+        for decoding, series, budget, chosen in _settings_of(text, nfe, axes, without_size):
             name = _file_name(decoding, chosen)
             if name in cells or name in skipped:
                 raise ValueError(f"`decodings` must differ, but two of {list(decodings)!r} are {name!r}.")
@@ -136,22 +138,22 @@ def sample_cells(
 
 
 def _settings_of(
-    text: str, nfe: Sequence[int], axes: dict[str, Any]
+    text: str, nfe: Sequence[int], axes: dict[str, Any], without_size: Collection[str]
 ) -> Iterator[tuple[Decoding, str, int | None, dict[str, Any]]]:
     """Decoding, series, budget and the values of the axes, for each cell of a decoding."""
-    own = Decoding.parse(text, block_size=1).settings  # raises for what no cell could be
+    own = Decoding.parse(text).settings  # raises for what no cell could be
     kind, *words = text.split(":")
     given = {word.partition("=")[0] for word in words}
     has_budget = kind in _BUDGETED and own.get("sampler") != "first_hitting"
     budgets: Sequence[int | None] = nfe if has_budget and not any(name in own for name in _BUDGETS) else [None]
-    without = {"block_size"} if kind == "ar" else set()
+    without = {"block_size"} if kind in without_size else set()
     without |= {"ar_seed_tokens"} if kind in ("ar", "speculative") else set()
     without |= {"temperature", "top_p"} if own.get("do_sample") is False else set()
     names = [name for name in axes if name not in given | without]
     for budget, *values in product(budgets, *(axes[name] for name in names)):
         chosen = dict(zip(names, values, strict=True))
         full = text if budget is None else ":".join([kind, str(budget), *words])
-        yield Decoding.parse(full, chosen.get("block_size", own.get("block_size", 1))), text, budget, chosen
+        yield Decoding.parse(full), text, budget, chosen
 
 
 def _file_name(decoding: Decoding, chosen: dict[str, Any]) -> str:

@@ -42,18 +42,26 @@ class Decoding:
     settings: dict[str, Any]
 
     @classmethod
-    def parse(cls, text: str, block_size: int) -> "Decoding":
+    def parse(cls, text: str, block_size: int | None = None, default: int | None = None) -> "Decoding":
         """
         `"ar"`, `"speculative"`, `"block_diffusion:16"` (denoising steps), `"arpc:8"` (function evaluations a block),
-        each with settings of `generate` behind it: `"block_diffusion:64:noise_removal=greedy"`,
+        `"draft_revise"`, each with settings of `generate` behind it: `"block_diffusion:64:noise_removal=greedy"`,
         `"speculative:acceptance=rejection"`.
+
+        Args:
+            text (`str`): the decoding.
+            block_size (`int`, *optional*): what the caller asked for, where the text does not say another.
+            default (`int`, *optional*): the block size where nobody asked for one. Not that of `"draft_revise"`: a
+                draft as large as its revision is no draft, and `generate` has small blocks for it.
 
         Raises:
             ValueError: a decoding, number or setting that there is not.
         """
         decoding, *words = text.split(":")
         settings: dict[str, Any] = {"decoding": decoding}
-        if decoding != "ar":
+        if block_size is None and decoding != "draft_revise":
+            block_size = default
+        if block_size is not None and decoding != "ar":
             settings["block_size"] = block_size
         for word in words:
             name, is_setting, value = word.partition("=")
