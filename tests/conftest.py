@@ -5,6 +5,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: with more, tiny t
 import pytest
 import torch
 import transformers
-from hypothesis import settings
 from tiny import VARIANTS, tiny_model, tiny_tokenizer
 
 from blockgen_hf import BlockGenForDiffusionLM
@@ -28,9 +28,12 @@ from blockgen_hf.hub.portable import make_tokenizer_portable
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
-# The same examples on every run, and no limit on the time of one, which a busy machine would break.
-settings.register_profile("tests", deadline=None, derandomize=True, database=None)
-settings.load_profile("tests")
+with suppress(ImportError):  # the tests for GPUs do without
+    from hypothesis import settings
+
+    # The same examples on every run, and no limit on the time of one, which a busy machine would break.
+    settings.register_profile("tests", deadline=None, derandomize=True, database=None)
+    settings.load_profile("tests")
 
 
 def pytest_unconfigure() -> None:

@@ -436,9 +436,8 @@ def test_compare(run: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "100")
     out = run("a b", "--compare", "--seed", "0")
     assert max(map(len, out.splitlines())) <= 100
-    rows = re.findall(
-        r"^(ar|speculative|block_diffusion|arpc|draft_revise) +(.*?) +(\d+) +([\d.]+) +[\d.]+$", out, flags=re.MULTILINE
-    )
+    decodings = "ar|speculative|block_diffusion|arpc|draft_revise"
+    rows = re.findall(rf"^({decodings}) +(.*?) +(\d+) +([\d.]+) +[\d.]+$", out, flags=re.MULTILINE)
     expected = [
         ("ar", "", 16),
         ("speculative", "block size 8, 1 draft step, acceptance match", 32),

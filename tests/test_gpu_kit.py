@@ -59,9 +59,21 @@ def test_a_part_that_takes_too_long_is_stopped_and_keeps_its_rows(kit: None, tmp
     words = [sys.executable, str(KIT), *options, "--parts", "correctness,training", "--seconds", "0.2"]
     assert subprocess.run(words, capture_output=True, timeout=250).returncode == 1
     found = json.loads((tmp_path / "results.json").read_text())
-    assert {part: each["status"] for part, each in found.items()} == dict.fromkeys(
+    assert {part: each["status"] for part, each in found.items() if part != "versions"} == dict.fromkeys(
         ("correctness", "training"), "stopped, its time was up"
     )
+
+
+@pytest.mark.slow
+def test_correctness(kit: None, tmp_path: Path) -> None:
+    """The tests for GPUs, on the CPU, as the kit runs them: none fails, and every one is a row."""
+    options = ["--device", "cpu", "--tests", "not compiled and not autocast", "--output-dir", str(tmp_path)]
+    words = [sys.executable, str(KIT), *options, "--parts", "correctness", "--seconds", "250"]
+    assert subprocess.run(words, capture_output=True, timeout=280).returncode == 0
+    found = json.loads((tmp_path / "results.json").read_text())
+    outcomes = [row["outcome"] for row in found["correctness"]["rows"]]
+    assert set(outcomes) == {"passed", "skipped"} and outcomes.count("passed") > 35
+    assert found["versions"]["status"] == "0" and "torch" in found["versions"]["rows"][0]
 
 
 def test_tables(kit: None, tmp_path: Path) -> None:

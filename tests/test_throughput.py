@@ -15,6 +15,7 @@ import torch
 from enumeration import chi_square_p_value
 from test_generate_law import NUM_SAMPLES, SIGNIFICANCE, VOCAB_SIZE, law_model, oracle_of
 from tiny import EOS, MASK, PAD, generate, tiny_model, words
+from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, PreTrainedModel
 
@@ -87,6 +88,17 @@ def test_flops_are_those_of_the_matrix_products() -> None:
         model(words(3, 4), words(3, 4), block_size=1, cache=cache)
         model(words(3, 2), cache=cache, use_cache=True, query_input_ids=words(3, 1))
     assert use.flops == counter.get_total_flops()
+
+
+def test_the_meter_leaves_a_compiled_network_compiled() -> None:
+    """A count that changes inside of what is compiled would have every pass compiled anew."""
+    model = tiny_model()
+    compiled = CompileCounter()
+    model.base_model.forward = torch.compile(model.base_model.forward, backend=compiled)
+    with NetworkMeter(model) as use, torch.no_grad():
+        for seed in range(4):
+            model(noisy_input_ids=words(2, 4, seed=seed), block_size=4)
+    assert use.forwards == 4 and compiled.frame_count == 1
 
 
 def test_flops_of_gpt2() -> None:
@@ -237,13 +249,12 @@ def test_the_speed_of_the_machine() -> None:
 @pytest.mark.parametrize(("tick", "rows"), [(1.0, 256), (0.2, 512), (0.01, 1024)])
 def test_a_slow_processor_multiplies_smaller_matrices(monkeypatch: pytest.MonkeyPatch, tick: float, rows: int) -> None:
     """A clock by which a product of 256 rows takes `tick` seconds, and one of 512 eight times that."""
-    now, real = 0.0, torch.ones
+    now, real = 0.0, torch.randn
     scale = 1.0
 
-    def ones(*shape: int, **settings: Any) -> torch.Tensor:
+    def randn(*shape: int, **settings: Any) -> torch.Tensor:
         nonlocal scale
-        if len(shape) == 2:
-            scale = (shape[0] / 256) ** 3
+        scale = (shape[0] / 256) ** 3
         return real(*shape, **settings)
 
     def read_clocks(device: torch.device) -> tuple[float, float]:
@@ -251,7 +262,7 @@ def test_a_slow_processor_multiplies_smaller_matrices(monkeypatch: pytest.Monkey
         now += tick * scale
         return now, now
 
-    monkeypatch.setattr(torch, "ones", ones)
+    monkeypatch.setattr(torch, "randn", randn)
     monkeypatch.setattr(throughput, "read_clocks", read_clocks)
     machine = Machine(CPU, torch.float32, size=1024, megabytes=1)
     machine.measure()

@@ -70,6 +70,19 @@ def run_part(part: str, args: argparse.Namespace, seconds: float) -> dict[str, o
     return {"status": status, "seconds": round(time.perf_counter() - started, 1)}
 
 
+def versions() -> dict[str, object]:
+    """What the figures were found with, in the form of a part."""
+    import torch
+    import transformers
+
+    row = {"torch": torch.__version__, "transformers": transformers.__version__, "CUDA": torch.version.cuda}
+    if torch.cuda.is_available():
+        query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+        said = subprocess.run(query, capture_output=True, text=True, check=False)
+        row |= {"device": torch.cuda.get_device_name(), "nvidia-smi": said.stdout.strip()}
+    return {"status": "0", "seconds": 0, "rows": [row]}
+
+
 def main() -> int:
     args = make_parser().parse_args()
     parts = args.parts.split(",")
@@ -81,7 +94,7 @@ def main() -> int:
     for part in parts:
         (args.output_dir / f"{part}.jsonl").unlink(missing_ok=True)
     share = args.seconds / sum(PARTS[part] for part in parts)
-    started, planned, found = time.perf_counter(), 0.0, {}
+    started, planned, found = time.perf_counter(), 0.0, {"versions": versions()}
     for part in parts:
         planned += share * PARTS[part]
         seconds = planned - (time.perf_counter() - started)

@@ -33,6 +33,7 @@ MoreContenders = Callable[[Any, "list[Decoding]"], "list[Contender]"]
 
 EXAMPLE = "blockgen-hf bench --model runs/mine --prefixes 0,64 --decodings ar,arpc:8"
 USAGE = ""
+_BLOCK_SIZE = 16
 _DECODINGS = "ar,block_diffusion:4,block_diffusion:16,block_diffusion:64,arpc:8,arpc:16"
 _DIFFUSION_TYPES = ("masked", "uniform")
 
@@ -67,7 +68,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("cases")
     add_decodings(group, _DECODINGS, DECODINGS_HELP, "block_diffusion:16:top_k=50")
     group.add_argument(
-        "--block-size", type=integer(1), default=16, metavar="N", help="tokens denoised together (default: 16)"
+        "--block-size",
+        type=integer(1),
+        metavar="N",
+        help=f"tokens denoised together (default: {_BLOCK_SIZE}; of a draft that is revised, that of generate)",
     )
     group.add_argument(
         "--prefixes",
@@ -107,7 +111,7 @@ def run(args: argparse.Namespace, more_contenders: MoreContenders | None = None)
     with quiet_transformers(), one_line_errors():
         from ..evaluation.throughput_contenders import Decoding
 
-        decodings = [Decoding.parse(text, args.block_size) for text in args.decodings]
+        decodings = [Decoding.parse(text, args.block_size, default=_BLOCK_SIZE) for text in args.decodings]
         report = Report(args)
         for model in _models(args):
             _benchmark(args, model, decodings, more_contenders, report)
@@ -189,7 +193,7 @@ def _benchmark(
         for batch_size in args.batch_sizes:
             case = Case(model.config.diffusion_type, prefix, batch_size, args.new_tokens)
             machine = Machine(model.device, model.dtype, *((256, 16) if args.size == "tiny" else ()))
-            found = measure(case, contenders, machine, args.repeats, args.block_size, _progress(case))
+            found = measure(case, contenders, machine, args.repeats, args.block_size or _BLOCK_SIZE, _progress(case))
             report.add_case(case, found, machine)
 
 

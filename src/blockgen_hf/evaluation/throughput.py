@@ -100,7 +100,7 @@ class NetworkMeter:
         self._trunk_bytes = weight_bytes(self._trunk)
         self._head_bytes = weight_bytes(self._head)
         self._depth = 0
-        self._cached = 0
+        self._call = (0, 0, 0)  # rows, tokens and cached tokens of the call
         self._handles: list[Any] = []
 
     def __enter__(self) -> NetworkUse:
@@ -108,8 +108,8 @@ class NetworkMeter:
             self._trunk.register_forward_pre_hook(self._count_trunk, with_kwargs=True),
             self._head.register_forward_pre_hook(self._count_head),
         ]
-        if isinstance(layers := getattr(self._trunk, "layers", None), nn.ModuleList):
-            self._handles.append(layers[-1].register_forward_hook(self._count_last_layer))
+        # Of the trunk, not of a layer: a hook inside of what is compiled would have it compiled anew in every pass.
+        self._handles.append(self._trunk.register_forward_hook(self._count_kept))
         for module in (self._model, self._trunk, self._head):
             self._handles.append(module.register_forward_pre_hook(self._enter))
             self._handles.append(module.register_forward_hook(self._leave))
@@ -136,7 +136,8 @@ class NetworkMeter:
         clean_or_noisy = [ids for ids in given if isinstance(ids, torch.Tensor)]
         rows = clean_or_noisy[0].shape[0]
         length = sum(ids.shape[1] for ids in clean_or_noisy)
-        cached = self._cached = _cached_tokens(take_cache({**kwargs}))
+        cached = _cached_tokens(take_cache({**kwargs}))
+        self._call = (rows, length, cached)
         config: PreTrainedConfig = self._model.config
         width, layers = config.hidden_size, config.num_hidden_layers
         self.use.forwards += 1
@@ -147,13 +148,14 @@ class NetworkMeter:
         )
         self.use.bytes_read += self._trunk_bytes + 2 * layers * width * rows * cached * self._model.dtype.itemsize
 
-    def _count_last_layer(self, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-        """Of some tokens it may compute keys and values alone."""
-        rows, length, width = args[0].shape
+    def _count_kept(self, module: nn.Module, args: tuple, output: Any) -> None:
+        """Of tokens that the trunk does not return, the last layer computes keys and values alone, but for one."""
+        rows, length, cached = self._call
         config: PreTrainedConfig = self._model.config
+        width = config.hidden_size
         weights = layer_weights(config) // config.num_hidden_layers - 2 * width * width
-        left_out = rows * (length - output.shape[1])
-        self.use.flops -= 2 * left_out * weights + 4 * left_out * width * (self._cached + length)
+        left_out = rows * (length - max(output[0].shape[1], 1))
+        self.use.flops -= 2 * left_out * weights + 4 * left_out * width * (cached + length)
 
     def _count_head(self, module: nn.Module, args: tuple) -> None:
         tokens = args[0].shape[:-1].numel()
@@ -225,10 +227,14 @@ class Machine:
         self._work()  # the first call of a kernel is a slow one
 
     def _square(self, size: int) -> torch.Tensor:
-        """Ones of `size` rows, reached by doubling: twice the rows are eight times the work."""
+        """
+        Normal numbers in `size` rows, reached by doubling: twice the rows are eight times the work. GPUs multiply ones
+        or zeros faster, since they heat up less.
+        """
+        generator = torch.Generator(self.device).manual_seed(0)
         rows = min(size, 256)
         while True:
-            matrix = torch.ones(rows, rows, dtype=self.dtype, device=self.device)
+            matrix = torch.randn(rows, rows, generator=generator, device=self.device).to(self.dtype)
             matrix @ matrix  # the first call of a kernel is a slow one
             with timed(self.device) as seconds:
                 matrix @ matrix

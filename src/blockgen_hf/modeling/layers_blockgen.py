@@ -192,6 +192,7 @@ def apply_rotary_pos_emb(states: torch.Tensor, cos: torch.Tensor, sin: torch.Ten
     Rotates `[B, heads, length, head_dim]` by the angles of its positions, `[B or 1, length, head_dim]`. The first half
     of the sines has the other sign: that is the sign of what the halves exchange.
     """
+    cos, sin = cos.to(states.dtype), sin.to(states.dtype)  # under autocast, that of the products
     return torch.addcmul(states * cos[:, None], states.roll(states.shape[-1] // 2, dims=-1), sin[:, None])
 
 

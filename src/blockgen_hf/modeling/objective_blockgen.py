@@ -113,9 +113,11 @@ class TrainingDraw:
 
     def rows_by_objective(self) -> dict[str, torch.Tensor]:
         """Which rows are scored by which objective, `[B, 1]` each; objectives without a row are left out."""
-        sizes = (self.block_size,) if isinstance(self.block_size, int) else self.block_size
-        objectives = ["cross_entropy" if size == 1 else self.objective for size in sizes]
         device = self.input_ids.device
+        if isinstance(self.block_size, int):  # made on the device: copying a list there would wait for it
+            objective = "cross_entropy" if self.block_size == 1 else self.objective
+            return {objective: torch.ones(1, 1, dtype=torch.bool, device=device)}
+        objectives = ["cross_entropy" if size == 1 else self.objective for size in self.block_size]
         return {
             name: torch.tensor([objective == name for objective in objectives], device=device)[:, None]
             for name in sorted(set(objectives))
@@ -198,9 +200,11 @@ def times_and_alphas(
     diffusion: DiffusionProcess, noise_level: torch.Tensor, block_size: BlockSize
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """t and alpha_t of every row, `[B or 1, 1 or L]`, from drawn times: block size 1 is fully noised, alpha_1 = 0."""
-    sizes = (block_size,) if isinstance(block_size, int) else block_size
-    fully_noised = torch.tensor([size == 1 for size in sizes], device=noise_level.device)[:, None]
-    alpha_t = torch.where(fully_noised, 0.0, diffusion.schedule.alpha(noise_level))
+    alpha_t = diffusion.schedule.alpha(noise_level)
+    if isinstance(block_size, int):
+        return (noise_level, alpha_t) if block_size > 1 else (torch.ones_like(noise_level), torch.zeros_like(alpha_t))
+    fully_noised = torch.tensor([size == 1 for size in block_size], device=noise_level.device)[:, None]
+    alpha_t = torch.where(fully_noised, 0.0, alpha_t)
     return torch.where(fully_noised, 1.0, noise_level), alpha_t
 
 
@@ -287,8 +291,10 @@ def refuse_count_without_labels(num_items_in_batch: torch.Tensor | int | None) -
         )
 
 
-# Tokens a chunk. From 128 to 256 the products are as fast as with all tokens at once; more only costs memory.
-CHUNK_SIZE = 256
+# Tokens a chunk. On CPUs, from 128 to 256 the products are as fast as with all tokens at once; more only costs memory.
+# GPUs start some 50 to 200 kernels a chunk: fewer chunks keep the card busy, at 0.4 GB of float32 logits for 50,000
+# words. That is reckoned, not measured.
+CHUNK_SIZE, GPU_CHUNK_SIZE = 256, 2048
 # What the loss derives from the logits, several tensors of their size, is made for fewer tokens at a time on CPUs,
 # where that is also faster: it stays in the cache. GPUs would only start more kernels.
 CPU_ROWS = 16
@@ -303,7 +309,7 @@ def chunked_loss(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     token_loss: TokenLoss,
-    chunk_size: int = CHUNK_SIZE,
+    chunk_size: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Sum over tokens of `token_loss(hidden_states @ weight.T + bias)`, without the logits `[N, V]` in memory.
@@ -316,11 +322,13 @@ def chunked_loss(
         hidden_states (`torch.Tensor` of shape `[N, hidden_size]`): of the tokens that are scored.
         weight, bias (`torch.Tensor` of shape `[V, hidden_size]` and `[V]`): the head.
         token_loss: from the logits of some tokens to their losses; differentiable in the logits.
-        chunk_size (`int`): tokens whose logits stand in memory together.
+        chunk_size (`int`, *optional*): tokens whose logits stand in memory together. Default: by the device.
 
     Returns:
         the sum, a scalar that can be differentiated once, and the losses `[N]`, which cannot.
     """
+    if chunk_size is None:
+        chunk_size = CHUNK_SIZE if hidden_states.device.type == "cpu" else GPU_CHUNK_SIZE
     needs_grad = torch.is_grad_enabled()  # inside of `forward` it is always off
     return _ChunkedLoss.apply(hidden_states, weight, bias, token_loss, chunk_size, needs_grad)
 

@@ -412,16 +412,19 @@ class BlockDecoder:
         is_compiled = self.model._compiled_call_impl is not None or hasattr(
             self.model.forward, "_torchdynamo_orig_callable"
         )
-        blocks = self._noisy_blocks(z_t.shape[1])
+        blocks, canvas = self._noisy_blocks(z_t.shape[1]), state.canvas(z_t)
         has_positions = state.pending.shape[1] > 0 or blocks is not None
+        # Canvases whose blocks are given begin with a clean token of the call: it is read, and not committed.
+        num_anchors = 1 if state.is_anchored and blocks is not None else 0
         outputs = self._forward(
-            input_ids=state.pending,
-            noisy_input_ids=state.canvas(z_t),
+            input_ids=torch.cat([state.pending, canvas[:, :num_anchors]], dim=1),
+            noisy_input_ids=canvas,
             noisy_position_ids=state.next_positions(z_t.shape[1]) if has_positions else None,
             noisy_block_ids=blocks,
             block_size=self.block_size,
-            attention_mask=state.context_mask,
+            attention_mask=state.mask_with(num_anchors),
             use_cache=state.cache is not None,
+            num_committed=state.pending.shape[1] if num_anchors and state.cache is not None else None,
             noise_level=time if self.model.config.time_conditioning else None,
             logits_to_keep=0 if is_compiled or num_wanted == wanted.numel() else wanted,
         )
@@ -520,7 +523,7 @@ class BlockDecoder:
             logits[:, config.mask_token_id] = -torch.inf
         if looks_at_text(self.logits_processor):
             columns = state.columns(canvas.shape[1])
-            text = BlockText(state.clean_context(), state.padding, canvas, columns, state.active)
+            text = BlockText(*state.clean_context(), state.padding, canvas, columns, state.active)
             logits = process_logits(logits, where, text, self.logits_processor)
         else:
             for processor in self.logits_processor:

@@ -69,6 +69,7 @@ class EvaluationRows:
             anchored blocks, where the tokens stand that predict them: -1 for the first, which nothing predicts.
         places (`torch.LongTensor` of shape `[B, L]`): how many tokens of the row are before each, padding not counted.
         generator ([`CounterGenerator`]): a key a row, `[B, 1]`, from the seed and from what the row says.
+        is_anchored (`bool`): whether the positions are those of anchored blocks.
     """
 
     tokens: torch.Tensor
@@ -77,6 +78,12 @@ class EvaluationRows:
     positions: torch.Tensor
     places: torch.Tensor
     generator: CounterGenerator
+    is_anchored: bool = False
+
+    @property
+    def token_positions(self) -> torch.Tensor:
+        """Where the tokens stand in their row or document, `[B, L]`, whatever predicts them."""
+        return self.positions + 1 if self.is_anchored else self.positions
 
 
 def evaluation_rows(
@@ -101,9 +108,8 @@ def evaluation_rows(
         scored, positions = scored & (positions > 0), positions - 1
     said = CounterGenerator.from_seed(0, tokens.device).fold_in(tokens, places, scored.long(), positions).keys
     row_keys = (said * valid).sum(-1, keepdim=True)
-    return EvaluationRows(
-        tokens, scored, valid, positions, places, CounterGenerator.from_seed(seed, tokens.device).fold_in(row_keys)
-    )
+    generator = CounterGenerator.from_seed(seed, tokens.device).fold_in(row_keys)
+    return EvaluationRows(tokens, scored, valid, positions, places, generator, is_anchored)
 
 
 @dataclass(frozen=True)

@@ -327,12 +327,15 @@ class BlockGenGenerationMixin(GenerationMixin):
         num_empty_prompts: int = 1,
         **model_kwargs: Any,
     ) -> tuple[torch.Tensor, dict[str, Any]]:
-        return super()._expand_inputs_for_generation(
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size * num_empty_prompts,
             is_encoder_decoder=is_encoder_decoder,
             input_ids=input_ids,
             **model_kwargs,
         )
+        if num_empty_prompts > 1:  # for the cache, which is made next, and for as many rows as there were before
+            model_kwargs["num_empty_prompts"] = num_empty_prompts
+        return input_ids, model_kwargs
 
     @staticmethod
     def _check_attention_mask(
@@ -420,9 +423,12 @@ class BlockGenGenerationMixin(GenerationMixin):
                 f"`cache` cannot be passed with `cache_window={generation_config.cache_window}`: tokens leave it, and "
                 "a later call could not tell which. Pass the whole text."
             )
-        if generation_config.cache_window is not None and args:
-            *others, longest = args
-            args = (*others, min(longest, most_cached(generation_config)))
+        num_empty_prompts = model_kwargs.pop("num_empty_prompts", 1)
+        if args:
+            *others, num_rows, longest = args
+            if generation_config.cache_window is not None:
+                longest = min(longest, most_cached(generation_config))
+            args = (*others, num_rows * num_empty_prompts, longest)
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         if given is None:
             make_growing(model_kwargs.get(CACHE_NAME))

@@ -137,6 +137,8 @@ class BlockText:
 
     Args:
         context (`torch.LongTensor` of shape `[B, length]`): clean text before the block, of every row of the batch.
+        known (`torch.LongTensor` of shape `[A]`): how many columns of it stand before the block, of each of its rows:
+            those of a block-causal model keep their own grid, and some are ahead of others.
         padding (`torch.LongTensor` of shape `[B]`): how many columns of padding each of them begins with.
         canvas (`torch.LongTensor` of shape `[A, n]`): the block as it stands.
         columns (`torch.LongTensor` of shape `[A, n]`): how many tokens stand before each position of the block.
@@ -144,6 +146,7 @@ class BlockText:
     """
 
     context: torch.Tensor
+    known: torch.Tensor
     padding: torch.Tensor
     canvas: torch.Tensor
     columns: torch.Tensor
@@ -173,22 +176,21 @@ def process_logits(
         `torch.Tensor` of shape `[M, V]`.
     """
     index, position = where.nonzero().unbind(-1)
-    rows = text.rows[index]
     for processor in processors:
         if type(processor) in ROW_PROCESSORS:
-            logits = processor(text.context[rows], logits)
+            logits = processor(text.context[text.rows[index]], logits)
         elif isinstance(processor, logits_process.RepetitionPenaltyLogitsProcessor):
-            logits = _penalised(processor, rows, text, logits)
+            logits = _penalised(processor, index, text, logits)
         elif isinstance(processor, POSITION_PROCESSORS):
             logits = _process_by_position(logits, index, text.columns[where], text, processor)
         else:
-            logits = _process_by_batch(logits, rows, position, text.context, processor)
+            logits = _process_by_batch(logits, index, position, text, processor)
     return logits
 
 
 def _penalised(
     processor: logits_process.RepetitionPenaltyLogitsProcessor,
-    rows: torch.Tensor,
+    index: torch.Tensor,
     text: BlockText,
     logits: torch.Tensor,
 ) -> torch.Tensor:
@@ -196,13 +198,15 @@ def _penalised(
     A repetition penalty knows how much of the text of a row to ignore, besides its padding. What is ignored becomes a
     token behind the vocabulary: not every supported transformers takes a length for each row.
     """
+    rows = text.rows[index]
     ignored, vocab_size = processor.prompt_ignore_length, logits.shape[-1]
     lengths = text.padding if ignored is None else torch.as_tensor(ignored, device=logits.device).maximum(text.padding)
     processor = copy(processor)
     processor.prompt_ignore_length = None
     context = text.context[rows]
     columns = torch.arange(context.shape[1], device=logits.device)
-    counted = context.masked_fill(columns < lengths[rows, None], vocab_size)
+    is_ignored = (columns < lengths[rows, None]) | (columns >= text.known[index, None])
+    counted = context.masked_fill(is_ignored, vocab_size)
     return processor(counted, torch.nn.functional.pad(logits, (0, 1)))[:, :vocab_size]
 
 
@@ -222,22 +226,20 @@ def _process_by_position(
 
 
 def _process_by_batch(
-    logits: torch.Tensor,
-    rows: torch.Tensor,
-    position: torch.Tensor,
-    context: torch.Tensor,
-    processor: LogitsProcessor,
+    logits: torch.Tensor, index: torch.Tensor, position: torch.Tensor, text: BlockText, processor: LogitsProcessor
 ) -> torch.Tensor:
     """
     Calls the processor as `generate` calls it elsewhere, with all rows of the batch in their order, `[B, V]`, once for
-    each position. Those that are done, or not asked about here, are given scores of zero.
+    each position, and for each length where those of the rows differ. Those that are done, or not asked about here,
+    are given scores of zero.
     """
     processed = torch.empty_like(logits)
-    for place in position.unique().tolist():
-        here = position == place
-        scores = logits.new_zeros(len(context), logits.shape[-1])
+    rows, known = text.rows[index], text.known[index]
+    for place, length in torch.stack([position, known], dim=-1).unique(dim=0).tolist():
+        here = (position == place) & (known == length)
+        scores = logits.new_zeros(len(text.context), logits.shape[-1])
         scores[rows[here]] = logits[here]
-        processed[here] = processor(context, scores)[rows[here]]
+        processed[here] = processor(text.context[:, :length], scores)[rows[here]]
     return processed
 
 

@@ -469,6 +469,7 @@ class SpeculativeDecoder(BlockDecoder):
                 row, place = (columns == column).nonzero(as_tuple=True)
                 here = BlockText(
                     text[:, :column].clone(),
+                    columns[row, place],
                     state.padding,
                     text[state.active[row], column, None],
                     columns[row, place, None],

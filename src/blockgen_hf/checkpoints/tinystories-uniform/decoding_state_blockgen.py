@@ -165,9 +165,11 @@ class DecodingState:
         """Where the columns hold prompt tokens, `[A, n]`; None if nowhere."""
         return columns < self.prompt_width if self.first_column < self.prompt_width else None
 
-    def clean_context(self) -> torch.Tensor:
-        """The tokens of all rows, `[B, columns]`, as far as those of the active ones are known."""
-        return self.tokens[:, : max(self.prompt_width, self.first_column)].clone()
+    def clean_context(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tokens of all rows, `[B, columns]`, and of how many columns the active ones are known, `[A]`."""
+        known = self.start.squeeze(-1).clamp(min=self.prompt_width)
+        width = max(self.prompt_width, self.first_column) if self.is_even else int(known.max())
+        return self.tokens[:, :width].clone(), known
 
     def mask_with(self, length: int) -> torch.Tensor | None:
         """The attention mask of the context, followed by so many valid tokens."""

@@ -19,9 +19,10 @@ they are chosen again with text on both sides.
 
 A stage is the block loop over a text that is known but for its noise: its blocks go from left to right, and a block as
 large as the text sees all of it. What a criterion stops is found anew in every stage, on the text as it is then; no
-text gets longer than its draft.
+text gets longer than its draft, and the tokens that ended a draft, all those of a stop string, are not revised.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -50,6 +51,21 @@ class EndOfDraft(StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         return self.lengths <= input_ids.shape[1]
+
+
+def num_ending(criteria: Sequence[StoppingCriteria], text: torch.Tensor, row: int, pad_token_id: int) -> int:
+    """
+    How many of the last tokens of a row of `text` `[B, length]` ended it: the fewest for which a criterion stops it,
+    whatever stands before them. 1 where it is not the text that stopped it.
+    """
+    length = text.shape[1]
+
+    def stops(count: int) -> bool:
+        rest = text.clone()
+        rest[row, : length - count] = pad_token_id
+        return any(bool(torch.as_tensor(criterion(rest, None)).expand(len(text))[row]) for criterion in criteria)
+
+    return next((count for count in range(1, length + 1) if stops(count)), 1)
 
 
 class RevisionDecoder(BlockDecoder):
@@ -144,16 +160,25 @@ class RevisionDecoder(BlockDecoder):
 
     def _least_certain(self, draft: torch.Tensor, lengths: torch.Tensor, ratio: float) -> torch.Tensor:
         """
-        Snapshot Confidence Remask: the bottom gamma-quantile of the tokens of each draft, `[B, n]`. The token that
-        ended a row before its time is not among them: the text behind it was never written.
+        Snapshot Confidence Remask: the bottom gamma-quantile of the tokens of each draft, `[B, n]`. The tokens that
+        ended a row before its time are not among them: the text behind them was never written.
         """
         offsets = torch.arange(draft.shape[1], device=draft.device)
-        is_end = (offsets == lengths[:, None] - 1) & (lengths[:, None] < self._longest)
-        fixed = (offsets >= lengths[:, None]) | is_end
+        fixed = offsets >= (lengths - self._num_ending(draft, lengths))[:, None]
         count = (ratio * lengths.double() + 0.5).floor().long()
         numbers = self._generator(draft.shape[1]).fold_in(Purpose.SCORE)
         penalty = numbers.uniform() if self.score == "random" else -self._confidence_in(draft)
         return worst_positions(penalty, count[:, None], fixed, numbers.uniform(1))
+
+    def _num_ending(self, draft: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """How many tokens ended each draft before its time, `[B]`."""
+        state, counts = self.state, torch.zeros_like(lengths)
+        text = torch.cat([state.tokens[:, : state.prompt_width], draft], dim=1)
+        criteria = [criterion for criterion in self.stopping_criteria if not isinstance(criterion, EndOfDraft)]
+        for row in (lengths < self._longest).nonzero().flatten().tolist():
+            end = state.prompt_width + int(lengths[row])
+            counts[row] = num_ending(criteria, text[:, :end], row, state.pad_token_id)
+        return counts
 
     def _confidence_in(self, draft: torch.Tensor) -> torch.Tensor:
         """
@@ -173,11 +198,14 @@ class RevisionDecoder(BlockDecoder):
     def _reread(self, draft: torch.Tensor) -> Any:
         """One denoising pass over the finished draft, without noise and in the blocks of the revision."""
         state, length = self.state, draft.shape[1]
+        blocks = self._noisy_blocks(length)
+        if blocks is None and state.is_anchored:  # given, so that the anchors are those among the clean tokens
+            blocks = self._blocks(length)[None]
         outputs = self._forward(
             input_ids=torch.cat([state.pending, state.canvas(draft)], dim=1),
             noisy_input_ids=state.canvas(draft),
             noisy_position_ids=state.next_positions(length),
-            noisy_block_ids=self._noisy_blocks(length),
+            noisy_block_ids=blocks,
             block_size=self.block_size,
             attention_mask=state.mask_with(length),
             noise_level=0.0,
@@ -208,8 +236,12 @@ class RevisionDecoder(BlockDecoder):
         inside = self._offsets(length) < self.lengths[self.state.active, None]
         if inside.all():
             return None
-        blocks = torch.arange(length, device=inside.device) // self.block_size
+        blocks = self._blocks(length)
         return torch.where(inside, blocks, blocks + length)
+
+    def _blocks(self, length: int) -> torch.Tensor:
+        """The blocks of the next tokens, `[length]`."""
+        return torch.arange(length, device=self.state.tokens.device) // self.block_size
 
     # streaming
 
