@@ -120,6 +120,11 @@ class Weights:
             )
         return getattr(torch, requested or found[0])
 
+    def common_dtype(self, names: Iterable[str]) -> str | None:
+        """The name of the type that these weights have; None if they have several."""
+        found = {self._tensors[name].dtype_name for name in names}
+        return found.pop() if len(found) == 1 else None
+
     def read(self, name: str, start: int | None = None, stop: int | None = None) -> torch.Tensor:
         """A tensor, or some of its rows."""
         file = self._files[self._tensors[name].file]
@@ -216,6 +221,11 @@ def _readable(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.itemsize == 1 else dtype
 
 
+def name_of(dtype: torch.dtype) -> str:
+    """`torch.float32` as a config.json has it: `float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
 def count_values(tensors: dict[str, SavedTensor]) -> int:
     return sum(math.prod(tensor.shape) for tensor in tensors.values())
 
@@ -228,6 +238,7 @@ __all__ = [
     "check_values",
     "check_weights",
     "count_values",
+    "name_of",
     "read_file",
     "read_tensors",
 ]
