@@ -28,7 +28,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--source", help=f"a folder, GGUF file or hf:org/name (default: the package, or {ON_THE_HUB})")
     parser.add_argument("--output-dir", default="runs/smollm2")
     parser.add_argument("--self-data", type=int, help="train on so many texts of the model's own")
-    parser.add_argument("--max-steps", type=int, default=500)
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--max-steps", type=int, default=500)
+    length.add_argument("--epochs", type=float, help="passes over the data, instead of steps")
     parser.add_argument("--batch-size", type=int, default=16)
     return parser
 
@@ -46,7 +48,8 @@ def main() -> int:
     if not (Path(args.base) / "config.json").is_file():
         report = convert_checkpoint(args.source or find_source(), args.base, family="causal-lm")
         print(*report.notes, sep="\n")
-    options = ["--max-steps", str(args.max_steps), "--batch-size", str(args.batch_size), "--sequence-length", "256"]
+    length = ["--max-steps", str(args.max_steps)] if args.epochs is None else ["--epochs", str(args.epochs)]
+    options = [*length, "--batch-size", str(args.batch_size), "--sequence-length", "256"]
     if args.self_data is not None:
         options += ["--self-data", str(args.self_data)]
     return blockgen_hf(
