@@ -91,7 +91,8 @@ def test_all_weights_are_trained_with_the_autoregressive_loss(base: Path, tmp_pa
     adapt(base, tmp_path / "run", "--max-steps", "2", "--mode", "full", "--self-data", "24", "--prompt-tokens", "6")
     log = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
     assert any({"loss_block_size_1", "loss_block_size_2"} <= set(entry) for entry in log)
-    rows = (tmp_path / "run-self-data.jsonl").read_text().splitlines()
+    (file,) = tmp_path.glob("run-self-data-*.jsonl")
+    rows = file.read_text().splitlines()
     assert len(rows) == 24 and all(json.loads(row)["text"] for row in rows)
     assert BlockGenForDiffusionLM.from_pretrained(tmp_path / "run").config.is_anchored
 
