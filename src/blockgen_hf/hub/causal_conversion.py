@@ -101,7 +101,7 @@ def from_causal_lm(
             "not the model's. Name the right one with `tokenizer` (--tokenizer)."
         )
     found = {name: shape for name, shape in original.shapes.items() if not name.endswith(_BUFFER)}
-    expected, optional = model_shapes(config)
+    expected, optional = model_shapes(config, source.name)
     expected.pop(NOISE, None)
     check_shapes(expected, found, optional, source.name)
     model = _build(config, original, [name for name in expected if name in found])
@@ -257,7 +257,7 @@ def to_causal_lm(
     notes = read_json(source.folder / CONVERSION) if (source.folder / CONVERSION).is_file() else {}
     written = _recorded_config(config, notes) or causal_config(config).to_dict()
     weights = Weights(source.folder)
-    expected, optional = model_shapes(config)
+    expected, optional = model_shapes(config, source.name)
     check_shapes(expected, weights.shapes, optional, source.name)
     names = [name for name in expected if name in weights.shapes and name != NOISE]
     used = weights.dtype(names, dtype)

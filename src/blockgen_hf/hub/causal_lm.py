@@ -55,8 +55,10 @@ def source_config(values: Mapping[str, Any]) -> PreTrainedConfig:
     try:
         # transformers writes into the dictionaries that it is given.
         config = CONFIG_MAPPING[model_type].from_dict(deepcopy(dict(values)))
-    except Exception as error:  # it raises all kinds
-        raise ValueError(f"config.json of the checkpoint describes no model: {_words(error)}") from error
+        blockgen_config(config, Choices())
+    except Exception as error:  # transformers raises all kinds
+        what = _words(error).replace("`layer_norm_eps`", "`rms_norm_eps`")  # as it is called there
+        raise ValueError(f"config.json of the checkpoint describes no model: {what}") from error
     _refuse_windows(config)
     _check_rope_factors(config)
     return config

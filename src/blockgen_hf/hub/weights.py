@@ -145,17 +145,22 @@ def check_weights(config: BlockGenConfig, found: Mapping[str, tuple[int, ...]], 
             f"The weights of {where} have {num_layers} layers, but its {CONFIG} says "
             f"`num_hidden_layers={config.num_hidden_layers}`. Take the {CONFIG} that was saved with these weights."
         )
-    try:
-        expected, tied = model_shapes(config)
-    except (RuntimeError, OverflowError, TypeError, MemoryError) as error:
-        raise ValueError(f"The {CONFIG} of {where} describes no model that can be built: {error}") from error
+    expected, tied = model_shapes(config, where)
     check_shapes(expected, found, tied, where)
 
 
-def model_shapes(config: BlockGenConfig) -> tuple[dict[str, tuple[int, ...]], set[str]]:
-    """Names and shapes of the weights of a model, and those of them that may be absent, as they are tied to others."""
-    with torch.device("meta"):
-        model = BlockGenForDiffusionLM(config)
+def model_shapes(config: BlockGenConfig, where: str) -> tuple[dict[str, tuple[int, ...]], set[str]]:
+    """
+    Names and shapes of the weights of a model, and those of them that may be absent, as they are tied to others.
+
+    Raises:
+        ValueError: the configuration describes no model.
+    """
+    try:
+        with torch.device("meta"):
+            model = BlockGenForDiffusionLM(config)
+    except (RuntimeError, ArithmeticError, TypeError, MemoryError) as error:
+        raise ValueError(f"The {CONFIG} of {where} describes no model that can be built: {error}") from error
     tied = set(model._tied_weights_keys) if config.tie_word_embeddings else set()
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, tied
 

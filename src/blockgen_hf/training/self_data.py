@@ -22,7 +22,7 @@ from .documents import file_stamps, find_files
 from .recipe import Recipe
 from .recipe_building import load_tokenizer, make_config, make_model, training_documents
 from .sources import Documents
-from .tokenization import is_conversation, read_messages
+from .tokenization import DocumentTokenizer, is_conversation, read_messages
 
 
 # Of a model whose answers do not end, no more are tried.
@@ -147,6 +147,7 @@ def _prompts(
         texts = (row[column] or "" for row in rows if row.get("begins", True))
         yield from _beginnings(texts, tokenizer, length, column)
         return
+    DocumentTokenizer(tokenizer, form, documents.where)  # which says what it lacks for them
     encode = PromptEncoder(tokenizer, data.prompt_separator, data.add_bos_token)
     for row in rows:
         value = row[form.columns[0]]
