@@ -102,13 +102,9 @@ def write_self_data(
                 **({"eos_token_id": ends or None} if batch[0].is_answered else {}),
             )
             for prompt, new in zip(batch, sampled[:, longest:].tolist(), strict=True):
-                if prompt.is_answered:
-                    if not (stops := [place for place, token in enumerate(new) if token in ends]):
-                        continue
-                    tokens = new[: stops[0]]
-                else:
-                    tokens = prompt.token_ids + new
-                rows.append(prompt.row(tokenizer.decode(tokens, skip_special_tokens=True)))
+                tokens = _before_end(new, ends) if prompt.is_answered else prompt.token_ids + new
+                if tokens is not None:
+                    rows.append(prompt.row(tokenizer.decode(tokens, skip_special_tokens=True)))
     if not rows:
         raise ValueError(
             f"The model wrote no text of its own within {length} tokens: there was no prompt that is long enough and "
@@ -117,6 +113,11 @@ def write_self_data(
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, json_lines(rows))
     return len(rows)
+
+
+def _before_end(tokens: list[int], ends: list[int]) -> list[int] | None:
+    """What stands before the first token that ends a text; None if none does."""
+    return next((tokens[:place] for place, token in enumerate(tokens) if token in ends), None)
 
 
 def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
