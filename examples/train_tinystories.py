@@ -45,7 +45,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from blockgen_hf import BlockGenConfig, BlockGenForDiffusionLM
 from blockgen_hf.evaluation import evaluate_likelihood
 from blockgen_hf.training import train_tokenizer
-from blockgen_hf.training.self_data import write_self_data
+from blockgen_hf.training.self_data import text_prompts, write_self_data
 
 
 END_OF_TEXT = "<|endoftext|>"
@@ -163,13 +163,13 @@ def own_stories(args: argparse.Namespace, stories: list[str]) -> list[str]:
     file = args.output_dir / "self_data.jsonl"
     if not file.exists():
         print(f"{args.init_from} writes {args.self_data:,} stories ...")
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.init_from)
         write_self_data(
             BlockGenForDiffusionLM.from_pretrained(args.init_from, dtype=torch.float32).eval(),
-            PreTrainedTokenizerFast.from_pretrained(args.init_from),
-            stories,
+            tokenizer,
+            text_prompts(stories, tokenizer, 8),
             file,
             count=args.self_data,
-            prompt_tokens=8,
             length=args.length,
             temperature=TEMPERATURE,
             batch_size=64,

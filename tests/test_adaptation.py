@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from causal_models import adopted, converted, original, texts
 from safetensors.torch import load_file
 from tiny import tiny_model, tiny_tokenizer
@@ -19,6 +20,8 @@ import blockgen_hf
 from blockgen_hf import BlockGenForDiffusionLM
 from blockgen_hf.cli import main
 from blockgen_hf.evaluation.acceptance import accepted_draft_tokens, greedy_texts
+from blockgen_hf.hub import convert_checkpoint, model_card
+from blockgen_hf.training.recipe_adapter import adapter_settings, add_adapter
 
 
 def test_accepted_tokens_are_those_of_speculative_decoding() -> None:
@@ -88,7 +91,8 @@ def test_all_weights_are_trained_with_the_autoregressive_loss(base: Path, tmp_pa
     adapt(base, tmp_path / "run", "--max-steps", "2", "--mode", "full", "--self-data", "24", "--prompt-tokens", "6")
     log = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
     assert any({"loss_block_size_1", "loss_block_size_2"} <= set(entry) for entry in log)
-    rows = (tmp_path / "run-self-data.jsonl").read_text().splitlines()
+    (file,) = tmp_path.glob("run-self-data-*.jsonl")
+    rows = file.read_text().splitlines()
     assert len(rows) == 24 and all(json.loads(row)["text"] for row in rows)
     assert BlockGenForDiffusionLM.from_pretrained(tmp_path / "run").config.is_anchored
 
@@ -97,6 +101,60 @@ def test_other_models_are_sent_to_finetune(tmp_path: Path, capsys: pytest.Captur
     tiny_model().save_pretrained(tmp_path / "model")
     assert main(["adapt", str(tmp_path / "model"), "--dataset", "data.jsonl"]) != 0
     assert "blockgen-hf finetune" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        'adapter.target_modules=["q_proj","lm_head"]',
+        'adapter.modules_to_save=["noise_embedding","lm_head"]',
+        'adapter.modules_to_save=["norm"]',
+        "adapter.bias=all",
+    ],
+)
+def test_an_adapter_that_would_change_the_autoregressive_model_is_refused(setting: str) -> None:
+    pytest.importorskip("peft")
+    name, value = setting.removeprefix("adapter.").split("=")
+    given = {"r": 2, name: yaml.safe_load(value)}
+    model = adopted(original(family="llama", tie_word_embeddings=False))  # with biases
+    with pytest.raises(ValueError, match="acts on clean tokens too"):
+        add_adapter(model, adapter_settings(given, {}, "test"), "org/base")
+    model = adopted(original(family="llama", tie_word_embeddings=False))
+    model.config.adapter_rows = "all"
+    add_adapter(model, adapter_settings(given, {}, "test"), "org/base")
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--block-sizes", "1"], "`--block-sizes` [1]"),
+        (["--block-size-weights", "1,0,0,0"], "`--block-size-weights` [1.0, 0.0, 0.0, 0.0]"),
+        (["model.block_sizes=[1]"], "`model.block_sizes` [1]"),
+    ],
+)
+def test_an_adapter_that_nothing_would_train_is_refused(
+    base: Path, options: list[str], named: str, capsys: pytest.CaptureFixture
+) -> None:
+    command = ["adapt", str(base / "model"), "--dataset", str(base / "data.jsonl"), "--output-dir", str(base / "no")]
+    assert main([*command, "--sequence-length", "32", "--validation-documents", "20", *options]) != 0
+    assert named in capsys.readouterr().err
+
+
+def test_a_model_whose_weights_were_all_trained_knows_its_origin(base: Path, tmp_path: Path) -> None:
+    shutil.copytree(base / "model", tmp_path / "model")
+    file = tmp_path / "model" / "conversion.json"
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps({**values, "source": "hf:org/original", "revision": "0" * 40}))
+    shutil.copy(base / "data.jsonl", tmp_path)
+    adapt(tmp_path, tmp_path / "run", "--max-steps", "1", "--mode", "full", "training.eval_strategy=no")
+    kept = json.loads((tmp_path / "run" / "conversion.json").read_text())
+    assert "files" not in kept
+    convert_checkpoint(tmp_path / "run", tmp_path / "back", to="causal-lm")
+    assert json.loads((tmp_path / "back" / "config.json").read_text()) == values["source_config"]
+    assert json.loads((tmp_path / "back" / "generation_config.json").read_text()) == values["generation_config"]
+    card = model_card(tmp_path / "run", repo_id="me/mine", license="mit")
+    assert card.data.base_model == "org/original"
+    assert "trained further from weights that were converted from `hf:org/original`" in " ".join(str(card).split())
 
 
 RESUMABLE = ("training.eval_steps=4", "training.save_steps=2")
@@ -155,6 +213,24 @@ def test_two_processes_adapt_as_one(base: Path, tmp_path: Path, mode: str) -> No
     states = {path.name for path in (tmp_path / "two" / "checkpoint-4").glob("rng_state*")}
     assert states == {"rng_state_0.pth", "rng_state_1.pth"}
     assert_same_run(tmp_path / "two", tmp_path / "one", mode)
+
+
+@pytest.mark.parametrize(
+    ("options", "passed"), [([], ["--max-steps", "500"]), (["--epochs", "1"], ["--epochs", "1.0"])]
+)
+def test_the_example_trains_for_steps_or_epochs(
+    options: list[str], passed: list[str], base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
+    import adapt_smollm2
+
+    calls: list[list[str]] = []
+    monkeypatch.setattr(adapt_smollm2, "blockgen_hf", lambda arguments: calls.append(arguments) or 0)
+    arguments = ["--dataset", "my.jsonl", "--base", str(base / "model"), *options, "--mode", "full"]
+    monkeypatch.setattr(sys, "argv", ["adapt_smollm2.py", *arguments])
+    assert adapt_smollm2.main() == 0
+    assert [option for option in calls[0] if option in ("--max-steps", "--epochs")] == passed[:1]
+    assert passed[1] in calls[0] and calls[0][-2:] == ["--mode", "full"]
 
 
 def test_the_page_has_the_committed_results_of_the_small_comparison(monkeypatch: pytest.MonkeyPatch) -> None:

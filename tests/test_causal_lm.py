@@ -371,6 +371,15 @@ def test_packed_weights_have_the_gate_too() -> None:
     assert_same(model(texts(1, 8)).logits, source(texts(1, 8)).logits)
 
 
+def test_packed_weights_of_a_model_with_an_adapter_are_refused_with_what_can_be_done(tmp_path: Path) -> None:
+    from blockgen_hf.quantization import quantize_for_cpu
+
+    model = adopted(original())
+    model.load_adapter(str(adapter(adopted(original()), tmp_path / "adapter")))
+    with pytest.raises(ValueError, match="without an adapter.* one of noisy tokens only .*cannot"):
+        quantize_for_cpu(model.eval())
+
+
 def test_the_tensor_parallel_plan_names_every_projection() -> None:
     for family in ("llama", "qwen3"):
         model = adopted(original(family))

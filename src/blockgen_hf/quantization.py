@@ -216,7 +216,8 @@ def _check_linear(name: str, module: nn.Module) -> None:
     if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter:
         raise ValueError(
             f"`model` must have plain linear layers, but {name} is a {type(module).__name__}, wrapped or quantised "
-            "already: load it without `quantization_config`, and merge adapters first."
+            "already: load it without `quantization_config`, and without an adapter. An adapter that acts on all "
+            "tokens can be merged into the weights first; one of noisy tokens only (`adapter_rows`) cannot."
         )
     weight = module.weight
     if weight.dtype != torch.float32 or weight.device.type != "cpu":

@@ -43,10 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--self-data",
         type=integer(1),
         metavar="N",
-        help="train on N texts that the model itself samples behind beginnings of the texts of --dataset",
+        help="train on N texts that the model itself samples behind beginnings of the texts of --dataset, or on N "
+        "answers of its own to the prompts or conversations there",
     )
     group.add_argument(
-        "--prompt-tokens", type=integer(1), default=16, metavar="N", help="tokens of such a beginning (default: 16)"
+        "--prompt-tokens", type=integer(1), default=16, metavar="N", help="tokens of a text's beginning (default: 16)"
     )
     group = parser.add_argument_group("training")
     length = group.add_mutually_exclusive_group()
@@ -88,10 +89,10 @@ def run(args: argparse.Namespace) -> int:
         settings["training.per_device_train_batch_size"] = micro_batch(args.batch_size)
     if args.prompt_column is not None or args.messages_column is not None:
         settings["data.packing"] = "none"
-    if args.self_data is not None and not args.dry_run:
-        settings |= _self_data(args, settings)
-    overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()] + args.overrides
+    overrides = _written(settings) + args.overrides
     try:
+        if args.self_data is not None and not args.dry_run:
+            overrides += _self_data(args, overrides)
         return run_recipe(str(_RECIPE), overrides, args.resume, args.overwrite, args.dry_run, source="adapt")
     except CommandError as error:
         raise CommandError(with_options(str(error), args)) from error
@@ -131,39 +132,20 @@ def _mode_settings(args: argparse.Namespace, found: dict[str, Any]) -> dict[str,
     return settings
 
 
-def _self_data(args: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]:
-    """Samples the texts, if they are not there from a run before, and gives the data settings to train on them."""
+def _self_data(args: argparse.Namespace, overrides: list[str]) -> list[str]:
+    """Samples the texts, if they are not there from a run before, and gives the overrides to train on them."""
     from ..training.recipe import load_recipe
-    from ..training.recipe_building import load_tokenizer, make_config, make_model, training_texts
-    from ..training.self_data import write_self_data
+    from ..training.self_data import make_self_data, self_data_settings
     from .loading import one_line_errors, quiet_transformers
 
-    output = Path(args.output_dir or "runs/adapt")
-    path = output.with_name(f"{output.name}-self-data.jsonl")
-    if path.is_file() and not args.overwrite:
-        print(f"{path} is reused", flush=True)
-    else:
-        overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()] + args.overrides
-        with one_line_errors(), quiet_transformers():
-            recipe = load_recipe(str(_RECIPE), overrides, "adapt")
-            tokenizer = load_tokenizer(recipe, recipe.training_arguments())
-            model = make_model(recipe, make_config(recipe, tokenizer)).eval()
-            count = write_self_data(
-                model,
-                tokenizer,
-                training_texts(recipe.data, recipe.data.max_documents or 100 * args.self_data),
-                path,
-                count=args.self_data,
-                prompt_tokens=args.prompt_tokens,
-                length=recipe.data.sequence_length,
-                seed=args.seed or 0,
-            )
+    with one_line_errors(), quiet_transformers():
+        recipe = load_recipe(str(_RECIPE), overrides, "adapt")
+        training = recipe.training_arguments()
+        path, count = make_self_data(recipe, training, args.self_data, args.prompt_tokens, args.overwrite)
+    if training.process_index == 0:
         print(f"{path}: {count} texts of the model's own", flush=True)
-    held_out = min(settings.get("data.validation_documents", 100), args.self_data // 10)
-    return {
-        "data.dataset": str(path),
-        "data.prompt_column": None,
-        "data.completion_column": None,
-        "data.messages_column": None,
-        "data.validation_documents": held_out,
-    }
+    return _written(self_data_settings(recipe.data, path, count))
+
+
+def _written(settings: dict[str, Any]) -> list[str]:
+    return [f"{key}={json.dumps(value)}" for key, value in settings.items()]

@@ -7,12 +7,13 @@ from typing import Any
 
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..hub.files import ADAPTER_CONFIG, CONFIG, INDEX, RECIPE, WEIGHTS, yaml_text
+from ..hub.files import ADAPTER_CONFIG, CONFIG, CONVERSION, INDEX, RECIPE, WEIGHTS, read_json, yaml_text
+from ..hub.layouts import CAUSAL_LM
 from ..hub.secrets import without_secrets
 from ..training.checkpointing import missing_file
 from ..training.recipe import Recipe, read_recipe
 from ..training.resuming import compare_recipes
-from ..whole_files import write_whole
+from ..whole_files import write_json, write_whole
 from .parsing import CommandError
 
 
@@ -107,6 +108,21 @@ class OutputFolder:
         values = without_secrets(values)
         self.path.mkdir(parents=True, exist_ok=True)
         write_whole(self.path / RECIPE, yaml_text(values))
+
+    def save_conversion(self, source: Path) -> None:
+        """
+        Of a causal language model that was converted and is now trained: what its way back, and its card, need.
+
+        Args:
+            source: the folder of the model that is trained further.
+        """
+        file = self.path / CONVERSION
+        values = read_json(source / CONVERSION) if (source / CONVERSION).is_file() else {}
+        if values.get("family") == CAUSAL_LM:
+            values.pop("files", None)  # those of the other folder
+            write_json(file, {**values, "trained": True})
+        else:
+            file.unlink(missing_ok=True)  # of a run before
 
     def clear(self) -> None:
         """Deletes the checkpoints of a former run. Its model is overwritten, all else stays."""

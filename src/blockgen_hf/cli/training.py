@@ -12,6 +12,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from ..errors import first_line, full_disk_error
+from ..hub.model_checks import fetch_model
 from ..run_folders import lock_folder
 from ..training.arguments import BlockGenTrainingArguments
 from ..training.recipe import Recipe, load_recipe
@@ -120,6 +121,8 @@ def _train(prepared: Prepared, checkpoint: str | None) -> None:
         if prepared.overwrite:
             folder.clear()
         folder.save_recipe(recipe.values)
+        if recipe.checkpoint is not None and not recipe.adapter:
+            folder.save_conversion(fetch_model(recipe.checkpoint, recipe.model.get("revision")))
     PartialState().wait_for_everyone()
     with interruption.listening() if args.world_size == 1 else nullcontext():
         result = trainer.train(resume_from_checkpoint=checkpoint)

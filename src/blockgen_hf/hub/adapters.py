@@ -23,8 +23,8 @@ from .files import (
     RECIPE,
     STATE,
     TOKENIZER_CONFIG,
-    TOKENIZER_FILES,
     WEIGHT_FILES,
+    copy_tokenizer,
     matches,
     read_json,
 )
@@ -66,14 +66,12 @@ def join_adapter(source: Source, output: Path, overwrite: bool) -> tuple[BlockGe
             "it into the weights with PEFT's `merge_and_unload()`."
         )
     files = [path for path in source.folder.iterdir() if matches(path.name, (CONFIG, *WEIGHT_FILES, *MODEL_FILES))]
-    names = {path.name for path in files}
-    if TOKENIZER_CONFIG not in names:
-        files += [path for path in adapter.iterdir() if matches(path.name, TOKENIZER_FILES)]
     files += [adapter / name for name in (*ADAPTER_FILES, RECIPE, STATE) if (adapter / name).is_file()]
     conversion = source.folder / CONVERSION
     with new_folder(output, overwrite) as folder:
         for path in files:
             shutil.copy(path, folder / path.name)
+        copy_tokenizer(source.folder if (source.folder / TOKENIZER_CONFIG).is_file() else adapter, folder)
         # The folder that it is in: transformers looks for the base there, and PEFT where this says.
         write_json(folder / ADAPTER_CONFIG, {**_settings(adapter), "base_model_name_or_path": str(output.resolve())})
         written = sorted([*(path.name for path in folder.iterdir()), CONVERSION])
@@ -92,8 +90,7 @@ def check_plain_adapter(source: Source, config: BlockGenConfig) -> None:
         raise ValueError(
             "An adapter goes with a plain causal language model only if its noise consists of tokens and its tokens "
             "see what is before them: `diffusion_type` must be 'uniform' and `noisy_attention` 'causal', but are "
-            f"{config.diffusion_type!r} and {config.noisy_attention!r}. For the weights alone, convert the base, "
-            f"{source.name}."
+            f"{config.diffusion_type!r} and {config.noisy_attention!r}. For the weights alone, {_without(source)}."
         )
     settings = _settings(adapter)
     wrong = [
@@ -105,6 +102,12 @@ def check_plain_adapter(source: Source, config: BlockGenConfig) -> None:
         wrong += [f"it has {name}" for name in sorted(file.keys()) if not _OF_A_LAYER.fullmatch(name)][:1]
     if wrong:
         raise ValueError(f"{adapter} must be a plain LoRA of the layers to be written so, but {', '.join(wrong)}.")
+
+
+def _without(source: Source) -> str:
+    if source.adapter == source.folder:
+        return f"convert a copy of {source.name} without the files {' and '.join(ADAPTER_FILES)}"
+    return f"convert the base, {source.name}"
 
 
 def write_plain_adapter(source: Source, folder: Path, base: str) -> None:

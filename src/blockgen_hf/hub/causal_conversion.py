@@ -11,21 +11,22 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizer
 
 from .. import __version__
 from ..errors import first_line
-from ..generation.generation_configuration_blockgen import BlockGenGenerationConfig
+from ..generation.generation_configuration_blockgen import SAMPLING_SETTINGS, BlockGenGenerationConfig
 from ..modeling.configuration_blockgen import BlockGenConfig
 from ..modeling.modeling_blockgen import BlockGenForDiffusionLM
 from ..tokenizer_loading import pretrained_tokenizer
 from ..whole_files import write_json
 from .adapters import PLAIN_ADAPTER, check_plain_adapter, write_plain_adapter
-from .causal_lm import MODEL_TYPES, blockgen_config, causal_config, source_config
+from .causal_lm import MODEL_TYPES, NO_TOKEN, blockgen_config, causal_config, source_config
 from .conversion_output import new_folder
 from .conversion_tokenizer import load_any_tokenizer
 from .families import Choices
-from .files import CONFIG, CONVERSION, GENERATION_CONFIG, TOKENIZER_FILES, read_json
+from .files import CONFIG, CONVERSION, GENERATION_CONFIG, TOKENIZER_FILES, copy_tokenizer, read_json
+from .gguf_files import check_gguf
 from .layouts import CAUSAL_LM
 from .portable import make_tokenizer_portable, without_paths
 from .sources import HUB_PREFIX, Source
-from .weights import Weights, check_shapes, model_shapes
+from .weights import Weights, check_shapes, model_shapes, name_of
 
 
 NOISE = "model.noise_embedding.weight"
@@ -36,7 +37,8 @@ _LAYERS = (
     "num_key_value_heads", "head_dim", "hidden_act", "layer_norm_eps", "rope_parameters", "tie_word_embeddings",
     "attention_bias", "attention_output_bias", "mlp_bias", "qk_norm", "no_rope_layers",
 )  # fmt: skip
-_NO_SETTINGS = ("transformers_version", "_from_model_config")
+# What a generation_config.json may set, as transformers knows it.
+_GENERATION_SETTINGS = frozenset(vars(GenerationConfig())) - {"transformers_version", "_from_model_config"}
 _BUFFER = "rotary_emb.inv_freq"  # of old Llama checkpoints, which nobody reads
 
 
@@ -50,6 +52,7 @@ class Original:
         shapes: of its tensors.
         read: gives a tensor by its name.
         dtype: of the weights to be written.
+        stored_as: the type that its weights have; None if they have several.
         tokenizer: None if there is none.
         generation: its generation_config.json, empty if there is none.
     """
@@ -58,6 +61,7 @@ class Original:
     shapes: Mapping[str, tuple[int, ...]]
     read: Callable[[str], torch.Tensor]
     dtype: torch.dtype
+    stored_as: str | None
     tokenizer: PreTrainedTokenizerBase | None
     generation: dict[str, Any]
 
@@ -97,7 +101,7 @@ def from_causal_lm(
             "not the model's. Name the right one with `tokenizer` (--tokenizer)."
         )
     found = {name: shape for name, shape in original.shapes.items() if not name.endswith(_BUFFER)}
-    expected, optional = model_shapes(config)
+    expected, optional = model_shapes(config, source.name)
     expected.pop(NOISE, None)
     check_shapes(expected, found, optional, source.name)
     model = _build(config, original, [name for name in expected if name in found])
@@ -107,6 +111,7 @@ def from_causal_lm(
         "revision": source.commit,
         "family": CAUSAL_LM,
         "source_config": without_paths(original.config.to_dict() if source.gguf else source.config),
+        "dtype": original.stored_as,
         "generation_config": original.generation,
         "tensors": sorted(found),
         "blockgen_hf_version": __version__,
@@ -126,15 +131,25 @@ def _read_folder(source: Source, tokenizer: str | Path | None, dtype: str | None
     config = source_config(source.config)
     weights = Weights(source.folder)
     names = [name for name in weights.shapes if not name.endswith(_BUFFER)]
+    if config.tie_word_embeddings and _has_own_head(weights):
+        config.tie_word_embeddings = False  # as transformers does
     file = source.folder / GENERATION_CONFIG
     return Original(
         config,
         weights.shapes,
         weights.read,
         weights.dtype(names, dtype),
+        weights.common_dtype(names),
         _tokenizer(source, tokenizer),
         read_json(file) if file.is_file() else {},
     )
+
+
+def _has_own_head(weights: Weights) -> bool:
+    """Whether the output matrix is there, and another one than the embedding."""
+    if not {_HEAD, _EMBEDDING} <= set(weights.shapes):
+        return False
+    return not torch.equal(weights.read(_HEAD), weights.read(_EMBEDDING))
 
 
 def _tokenizer(source: Source, name: str | Path | None) -> PreTrainedTokenizerBase | None:
@@ -150,6 +165,7 @@ def _read_gguf(source: Source, tokenizer: str | Path | None, dtype: str | None) 
         raise ValueError("GGUF files need the package gguf: pip install gguf.") from error
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    check_gguf(source.folder / str(source.gguf))
     options: dict[str, Any] = {"gguf_file": source.gguf, "local_files_only": True}
     try:
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False, **options)
@@ -172,12 +188,10 @@ def _read_gguf(source: Source, tokenizer: str | Path | None, dtype: str | None) 
     if config.tie_word_embeddings:
         del state[_HEAD]
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    return Original(config, shapes, state.__getitem__, model.dtype, found, _settings(model.generation_config))
-
-
-def _settings(generation: GenerationConfig) -> dict[str, Any]:
-    values: dict[str, Any] = generation.to_diff_dict()
-    return {name: value for name, value in values.items() if name not in _NO_SETTINGS}
+    generation = {
+        name: value for name, value in model.generation_config.to_diff_dict().items() if name in _GENERATION_SETTINGS
+    }
+    return Original(config, shapes, state.__getitem__, model.dtype, name_of(model.dtype), found, generation)
 
 
 def _build(config: BlockGenConfig, original: Original, names: list[str]) -> BlockGenForDiffusionLM:
@@ -196,13 +210,18 @@ def _build(config: BlockGenConfig, original: Original, names: list[str]) -> Bloc
 
 
 def _generation(values: Mapping[str, Any]) -> BlockGenGenerationConfig:
-    """As the original generates: autoregressively, and by its settings, of which none is left to a default here."""
-    kept = {
-        name: value for name, value in values.items() if name not in ("transformers_version", "_from_model_config")
-    }
-    kept.setdefault("do_sample", False)
+    """
+    As the original generates: autoregressively, and by its settings, of which none is left to a default here. Those
+    that mean nothing, to transformers or where nothing is drawn, are left out: conversion.json has them.
+    """
+    kept = {name: value for name, value in values.items() if name in _GENERATION_SETTINGS}
+    kept["do_sample"] = bool(kept.get("do_sample"))
     if kept["do_sample"]:
         kept.setdefault("top_k", 50)  # transformers' default, which is another here
+    else:
+        kept = {name: value for name, value in kept.items() if name not in SAMPLING_SETTINGS}
+    if kept.get("pad_token_id") == NO_TOKEN:
+        del kept["pad_token_id"]
     return BlockGenGenerationConfig.from_dict({**kept, "decoding": "ar"})
 
 
@@ -214,6 +233,8 @@ def _notes(source: Source, original: Original) -> tuple[str, ...]:
         notes.append("No tokenizer was written: the source has none. Name one with `tokenizer` (--tokenizer).")
     if source.gguf:
         notes.append("The weights of the GGUF file were dequantised.")
+    elif source.config.get("tie_word_embeddings") and not original.config.tie_word_embeddings:
+        notes.append(f"`tie_word_embeddings` is false here: {_HEAD} of the source is not its embedding.")
     if getattr(original.config, "attention_dropout", 0):
         notes.append(f"`attention_dropout` {original.config.attention_dropout} of the source is not used.")
     return tuple(notes)
@@ -234,17 +255,15 @@ def to_causal_lm(
     if source.adapter is not None:
         check_plain_adapter(source, config)
     notes = read_json(source.folder / CONVERSION) if (source.folder / CONVERSION).is_file() else {}
-    written = causal_config(config).to_dict()
-    if notes.get("family") == CAUSAL_LM and notes["source_config"].get("model_type") in MODEL_TYPES:
-        recorded = blockgen_config(source_config(notes["source_config"]), Choices())
-        if all(getattr(recorded, name) == getattr(config, name) for name in _LAYERS):  # else it was changed since
-            written = notes["source_config"]
+    written = _recorded_config(config, notes) or causal_config(config).to_dict()
     weights = Weights(source.folder)
-    expected, optional = model_shapes(config)
+    expected, optional = model_shapes(config, source.name)
     check_shapes(expected, weights.shapes, optional, source.name)
     names = [name for name in expected if name in weights.shapes and name != NOISE]
     used = weights.dtype(names, dtype)
     state = {name: weights.read(name).to(used) for name in names}
+    if name_of(used) != notes.get("dtype"):
+        written |= _dtype_field(written, name_of(used))
     if _HEAD in notes.get("tensors", ()) and _HEAD not in state:
         state[_HEAD] = state[_EMBEDDING].clone()
     with new_folder(output, overwrite) as folder:
@@ -252,11 +271,7 @@ def to_causal_lm(
         write_json(folder / CONFIG, written)
         if notes.get("generation_config"):
             write_json(folder / GENERATION_CONFIG, notes["generation_config"])
-        has_tokenizer = False
-        for name in TOKENIZER_FILES:
-            if (source.folder / name).is_file():
-                (folder / name).write_bytes((source.folder / name).read_bytes())
-                has_tokenizer = True
+        has_tokenizer = copy_tokenizer(source.folder, folder)
         if source.adapter is not None:
             write_plain_adapter(source, folder / PLAIN_ADAPTER, _original_name(notes) or str(output.resolve()))
     count = sum(value.numel() for value in state.values())
@@ -267,6 +282,22 @@ def to_causal_lm(
             f"--uno-lora-path {output / PLAIN_ADAPTER}. This was not tried with SGLang."
         )
     return Converted(config, count, used, has_tokenizer, tuple(said))
+
+
+def _recorded_config(config: BlockGenConfig, notes: Mapping[str, Any]) -> dict[str, Any] | None:
+    """config.json of the original; None if there is none, or the model has become another since."""
+    if notes.get("family") != CAUSAL_LM or notes["source_config"].get("model_type") not in MODEL_TYPES:
+        return None
+    recorded = blockgen_config(source_config(notes["source_config"]), Choices())
+    if _HEAD in notes["tensors"] and not config.tie_word_embeddings:
+        recorded.tie_word_embeddings = False  # whatever it said: see `_has_own_head`
+    is_same = all(getattr(recorded, name) == getattr(config, name) for name in _LAYERS)
+    return dict(notes["source_config"]) if is_same else None
+
+
+def _dtype_field(config: Mapping[str, Any], dtype: str) -> dict[str, str]:
+    """What a config.json says of the type of its weights, by the name that it has for it."""
+    return {"torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype": dtype}
 
 
 def _original_name(notes: Mapping[str, Any]) -> str | None:

@@ -1,6 +1,7 @@
 """Causal language models of transformers, and the configuration that each has here."""
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
@@ -10,6 +11,9 @@ from .families import Choices
 
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+# Those that have these settings; transformers does not read them of others. Qwen2 has biases of its own.
+_WITH_ATTENTION_BIAS = ("llama", "qwen3", "smollm3")
+_WITH_MLP_BIAS = ("llama", "smollm3")
 
 # Fields of the same name and meaning.
 _SAME = (
@@ -23,6 +27,7 @@ _REFUSED = {
     "soft-caps of logits": ("final_logit_softcapping", "attn_logit_softcapping", "logits_soft_cap"),
     "inputs that are no text": ("vision_config", "audio_config", "image_token_id"),
 }
+NO_TOKEN = -1  # as `pad_token_id` of old Llama checkpoints
 _DEFAULT_SIZES = [1, 2, 4, 8]
 # 1.0 x AR + 0.3 x the blocks, as weights of a mixture.
 _AR_SHARE = 1 / 1.3
@@ -33,7 +38,7 @@ def source_config(values: Mapping[str, Any]) -> PreTrainedConfig:
     The configuration of transformers that a config.json describes, with its defaults.
 
     Raises:
-        ValueError: it is of a model that cannot be computed here; says what of it.
+        ValueError: it is of a model that cannot be computed here, or describes none; says what of it.
     """
     _refuse_parts(values)
     model_type = values.get("model_type")
@@ -47,9 +52,35 @@ def source_config(values: Mapping[str, Any]) -> PreTrainedConfig:
             "The checkpoint is quantised (`quantization_config`), which cannot be converted: take the original, or a "
             "GGUF file of it."
         )
-    config = CONFIG_MAPPING[model_type].from_dict(dict(values))
+    try:
+        # transformers writes into the dictionaries that it is given.
+        config = CONFIG_MAPPING[model_type].from_dict(deepcopy(dict(values)))
+        blockgen_config(config, Choices())
+    except Exception as error:  # transformers raises all kinds
+        what = _words(error).replace("`layer_norm_eps`", "`rms_norm_eps`")  # as it is called there
+        raise ValueError(f"config.json of the checkpoint describes no model: {what}") from error
     _refuse_windows(config)
+    _check_rope_factors(config)
     return config
+
+
+def _words(error: Exception) -> str:
+    """What it says, on one line: the Hub's client names the field on the first one, and what is wrong below."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _check_rope_factors(config: PreTrainedConfig) -> None:
+    """Of `longrope`, which transformers warns of only, and computes until a text is long."""
+    rope = config.rope_parameters or {}
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    expected = int(head_dim * rope.get("partial_rotary_factor", 1.0)) // 2
+    for name in ("short_factor", "long_factor"):
+        factors = rope.get(name)
+        if factors is not None and len(factors) != expected:
+            raise ValueError(
+                f"`{name}` in `rope_parameters` of config.json must have {expected} numbers, one for each pair of a "
+                f"head, but has {len(factors)}."
+            )
 
 
 def _refuse_parts(values: Mapping[str, Any]) -> None:
@@ -89,11 +120,13 @@ def blockgen_config(source: PreTrainedConfig, chosen: Choices, noisy_attention: 
     if chosen.time_conditioning:
         raise ValueError("`time_conditioning` is for models with adaptive layer norms: leave it out.")
     kind = source.model_type
-    bias = kind == "qwen2" or bool(getattr(source, "attention_bias", False))
-    sizes = chosen.block_sizes or _DEFAULT_SIZES
-    weights = chosen.block_size_weights or default_weights(sizes)
+    bias = kind == "qwen2" or (kind in _WITH_ATTENTION_BIAS and source.attention_bias)
+    sizes = _DEFAULT_SIZES if chosen.block_sizes is None else chosen.block_sizes
+    weights = default_weights(sizes) if chosen.block_size_weights is None else chosen.block_size_weights
     fields = {name: getattr(source, name) for name in _SAME}
-    fields["rope_parameters"] = dict(fields["rope_parameters"])
+    fields["rope_parameters"] = deepcopy(dict(fields["rope_parameters"]))
+    if fields["pad_token_id"] == NO_TOKEN:
+        fields["pad_token_id"] = None
     return BlockGenConfig(
         **fields,
         head_dim=getattr(source, "head_dim", None),
@@ -103,7 +136,7 @@ def blockgen_config(source: PreTrainedConfig, chosen: Choices, noisy_attention: 
         qk_norm=kind == "qwen3",
         attention_bias=bias,
         attention_output_bias=bias and kind != "qwen2",
-        mlp_bias=bool(getattr(source, "mlp_bias", False)),
+        mlp_bias=kind in _WITH_MLP_BIAS and source.mlp_bias,
         lm_head_bias=False,
         no_rope_layers=list(source.no_rope_layers) if kind == "smollm3" else None,
         hidden_dropout=0.0,
@@ -143,18 +176,19 @@ def causal_config(config: BlockGenConfig) -> PreTrainedConfig:
     ]
     if wrong:
         raise ValueError(f"The model is no causal language model of transformers: {', '.join(wrong)}.")
-    fields = {name: getattr(config, name) for name in _SAME} | {"rms_norm_eps": config.layer_norm_eps}
+    fields = {name: deepcopy(getattr(config, name)) for name in _SAME}
+    fields |= {"rms_norm_eps": config.layer_norm_eps, "head_dim": config.head_dim}
     kind = "llama"
     if config.qk_norm:
-        kind, fields["head_dim"], fields["attention_bias"] = "qwen3", config.head_dim, config.attention_bias
+        kind = "qwen3"
     elif config.attention_bias and not config.attention_output_bias:
         kind = "qwen2"
     elif config.no_rope_layers is not None:
         kind, fields["no_rope_layers"] = "smollm3", config.no_rope_layers
-    if kind in ("llama", "smollm3"):
-        fields |= {"attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias}
-    if kind == "llama":
-        fields["head_dim"] = config.head_dim
+    if kind in _WITH_ATTENTION_BIAS:
+        fields["attention_bias"] = config.attention_bias
+    if kind in _WITH_MLP_BIAS:
+        fields["mlp_bias"] = config.mlp_bias
     made = CONFIG_MAPPING[kind](**fields)
     again = blockgen_config(made, Choices())
     for name in ("head_dim", "attention_bias", "attention_output_bias", "mlp_bias", "qk_norm", "no_rope_layers"):
@@ -174,4 +208,4 @@ _ARCHITECTURES = {
     "smollm3": "SmolLM3ForCausalLM",
 }
 
-__all__ = ["MODEL_TYPES", "blockgen_config", "causal_config", "default_weights", "source_config"]
+__all__ = ["MODEL_TYPES", "NO_TOKEN", "blockgen_config", "causal_config", "default_weights", "source_config"]

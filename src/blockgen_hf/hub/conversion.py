@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, PreTrainedTokenizerBase
 
 from .. import __version__
 from ..default_decoding import default_decoding
@@ -18,7 +18,6 @@ from ..modeling.modeling_blockgen import BlockGenForDiffusionLM
 from ..whole_files import write_json
 from .adapters import join_adapter
 from .causal_conversion import from_causal_lm, to_causal_lm
-from .causal_lm import MODEL_TYPES
 from .conversion_back import write_published
 from .conversion_output import check_output, new_folder
 from .conversion_tokenizer import load_fitting_tokenizer
@@ -27,7 +26,7 @@ from .files import CONVERSION
 from .layouts import CAUSAL_LM, PublishedTensor, buffer_names, embedding_name, inv_freq_name, published_tensors
 from .portable import make_tokenizer_portable, without_paths
 from .sources import Source, open_source
-from .weights import DTYPES, Weights, check_shapes, count_values, read_tensors
+from .weights import DTYPES, Weights, check_shapes, count_values, name_of, read_tensors
 
 
 TARGETS = ("transformers", "published", "causal-lm")
@@ -116,13 +115,8 @@ def convert_checkpoint(
     for name, path in (("source", source), ("output", output)):
         if not str(path):
             raise ValueError(f"`{name}` must be the name of a folder, but is empty.")
-    chosen = Choices(
-        family,
-        diffusion_type,
-        None if block_sizes is None else list(block_sizes),
-        None if block_size_weights is None else list(block_size_weights),
-        time_conditioning,
-    )
+    sizes, weights = _listed("block_sizes", block_sizes), _listed("block_size_weights", block_size_weights)
+    chosen = Choices(family, diffusion_type, sizes, weights, time_conditioning)
     target = Path(output).expanduser()
     check_output(target, overwrite)
     opened = open_source(source, revision, cache_dir)
@@ -134,7 +128,7 @@ def convert_checkpoint(
     if opened.adapter is not None:
         given = {**vars(chosen), "noisy_attention": noisy_attention, "tokenizer": tokenizer, "dtype": dtype}
         return _join(opened, target, {**given, "max_shard_size": max_shard_size}, to, overwrite)
-    is_causal = family == CAUSAL_LM or (family is None and opened.config.get("model_type") in MODEL_TYPES)
+    is_causal = family == CAUSAL_LM or (family is None and _is_of_transformers(opened))
     if to == "transformers" and (is_causal or opened.gguf):
         if family not in (None, CAUSAL_LM):
             raise ValueError(f"`family` must be {CAUSAL_LM!r} for a GGUF file, but is {family!r}.")
@@ -155,6 +149,19 @@ def convert_checkpoint(
         unused = {"tokenizer": tokenizer, "max_shard_size": max_shard_size}
         return _to_published(opened, target, chosen, unused, dtype, overwrite)
     return _to_transformers(opened, target, chosen, tokenizer, dtype, max_shard_size, overwrite)
+
+
+def _listed(name: str, values: Sequence[Any] | None) -> list[Any] | None:
+    if values is None:
+        return None
+    if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+        raise ValueError(f"`{name}` must be a list of numbers, one or more, but is {values!r}.")
+    return list(values)
+
+
+def _is_of_transformers(source: Source) -> bool:
+    """A causal language model, or another model of transformers, which is then refused by its name."""
+    return source.config.get("model_type") in set(CONFIG_MAPPING) - {BlockGenConfig.model_type}
 
 
 def _join(source: Source, output: Path, given: dict[str, Any], to: str, overwrite: bool) -> ConversionReport:
@@ -238,7 +245,9 @@ def _to_transformers(
         "revision": source.commit,
         "family": family,
         "source_config": without_paths(source.config),
-        "buffers": {name: {"dtype": _name(value.dtype), "values": value.tolist()} for name, value in buffers.items()},
+        "buffers": {
+            name: {"dtype": name_of(value.dtype), "values": value.tolist()} for name, value in buffers.items()
+        },
         "blockgen_hf_version": __version__,
     }
     with new_folder(output, overwrite) as folder:
@@ -336,10 +345,6 @@ def _to_published(
     return ConversionReport(
         output, written.family, config, written.num_parameters, written.dtype, False, written.notes
     )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 __all__ = ["TARGETS", "ConversionReport", "convert_checkpoint"]

@@ -25,6 +25,7 @@ TOKENIZER_FILES = (
     TOKENIZER, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
     "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+CHAT_TEMPLATES = "additional_chat_templates/*.jinja"  # beside the first one
 CODE = "*_blockgen.py"  # that travels with a model
 # What `save_pretrained` of a model and its tokenizer may write beside the weights and config.json.
 MODEL_FILES = (GENERATION_CONFIG, *TOKENIZER_FILES, CODE)
@@ -82,10 +83,21 @@ def move_model(source: Path, target: Path, former: Iterable[Path] = ()) -> None:
     shutil.rmtree(source)
 
 
+def copy_tokenizer(source: Path, target: Path) -> bool:
+    """Copies the tokenizer of a folder, and says whether there is one."""
+    files = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
+    for path in (*files, *source.glob(CHAT_TEMPLATES)):
+        copied = target / path.relative_to(source)
+        copied.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copied)
+    return bool(files)
+
+
 __all__ = [
     "ADAPTER_CONFIG",
     "ADAPTER_FILES",
     "ADAPTER_WEIGHTS",
+    "CHAT_TEMPLATES",
     "CODE",
     "CONFIG",
     "CONVERSION",
@@ -101,6 +113,7 @@ __all__ = [
     "TOKENIZER_FILES",
     "WEIGHTS",
     "WEIGHT_FILES",
+    "copy_tokenizer",
     "matches",
     "move_model",
     "read_card",

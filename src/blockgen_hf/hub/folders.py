@@ -17,7 +17,18 @@ import blockgen_hf
 
 from ..modeling.remote_code_blockgen import AUTO_MAP, remote_code
 from .card_facts import read_model
-from .files import ADAPTER_FILES, CODE, CONFIG, CONVERSION, MODEL_FILES, README, WEIGHT_FILES, matches, read_json
+from .files import (
+    ADAPTER_FILES,
+    CHAT_TEMPLATES,
+    CODE,
+    CONFIG,
+    CONVERSION,
+    MODEL_FILES,
+    README,
+    WEIGHT_FILES,
+    matches,
+    read_json,
+)
 from .model_checks import check_model_folder
 from .portable import has_portable_form, portable_text
 from .secrets import find_secret
@@ -27,7 +38,7 @@ _EVERYWHERE = (README, "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", ".gitat
 _KINDS: dict[str, tuple[str, ...]] = {
     "model": (
         *_EVERYWHERE,
-        CONFIG, *WEIGHT_FILES, *ADAPTER_FILES, CONVERSION, *MODEL_FILES, "additional_chat_templates/*.jinja",
+        CONFIG, *WEIGHT_FILES, *ADAPTER_FILES, CONVERSION, *MODEL_FILES, CHAT_TEMPLATES,
         "recipe.yaml",
     ),
     "dataset": (*_EVERYWHERE, "*.jsonl"),

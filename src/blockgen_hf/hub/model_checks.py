@@ -14,7 +14,9 @@ from .files import (
     ADAPTER_CONFIG,
     ADAPTER_FILES,
     ADAPTER_WEIGHTS,
+    CHAT_TEMPLATES,
     CONFIG,
+    CONVERSION,
     GENERATION_CONFIG,
     MODEL_FILES,
     TOKENIZER_FILES,
@@ -40,7 +42,7 @@ def fetch_model(name: str, revision: str | None = None) -> Path:
     folder = local_folder(name)
     if folder is not None:
         return folder
-    return download(name, (CONFIG, *ADAPTER_FILES, *WEIGHT_FILES, *MODEL_FILES), revision)
+    return download(name, (CONFIG, CONVERSION, *ADAPTER_FILES, *WEIGHT_FILES, *MODEL_FILES, CHAT_TEMPLATES), revision)
 
 
 def check_model_folder(folder: Path, *, own_code: bool = False, with_adapter: bool = False) -> dict[str, SavedTensor]:

@@ -14,10 +14,11 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from ..places import local_folder
+from ..places import is_hub_id, local_folder
 from .files import (
     ADAPTER_CONFIG,
     ADAPTER_FILES,
+    CHAT_TEMPLATES,
     CODE,
     CONFIG,
     CONVERSION,
@@ -79,7 +80,7 @@ def open_source(source: str | Path, revision: str | None = None, cache_dir: str 
         repo, inner = _split(name)
         files = (
             CONFIG, GENERATION_CONFIG, CONVERSION, INDEX, WEIGHTS, SHARDS, CODE, RECIPE,
-            *ADAPTER_FILES, *TOKENIZER_FILES,
+            *ADAPTER_FILES, *TOKENIZER_FILES, CHAT_TEMPLATES,
         )  # fmt: skip
         patterns = [inner] if inner.endswith(_GGUF) else [f"{inner}/{file}".lstrip("/") for file in files]
         snapshot = download(repo, patterns, revision, cache_dir)
@@ -96,9 +97,10 @@ def open_source(source: str | Path, revision: str | None = None, cache_dir: str 
     if not folder.is_dir():
         _refuse_pickles([folder] if folder.is_file() else [])
         what = "that is a file" if folder.is_file() else "there is no such folder"
+        hint = f" For the one on the Hub, write {HUB_PREFIX}{name}." if not is_on_hub and is_hub_id(name) else ""
         raise ValueError(
             f"`source` must be a folder with {CONFIG} and {WEIGHTS}, or {HUB_PREFIX}org/repo/folder, but is {name!r}: "
-            f"{what}{' in the repository' if is_on_hub else ''}."
+            f"{what}{' in the repository' if is_on_hub else ''}.{hint}"
         )
     adapter = folder if (folder / ADAPTER_CONFIG).is_file() else None
     if adapter is not None and not (folder / CONFIG).is_file():

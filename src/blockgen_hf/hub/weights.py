@@ -120,6 +120,11 @@ class Weights:
             )
         return getattr(torch, requested or found[0])
 
+    def common_dtype(self, names: Iterable[str]) -> str | None:
+        """The name of the type that these weights have; None if they have several."""
+        found = {self._tensors[name].dtype_name for name in names}
+        return found.pop() if len(found) == 1 else None
+
     def read(self, name: str, start: int | None = None, stop: int | None = None) -> torch.Tensor:
         """A tensor, or some of its rows."""
         file = self._files[self._tensors[name].file]
@@ -140,17 +145,22 @@ def check_weights(config: BlockGenConfig, found: Mapping[str, tuple[int, ...]], 
             f"The weights of {where} have {num_layers} layers, but its {CONFIG} says "
             f"`num_hidden_layers={config.num_hidden_layers}`. Take the {CONFIG} that was saved with these weights."
         )
-    try:
-        expected, tied = model_shapes(config)
-    except (RuntimeError, OverflowError, TypeError, MemoryError) as error:
-        raise ValueError(f"The {CONFIG} of {where} describes no model that can be built: {error}") from error
+    expected, tied = model_shapes(config, where)
     check_shapes(expected, found, tied, where)
 
 
-def model_shapes(config: BlockGenConfig) -> tuple[dict[str, tuple[int, ...]], set[str]]:
-    """Names and shapes of the weights of a model, and those of them that may be absent, as they are tied to others."""
-    with torch.device("meta"):
-        model = BlockGenForDiffusionLM(config)
+def model_shapes(config: BlockGenConfig, where: str) -> tuple[dict[str, tuple[int, ...]], set[str]]:
+    """
+    Names and shapes of the weights of a model, and those of them that may be absent, as they are tied to others.
+
+    Raises:
+        ValueError: the configuration describes no model.
+    """
+    try:
+        with torch.device("meta"):
+            model = BlockGenForDiffusionLM(config)
+    except (RuntimeError, ArithmeticError, TypeError, MemoryError) as error:
+        raise ValueError(f"The {CONFIG} of {where} describes no model that can be built: {error}") from error
     tied = set(model._tied_weights_keys) if config.tie_word_embeddings else set()
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, tied
 
@@ -216,6 +226,11 @@ def _readable(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.itemsize == 1 else dtype
 
 
+def name_of(dtype: torch.dtype) -> str:
+    """`torch.float32` as a config.json has it: `float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
 def count_values(tensors: dict[str, SavedTensor]) -> int:
     return sum(math.prod(tensor.shape) for tensor in tensors.values())
 
@@ -228,6 +243,7 @@ __all__ = [
     "check_values",
     "check_weights",
     "count_values",
+    "name_of",
     "read_file",
     "read_tensors",
 ]

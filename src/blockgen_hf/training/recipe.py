@@ -404,7 +404,22 @@ def checkpoint_config(recipe: Recipe, local_files_only: bool = False) -> BlockGe
     except Exception as error:  # fields of any type raise all kinds
         raise ValueError(f"{recipe.source}, `model` on top of {name}: {error}") from error
     _check_length(recipe, config)
+    if recipe.adapter:
+        _check_mixture(recipe, config)
     return config
+
+
+def _check_mixture(recipe: Recipe, config: BlockGenConfig) -> None:
+    """An adapter may act on noisy tokens only, of which blocks of one token have none."""
+    sizes = config.block_sizes
+    weights = config.block_size_weights or [1.0] * len(sizes)
+    is_trained = any(size > 1 and weight > 0 for size, weight in zip(sizes, weights, strict=True))
+    if config.adapter_rows == "noisy" and not is_trained:
+        name, value = ("block_sizes", sizes) if max(sizes) == 1 else ("block_size_weights", weights)
+        raise ValueError(
+            f"{recipe.source}: `model.{name}` {value} would train nothing: the adapter acts on noisy tokens only, and "
+            "no block size above 1 has a weight. Give one of them a weight, or train all weights."
+        )
 
 
 def _check_length(recipe: Recipe, config: BlockGenConfig) -> None:

@@ -1,6 +1,7 @@
 """The section `adapter` of a recipe: what PEFT trains in place of the weights of a checkpoint."""
 
 import dataclasses
+import re
 import typing
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
 # The matrices of a layer, which PEFT has no table of for this model type; a gated MLP has another one. "all-linear"
 # are these, and the modulations of the adaptive layer norms with the embedding of the time.
 LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
+# Parameters that act on noisy tokens alone, if `adapter_rows` says so.
+_OF_NOISY_TOKENS = re.compile(
+    r"\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.lora_|\.noise_embedding\."
+)
 # What is filled here, or by PEFT.
 _NO_ADAPTER_KEYS = (
     "task_type",
@@ -90,7 +95,27 @@ def add_adapter(
     folder = local_folder(checkpoint)
     base = checkpoint if folder is None else str(folder.resolve())
     adapted.peft_config["default"].base_model_name_or_path = base
+    if model.config.adapter_rows == "noisy":
+        _check_noisy_only(adapted)
     return adapted
+
+
+def _check_noisy_only(model: "PeftModel") -> None:
+    """
+    Raises:
+        ValueError: something would be trained that acts on clean tokens too.
+    """
+    others = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and not _OF_NOISY_TOKENS.search(name)
+    ]
+    if others:
+        raise ValueError(
+            f"`adapter` would train {others[0]}, which acts on clean tokens too, so that text by block size 1 would "
+            "not stay the original's (`adapter_rows` of the model is 'noisy'): `target_modules` may name only "
+            f"{[*LINEAR_LAYERS, 'gate_proj']}, `modules_to_save` only 'noise_embedding', and `bias` must be 'none'."
+        )
 
 
 __all__ = ["LINEAR_LAYERS", "adapter_settings", "add_adapter"]

@@ -113,7 +113,7 @@ def training_texts(data: DataArguments, limit: int) -> Iterator[str]:
     Raises:
         ValueError: they are conversations.
     """
-    documents = with_whole_cache(data, _training_documents)
+    documents = training_documents(data)
     if documents.form.conversational:
         raise ValueError(
             "`tokenizer.train` needs texts, and these data are conversations, which need a tokenizer with a chat "
@@ -123,6 +123,11 @@ def training_texts(data: DataArguments, limit: int) -> Iterator[str]:
     return (
         data.prompt_separator.join(row[column] or "" for column in columns) for row in islice(documents.rows, limit)
     )
+
+
+def training_documents(data: DataArguments) -> Documents:
+    """The training data as they are read, without what is held out of them."""
+    return with_whole_cache(data, _training_documents)
 
 
 def _training_documents(data: DataArguments) -> Documents:
@@ -241,4 +246,12 @@ def _from_pretrained(load: Callable[..., Any], name: str, what: str, **options: 
         raise ValueError(f"The {what} {name} cannot be loaded: {first_line(error)}") from error
 
 
-__all__ = ["build_trainer", "load_tokenizer", "make_config", "make_model", "training_texts", "vocabulary"]
+__all__ = [
+    "build_trainer",
+    "load_tokenizer",
+    "make_config",
+    "make_model",
+    "training_documents",
+    "training_texts",
+    "vocabulary",
+]

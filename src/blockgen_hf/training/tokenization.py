@@ -140,7 +140,7 @@ class DocumentTokenizer:
             where = f"{self.where}, row {index} (counted from 0), `{column}`"
             if not self.form.conversational:
                 raise ValueError(f"{where}: a {type(value).__name__} instead of a string.")
-            if not _is_conversation(_messages(value)):
+            if not is_conversation(read_messages(value)):
                 raise ValueError(f"{where}: not a list of messages, each with a `role` and a `content`.")
 
     def _encode(self, rows: list[tuple[Any, ...]], indices: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -225,11 +225,11 @@ class DocumentTokenizer:
 
         try:
             if self.form.kind == "prompt":
-                prompt, completion = (_messages(value) for value in row)
+                prompt, completion = (read_messages(value) for value in row)
                 ids = self._render(prompt + completion)
                 border = self._prefix_length(ids, prompt, index, add_generation_prompt=True)
                 return ids, np.arange(len(ids)) >= border
-            return self._assistant_turns(_messages(row[0]), index)
+            return self._assistant_turns(read_messages(row[0]), index)
         except TemplateError as error:
             raise ValueError(
                 f"{self.where}, row {index} (counted from 0): the chat template refuses it: {error}"
@@ -281,7 +281,7 @@ def _is_empty(row: tuple[Any, ...]) -> bool:
     return not (last.strip() if isinstance(last, str) else last)
 
 
-def _messages(value: Any) -> Any:
+def read_messages(value: Any) -> Any:
     """Messages of a row, read from JSON if need be, without the fields that Arrow added to make all messages alike."""
     value = json.loads(value) if isinstance(value, str) and value else value or []
     if not isinstance(value, list):
@@ -293,7 +293,7 @@ def _without_none(message: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in message.items() if value is not None}
 
 
-def _is_conversation(value: Any) -> bool:
+def is_conversation(value: Any) -> bool:
     return isinstance(value, list) and all(
         isinstance(message, dict) and "role" in message and ("content" in message or "tool_calls" in message)
         for message in value
