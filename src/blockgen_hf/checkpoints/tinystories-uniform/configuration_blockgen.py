@@ -143,7 +143,8 @@ class BlockGenConfig(PreTrainedConfig):
             those before it (`"causal"`). The clean token that the block begins with sees the past only.
         adapter_rows (`str`, *optional*):
             Which tokens of a forward pass the adapters (LoRA) of the layers act on: `"all"`, or the `"noisy"` ones
-            alone, so that an adapter leaves block size 1, verification and the cache what they are, bit for bit.
+            alone, so that an adapter leaves block size 1, verification and the cache what they are: bit for bit in
+            passes of clean tokens, and but for rounding where clean and noisy tokens share one.
             `None` means `"noisy"` with `ar_prediction="clean"`, else `"all"`.
 
     ```python

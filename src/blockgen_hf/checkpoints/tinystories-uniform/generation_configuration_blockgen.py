@@ -62,7 +62,7 @@ _DEFAULTS: dict[str, Any] = {
     "top_k": 0,
 }
 # They shape the distribution that is drawn from, and mean nothing where nothing is drawn.
-_SAMPLING_SETTINGS = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+SAMPLING_SETTINGS = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 # Settings that None means nothing for: in a call it leaves the default, or the model's own.
 NEVER_NONE = tuple(name for name in _DEFAULTS if name not in ("do_sample", "top_k"))
 _SETTINGS = (
@@ -219,7 +219,7 @@ class BlockGenGenerationConfig(GenerationConfig):
             # Greedy by the call's choice: a temperature of the model's own has no part in it, and transformers would
             # warn of it as if the call had asked for both.
             neutral = self._get_default_generation_params()
-            for name in _SAMPLING_SETTINGS:
+            for name in SAMPLING_SETTINGS:
                 if kwargs.get(name) != neutral.get(name):
                     kwargs.pop(name, None)
         return super().update(defaults_only=defaults_only, allow_custom_entries=allow_custom_entries, **kwargs)
@@ -228,7 +228,7 @@ class BlockGenGenerationConfig(GenerationConfig):
         """A greedy copy, in which the settings of sampling are unset but for those to be kept."""
         greedy = copy.deepcopy(self)
         greedy.do_sample = False
-        for name in _SAMPLING_SETTINGS:
+        for name in SAMPLING_SETTINGS:
             if name not in kept:
                 setattr(greedy, name, None)
         return greedy
