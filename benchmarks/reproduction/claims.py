@@ -8,7 +8,7 @@ in Diffusion is the paper of `draft_revise`.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .measures import MIXTURE_SIZES
+from .measures import LENGTHS, MIXTURE_SIZES
 from .runs import Cell
 
 
@@ -448,7 +448,60 @@ def stratification() -> Claim:
     return Claim("stratification", "Stratified against independent block sizes", panels, orderings)
 
 
+_WINDOW = 15  # with a block of 16, no more than the trained length, 31 tokens of sums and 32 of stories
+
+
+def length() -> Claim:
+    def perplexity(task: str, size: int, window: int, part: int) -> Cell:
+        return Cell(task, MASKED, "lengths", f"{size} {window}", f"perplexity_{part}")
+
+    panels, orderings = [], []
+    for task in (STORIES, SUMS):
+        panels.append(
+            Panel(
+                TASK_NAME[task],
+                "positions up to so many trained lengths",
+                "perplexity",
+                [
+                    Series(
+                        f"block size {size}, {f'window of {window}' if window else 'no window'}",
+                        {str(part): perplexity(task, size, window, part) for part in LENGTHS},
+                    )
+                    for size in (1, 16)
+                    for window in (_WINDOW, 0)
+                ],
+            )
+        )
+        last = LENGTHS[-1]
+        for size in (1, 16):
+            name, windowed = f"{TASK_NAME[task]}, block size {size}", perplexity(task, size, _WINDOW, last)
+            orderings += [
+                Ordering(
+                    f"{name}: 4 to 8 trained lengths on, a window beats none",
+                    "BD3-LM, texts of any length",
+                    windowed,
+                    perplexity(task, size, 0, last),
+                ),
+                Ordering(
+                    f"{name}: with a window, the tokens there are no harder than the first ones",
+                    "BD3-LM, texts of any length",
+                    windowed,
+                    perplexity(task, size, _WINDOW, 1),
+                ),
+            ]
+    return Claim("length", "Perplexity against length", panels, orderings)
+
+
 CLAIMS = {
     claim.name: claim
-    for claim in (mixture(), noise_types(), correctors(), ar_share(), revision(), clipping(), stratification())
+    for claim in (
+        mixture(),
+        noise_types(),
+        correctors(),
+        ar_share(),
+        revision(),
+        clipping(),
+        stratification(),
+        length(),
+    )
 }

@@ -8,20 +8,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from blockgen_hf import BlockGenForDiffusionLM
-from blockgen_hf.evaluation import evaluate_likelihood
+from blockgen_hf.evaluation import evaluate_lengths, evaluate_likelihood
 from blockgen_hf.evaluation.rows import collated
 from blockgen_hf.evaluation.samples import SampleScorer, sample_cells
 from blockgen_hf.evaluation.samples_drawing import draw_texts
 from blockgen_hf.training.draws import StepDraws, corrupt_batch
 from blockgen_hf.training.noise_intervals import noise_variance
 
-from .tasks import Task, share_of_right_equations
+from .tasks import Task, long_rows, share_of_right_equations
 
 
 if TYPE_CHECKING:
     from .runs import Bench
 
 MIXTURE_SIZES = (1, 2, 4, 8, 16)
+LENGTHS = (1, 2, 4, 8)
 _BATCH_SIZE = 64
 
 
@@ -32,6 +33,24 @@ def likelihood(bench: "Bench", task: Task, model: BlockGenForDiffusionLM, key: s
         sizes = list(MIXTURE_SIZES)
     draws = bench.settings.eval_draws
     return evaluate_likelihood(model, task.validation, sizes, draws, batch_size=_BATCH_SIZE).metrics()
+
+
+def lengths(bench: "Bench", task: Task, model: BlockGenForDiffusionLM, key: str) -> dict[str, Any]:
+    """Of tokens by their position in trained lengths; `key` is the block size and the window, 0 for none."""
+    block_size, window = map(int, key.split())
+    found = evaluate_lengths(
+        model,
+        long_rows(task, bench.settings, max(LENGTHS)),
+        LENGTHS,
+        [block_size],
+        bench.settings.eval_draws,
+        cache_window=window or None,
+        batch_size=_BATCH_SIZE,
+    )
+    return {
+        f"perplexity_{n}": part.at_positions[block_size].perplexity
+        for n, part in zip(LENGTHS, found.lengths, strict=True)
+    }
 
 
 def samples(bench: "Bench", task: Task, model: BlockGenForDiffusionLM, key: str) -> dict[str, Any]:
@@ -104,6 +123,7 @@ def _objective(model: BlockGenForDiffusionLM, objective: str) -> Iterator[None]:
 Measure = Callable[["Bench", Task, BlockGenForDiffusionLM, str], dict[str, Any]]
 MEASURES: dict[str, Measure] = {
     "likelihood": likelihood,
+    "lengths": lengths,
     "samples": samples,
     "noise": noise,
     "block sizes": block_sizes,

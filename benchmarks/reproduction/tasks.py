@@ -5,7 +5,7 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,18 @@ def _stories(folder: Path, settings: Settings) -> Task:
     )
     validation = validation.select(range(min(len(validation), settings.eval_rows)))
     return Task("tinystories", length, tokenizer, train, validation)
+
+
+def long_rows(task: Task, settings: Settings, times: int) -> Any:
+    """Rows that are so many times as long as those of training: stories one behind the other, or rows of sums."""
+    count = settings.eval_rows // times
+    if task.name == "tinystories":
+        folder = Path(settings.output_dir) / task.name
+        data = story_data(settings, folder, sequence_length=times * task.length, packing="packed")
+        _, rows = load_datasets(data, task.tokenizer)
+        return rows.select(range(count))
+    texts = [row["input_ids"] for row in task.validation]
+    return [{"input_ids": list(chain(*texts[n * times : (n + 1) * times]))} for n in range(count)]
 
 
 def equations(seed: int) -> Iterator[str]:
