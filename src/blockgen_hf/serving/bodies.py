@@ -140,6 +140,8 @@ def _settings(body: GenerationBody, vocab_size: int) -> dict[str, Any]:
     if body.temperature == 0:
         settings["do_sample"] = False
     else:
+        if body.asks_for_sampling:  # whatever the model's own generation config says
+            settings["do_sample"] = True
         settings |= {name: value for name in ("temperature", "top_p") if (value := getattr(body, name)) is not None}
     for name in ("presence_penalty", "frequency_penalty"):
         if getattr(body, name):

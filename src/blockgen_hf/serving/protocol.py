@@ -127,6 +127,12 @@ class GenerationBody(DecodingSettings):
         return self.n or 1
 
     @property
+    def asks_for_sampling(self) -> bool:
+        """Whether a field is given that means something only where tokens are drawn."""
+        drawing = (self.temperature, self.top_p, self.top_k, self.min_p, self.seed)
+        return self.num_choices > 1 or any(value is not None for value in drawing)
+
+    @property
     def stops(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
