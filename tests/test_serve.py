@@ -449,13 +449,6 @@ def test_a_model_without_a_chat_template_says_so_and_keys_are_checked() -> None:
         assert server.get("/health")[0] == 200
 
 
-def test_what_the_queue_cannot_hold_gets_a_429() -> None:
-    with running(served_model(), chat_tokenizer(), max_batch_rows=1, max_queue=1) as server:
-        with pytest.raises(openai.RateLimitError, match="busy"):
-            complete(server, n=3, **LONG)
-        assert complete(server).choices[0].text == complete(server).choices[0].text
-
-
 def test_a_server_that_stops_says_503_and_an_engine_that_fails_500(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -67,7 +67,7 @@ def _add_limits(group: argparse._ArgumentGroup) -> None:
         type=integer(1),
         default=128,
         metavar="N",
-        help="answers that wait for a place; further requests get status 429 (default: 128)",
+        help="answers that wait for a place among these; further requests get status 429 (default: 128)",
     )
     group.add_argument(
         "--max-cached-tokens",
@@ -87,6 +87,14 @@ def _add_limits(group: argparse._ArgumentGroup) -> None:
         default=16,
         metavar="N",
         help="choices of a request: `n` times its prompts (default: 16)",
+    )
+    group.add_argument(
+        "--max-steps-per-block",
+        type=integer(1),
+        default=256,
+        metavar="N",
+        help="denoising steps or function evaluations of a block, unless the model's own settings have more "
+        "(default: 256)",
     )
     group.add_argument(
         "--max-body-bytes", type=integer(1), default=1 << 20, metavar="N", help="size of a body (default: 1 MiB)"
@@ -115,6 +123,7 @@ def run(args: argparse.Namespace) -> int:
             prompt_tokens=args.max_prompt_tokens,
             new_tokens=args.max_tokens,
             choices=args.max_choices,
+            steps_per_block=args.max_steps_per_block,
         ),
     )
     with quiet_transformers(), one_line_errors():

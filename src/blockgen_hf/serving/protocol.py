@@ -92,6 +92,7 @@ class GenerationBody(DecodingSettings):
     """What completions and chat completions have in common."""
 
     limit_fields: ClassVar[tuple[str, ...]] = ("max_tokens",)  # the first that is given says how many tokens
+    prompt_field: ClassVar[str] = "prompt"
 
     model: str
     max_tokens: int | None = Field(None, ge=1)
@@ -215,6 +216,7 @@ class ChatBody(GenerationBody):
     """`/v1/chat/completions`."""
 
     limit_fields: ClassVar[tuple[str, ...]] = ("max_completion_tokens", "max_tokens")
+    prompt_field: ClassVar[str] = "messages"
 
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
