@@ -16,7 +16,9 @@ pytest.importorskip("fastapi", reason="the extra `serve` needs Python 3.11")
 from serving import Running, chat_tokenizer, running, served_model, wait_for
 from tiny import EOS
 
+from blockgen_hf.serving.app import create_app
 from blockgen_hf.serving.bodies import Limits
+from blockgen_hf.serving.service import ServerOptions
 
 
 PROMPT = "abcab"
@@ -119,3 +121,27 @@ def test_an_answer_without_a_length_gets_as_many_tokens_as_the_cache_has_room_fo
         assert (status, param) == (400, "max_tokens")
         assert "room for 20 tokens. Your request has 21 tokens: 5 in the prompt, `max_tokens` = 16" in message
         assert refusal(server, prompt="a" * 20)[:2] == (400, "prompt")
+
+
+# ---- what it has cost
+def test_cancelled_answers_count_in_the_function_evaluations() -> None:
+    with running(served_model(), chat_tokenizer()) as server:
+        stream = server.client.completions.create(
+            model="tiny", prompt=PROMPT, stream=True, max_tokens=50, logit_bias={str(EOS): -100}
+        )
+        next(iter(stream))
+        stream.close()
+        wait_for(lambda: server.service.engine.num_open == 0)
+        cancelled = server.metric("blockgen_function_evaluations_total")
+        assert cancelled > 0
+        usage = answer(server, max_tokens=4)[1]["usage"]["function_evaluations"]
+        assert server.metric("blockgen_function_evaluations_total") == cancelled + usage
+
+
+# ---- models
+@pytest.mark.parametrize("name, value", [("cache_window", 8), ("num_beams", 2), ("num_return_sequences", 2)])
+def test_a_model_whose_own_settings_are_not_served_is_refused_at_the_start(name: str, value: int) -> None:
+    model = served_model()
+    setattr(model.generation_config, name, value)
+    with pytest.raises(ValueError, match="is not supported by the engine.* the model's generation config has it"):
+        create_app(model, chat_tokenizer(), ServerOptions("tiny"))

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .generations import Cancelled, Generation, check_request, with_kept_modulations
+from .generations import Cancelled, Generation, check_model, check_request, with_kept_modulations
 from .handles import RequestHandle
 from .passes import SharedPasses
-from .requests import FailedEvent, FinishedEvent, GenerationRequest, Usage
+from .requests import Event, FailedEvent, FinishedEvent, GenerationRequest, Usage
 
 
 logger = logging.getLogger(__name__)
@@ -79,6 +79,9 @@ class GenerationEngine:
         max_cached_tokens: bounds the memory of the cache: the rows of the batch times the length that the longest of
             them may reach. Requests wait as long as it would be exceeded. Default: no bound.
 
+    Raises:
+        ValueError: a limit is below 1, or the model's own generation config has a setting that is not served.
+
     ```python
     >>> from blockgen_hf.serving.engine import GenerationEngine  # doctest: +SKIP
 
@@ -104,6 +107,7 @@ class GenerationEngine:
         for name, value in limits.items():
             if value < 1:
                 raise ValueError(f"`{name}` must be at least 1, but is {value}.")
+        check_model(model)
         self.model = with_kept_modulations(model)
         self.tokenizer = tokenizer
         self.max_batch_rows = max_batch_rows
@@ -257,8 +261,7 @@ class GenerationEngine:
                 costs = self._passes.costs
                 generation = Generation(self.model, self.tokenizer, handle.request, handle, costs, chunk)
             except Exception as error:  # what was checked when it was submitted
-                self._close("failed")
-                handle.put(FailedEvent(error))
+                self._close(handle, "failed", FailedEvent(error))
                 continue
             self._running.append(generation)
             self._passes.slots.add(generation.cache)
@@ -277,8 +280,7 @@ class GenerationEngine:
             for handle in cancelled:
                 self._queue.remove(handle)
         for handle in cancelled:
-            self._close("cancelled")
-            handle.put(FinishedEvent("cancelled", Usage(len(handle.request.input_ids))))
+            self._close(handle, "cancelled", FinishedEvent("cancelled", Usage(len(handle.request.input_ids))))
 
     def _go_on(self, generation: Generation) -> None:
         generation.go_on(self._turn)
@@ -293,13 +295,16 @@ class GenerationEngine:
     def _leave(self, generation: Generation) -> None:
         self._running.remove(generation)
         self._passes.slots.remove(generation.cache)
-        self._close(generation.outcome)
-        self._totals.update(vars(generation.usage))
+        with self._changed:
+            self._totals.update(vars(generation.usage))
+        self._close(generation.handle, generation.outcome, generation.last_event)
 
-    def _close(self, outcome: str) -> None:
+    def _close(self, handle: RequestHandle, outcome: str, event: Event) -> None:
+        """The end of a request: counted, then told."""
         with self._changed:
             self._num_open -= 1
             self._finished[outcome] += 1
+        handle.put(event)
 
 
 def reserved(request: GenerationRequest) -> int:

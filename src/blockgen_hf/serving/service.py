@@ -94,6 +94,12 @@ class Service:
             ("rows_in_passes", "Rows in the forward passes so far."),
         ):
             self.metrics.add_gauge(name, description, partial(self._statistic, name))
+        for name, description in (  # counted by the engine, as nobody reads the last event of a cancelled answer
+            ("function_evaluations", "Denoising and AR passes, each row counted."),
+            ("accepted_draft_tokens", "Drafted tokens that speculation kept."),
+            ("rejected_draft_tokens", "Drafted tokens that speculation dropped."),
+        ):
+            self.metrics.add_counter(name, description, partial(self._statistic, name))
 
     def start(self) -> None:
         self.engine.start()
