@@ -111,6 +111,8 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError(f"The server needs more packages ({error}): pip install 'blockgen-hf[serve]'.") from error
     from .loading import load, one_line_errors, pack_weights, quiet_transformers
 
+    if args.api_key is not None and not args.api_key.strip():
+        raise CommandError("--api-key is empty: clients would need no key. Give one, or leave the option out.")
     options = ServerOptions(
         model_name=args.served_model_name or name_without_folder(args.model),
         api_key=args.api_key or os.environ.get(API_KEY) or None,

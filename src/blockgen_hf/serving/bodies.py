@@ -122,7 +122,7 @@ def make_requests(
     for prompt in prompts:
         num_new_tokens = _num_new_tokens(body, len(prompt), facts, limits)
         try:
-            config = BlockGenGenerationConfig(**settings, max_new_tokens=num_new_tokens)
+            config = BlockGenGenerationConfig(**settings, max_new_tokens=max(1, num_new_tokens))
         except ValueError as error:
             raise bad_request(error) from error
         for number in range(body.num_choices):
@@ -134,6 +134,7 @@ def make_requests(
                     stop=body.stops,
                     num_logprobs=body.num_logprobs,
                     scores_prompt=body.is_echoed and body.num_logprobs is not None,
+                    is_generated=num_new_tokens > 0,
                     stream_drafts=bool(body.stream_drafts),
                     stream_frames=bool(body.stream_frames),
                 )

@@ -86,7 +86,12 @@ def invalid_body(error: ValidationError, fields: Container[str]) -> ApiError:
     if first["type"] == "value_error":
         return bad_request(ValueError(f"{first['msg'].removeprefix('Value error, ')}."))
     # Without pydantic's names for the members of a union, and for keys.
-    place = ".".join(str(part) for part in first["loc"] if isinstance(part, int) or part in fields)
+    *outer, last = first["loc"] or ("",)
+    known = [str(part) for part in outer if isinstance(part, int) or part in fields]
+    if first["type"] == "extra_forbidden":
+        place = ".".join([*known, str(last)])
+        return ApiError(400, f"Unknown field `{place}`.", place, "unknown_parameter")
+    place = ".".join([*known, str(last)] if isinstance(last, int) or last in fields else known)
     if not place:
         return ApiError(400, f"The body must be a JSON object: {first['msg']}.")
     if first["type"] == "missing":

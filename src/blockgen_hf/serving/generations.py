@@ -123,8 +123,8 @@ class Generation:
         self.config = resolved_settings(model, request)
         self.call: Call | None = None
         self.tokens: list[int] = []
-        # What it has cost so far, and in the end; what ended it, and the event that says so. The engine tells it when it
-        # has counted the rest, so that whoever hears of the end finds it counted.
+        # What it has cost so far, and in the end; what ended it, and the event that says so. The engine tells it
+        # after it has counted the rest, so that whoever hears of the end finds it counted.
         self.usage = Usage(len(request.input_ids))
         self.outcome: Literal["stop", "length", "cancelled", "failed"] = "failed"
         self.last_event: FinishedEvent | FailedEvent = FailedEvent(RuntimeError("It did not end."))
@@ -174,16 +174,18 @@ class Generation:
 
     def _run(self, _: Any) -> None:
         try:
-            self._finish(self._generate())
+            if self.request.scores_prompt:
+                self._score_prompt()
+            if self.request.is_generated:
+                self._finish(self._generate())
+            else:
+                self._end("length")
         except Cancelled:
-            self.outcome = "cancelled"
-            self.last_event = FinishedEvent("cancelled", self.usage)
+            self._end("cancelled")
         except Exception as error:
             self.last_event = FailedEvent(error)
 
     def _generate(self) -> Any:
-        if self.request.scores_prompt:
-            self._score_prompt()
         settings = copy.deepcopy(self.request.generation_config)
         settings.return_dict_in_generate = True
         return start_generate(
@@ -227,8 +229,11 @@ class Generation:
             rejected = int(output.num_drafted_tokens[0]) - accepted
             self.usage = replace(self.usage, accepted_draft_tokens=accepted, rejected_draft_tokens=rejected)
         self.usage = replace(self.usage, function_evaluations=evaluations + self._num_scored)
-        self.outcome = "stop" if self._is_stopped(output.sequences) else "length"
-        self.last_event = FinishedEvent(self.outcome, self.usage)
+        self._end("stop" if self._is_stopped(output.sequences) else "length")
+
+    def _end(self, reason: Literal["stop", "length", "cancelled"]) -> None:
+        self.outcome = reason
+        self.last_event = FinishedEvent(reason, self.usage)
 
     def _is_stopped(self, sequences: torch.Tensor) -> bool:
         if len(self.tokens) < (self.config.max_new_tokens or 0):
