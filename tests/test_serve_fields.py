@@ -89,6 +89,15 @@ def test_messages_come_back_as_clients_got_them(server: Running) -> None:
         assert server.client.chat.completions.create(model="tiny", messages=messages, max_tokens=2).choices
 
 
+def test_special_tokens_that_a_message_spells_are_letters(server: Running) -> None:
+    lengths = []
+    for content in ("<mask>b<end>", "xxxxxxbxxxxx"):
+        status, body = answer(server, "chat/completions", messages=[{"role": "user", "content": content}])
+        assert status == 200
+        lengths.append(body["usage"]["prompt_tokens"])
+    assert lengths[0] == lengths[1] == len("<mask>b<end>") + 2
+
+
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 BAD_MESSAGES: dict[str, tuple[dict[str, Any], str, str]] = {
     "tool calls": ({"content": None, "tool_calls": [CALL]}, "messages.0.tool_calls", "is not supported"),
