@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from typing import TYPE_CHECKING
 
 from ..checkpoints import SHIPPED
 from ..places import name_without_folder
@@ -16,6 +17,11 @@ from .parsing import (
     model_source,
 )
 
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from ..serving.service import ServerOptions
 
 EXAMPLE = f"blockgen-hf serve {SHIPPED[0]}"
 USAGE = "[MODEL]"
@@ -101,19 +107,14 @@ def _add_limits(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> int:
-    try:
-        from ..serving.app import create_app
-        from ..serving.bodies import Limits
-        from ..serving.server import Server
-        from ..serving.service import ServerOptions
-    except ImportError as error:
-        raise CommandError(f"The server needs more packages ({error}): pip install 'blockgen-hf[serve]'.") from error
-    from .loading import load, one_line_errors, pack_weights, quiet_transformers
+def server_options(args: argparse.Namespace) -> "ServerOptions":
+    """Everything that the command line says of a server but its model and its socket."""
+    from ..serving.bodies import Limits
+    from ..serving.service import ServerOptions
 
     if args.api_key is not None and not args.api_key.strip():
         raise CommandError("--api-key is empty: clients would need no key. Give one, or leave the option out.")
-    options = ServerOptions(
+    return ServerOptions(
         model_name=args.served_model_name or name_without_folder(args.model),
         api_key=args.api_key or os.environ.get(API_KEY) or None,
         allow_origins=tuple(args.allow_origin),
@@ -128,10 +129,29 @@ def run(args: argparse.Namespace) -> int:
             steps_per_block=args.max_steps_per_block,
         ),
     )
+
+
+def load_app(args: argparse.Namespace, options: "ServerOptions") -> "FastAPI":
+    """The application with the model of the command line."""
+    from ..serving.app import create_app
+    from .loading import load, pack_weights
+
+    model, tokenizer = load(model_source(args.model), **loading_options(args))
+    pack_weights(model, args.cpu_weights)
+    return create_app(model, tokenizer, options)
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        from ..serving.server import Server
+
+        options = server_options(args)
+    except ImportError as error:
+        raise CommandError(f"The server needs more packages ({error}): pip install 'blockgen-hf[serve]'.") from error
+    from .loading import one_line_errors, quiet_transformers
+
     with quiet_transformers(), one_line_errors():
-        model, tokenizer = load(model_source(args.model), **loading_options(args))
-        pack_weights(model, args.cpu_weights)
-        app = create_app(model, tokenizer, options)
+        app = load_app(args, options)
         server = Server(app, options.model_name, args.host, args.port, args.shutdown_timeout, args.log_level)
         server.serve_until_stopped()
     return 0
