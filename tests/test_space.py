@@ -297,16 +297,19 @@ def test_the_page_is_used_by_keyboard_in_the_dark_and_without_motion(space: dict
     page.keyboard.press("ArrowRight")
     expect(scrubber).to_have_value("1")
     # What the page lies on is dark, and what it is written in is light; nothing is animated.
+    brightness = """([text, ground]) => {
+      const colors = [getComputedStyle(text).color, getComputedStyle(ground).backgroundColor];
+      return colors.map((color) => Math.max(...color.match(/[0-9.]+/g).slice(0, 3)));
+    }"""
+    bodies = "[document.querySelector('.token') || document.body, document.body]"
     for frame in page.frames:
-        ink, ground = frame.evaluate(
-            """() => {
-              const style = getComputedStyle(document.querySelector(".token") || document.body);
-              return [style.color, getComputedStyle(document.body).backgroundColor].map(
-                (color) => Math.max(...color.match(/[0-9.]+/g).slice(0, 3)));
-            }"""
-        )
+        ink, ground = frame.evaluate(f"() => ({brightness})({bodies})")
         assert ink > 120 > 60 > ground
     assert replay.locator(".token").first.evaluate("one => getComputedStyle(one).transitionDuration") == "0s"
+    page.get_by_label("Prompt").fill("a" * 70)
+    page.get_by_role("button", name="Generate").click()
+    ink, ground = page.get_by_role("alert").evaluate(f"one => ({brightness})([one, one])")
+    assert ink > 200 > 100 > ground
     assert page.errors == []
 
 

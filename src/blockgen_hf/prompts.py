@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,8 +68,7 @@ def encode_messages(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str,
     """
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     special.update(tokenizer.all_special_tokens)
-    texts: list[str] = []
-    _with_texts(messages, lambda text: texts.append(text) or text)
+    texts = list(_texts(messages))
     spelled = [token for token in sorted(special, key=len, reverse=True) if any(token in text for text in texts)]
     with tokenizer_errors(tokenizer):
         if not spelled:
@@ -96,6 +95,14 @@ def _replace(text: str, replacements: dict[str, str]) -> str:
     for old, new in replacements.items():
         text = text.replace(old, new)
     return text
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Everything that messages say."""
+    if isinstance(value, str):
+        yield value
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else []:
+        yield from _texts(inner)
 
 
 def _with_texts(value: Any, change: Callable[[str], str]) -> Any:
