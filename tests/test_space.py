@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +19,9 @@ from tiny import EOS, framed_tokenizer, tiny_model, tiny_tokenizer, wait_for
 from blockgen_hf.cli import main
 from blockgen_hf.cli.demo import space_app
 
+
+with suppress(ImportError):  # the extra `serve`; here, so that `fixed_costs` finds it
+    import blockgen_hf.serving.generations  # noqa: F401
 
 KINDS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "mixture": ("masked", {}, ["arpc", "block_diffusion", "draft_revise", "speculative", "ar"]),
