@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from blockgen_hf.generation.frames import FrameTexts, frames, since
-from blockgen_hf.generation.frames_blockgen import EVENTS, MARKS, STATES
+from blockgen_hf.generation.frames_blockgen import EVENTS, MARKS, STATES, RowFrames
 
 
 DECODINGS: dict[str, dict[str, Any]] = {
@@ -238,3 +238,13 @@ def test_outputs_without_frames_are_refused() -> None:
     outputs = generate(tiny_model(), words(1, 3), max_new_tokens=2, return_dict_in_generate=True)
     with pytest.raises(ValueError, match="output_trajectory=True"):
         frames(outputs, tiny_tokenizer())
+
+
+def test_frames_that_are_only_listened_to_are_not_kept() -> None:
+    kept, told = RowFrames([1, 2]), []
+    heard = RowFrames([1, 2], told.append, keeps_all=False)
+    for row in (kept, heard):
+        for step in range(5):
+            row.show("denoise", 0, step, step + 1, {0: {"token": step, "state": "draft"}})
+    assert told == kept.frames and len(told) == 6
+    assert heard.frames == told[-1:]

@@ -307,7 +307,9 @@ BAD_FIELDS = {
         "has 64 positions. Your request has 65 tokens: 5 in the prompt",
     ),
     "prompt too long": ({"prompt": "a" * 70}, 400, "prompt", "70 tokens, but may have 63"),
-    "no tokens": ({"max_tokens": 0}, 400, "max_tokens", "greater than or equal to 1"),
+    "no tokens": ({"max_tokens": 0}, 400, "max_tokens", "must be at least 1, or 0 with `echo`"),
+    "negative tokens": ({"max_tokens": -1}, 400, "max_tokens", "greater than or equal to 0"),
+    "nested typo": ({"stream": True, "stream_options": {"model": 1}}, 400, "stream_options.model", "Unknown field"),
     "schema": ({"response_format": {"type": "json_schema"}}, 400, "response_format", "of type 'json_schema' is not"),
     "tools": ({"tools": [{"type": "function"}]}, 400, "tools", "not supported"),
     "typo": ({"block_sise": 4}, 400, "block_sise", "Unknown field `block_sise`"),
@@ -449,13 +451,6 @@ def test_a_model_without_a_chat_template_says_so_and_keys_are_checked() -> None:
         assert server.get("/health")[0] == 200
 
 
-def test_what_the_queue_cannot_hold_gets_a_429() -> None:
-    with running(served_model(), chat_tokenizer(), max_batch_rows=1, max_queue=1) as server:
-        with pytest.raises(openai.RateLimitError, match="busy"):
-            complete(server, n=3, **LONG)
-        assert complete(server).choices[0].text == complete(server).choices[0].text
-
-
 def test_a_server_that_stops_says_503_and_an_engine_that_fails_500(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -514,6 +509,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
         (["no/such/folder"], "There is no folder no/such/folder"),
         (["--port", "70000"], "from 0 to 65535"),
         (["--max-batch-rows", "0"], "at least 1"),
+        (["--api-key", ""], "--api-key is empty"),
     ],
 )
 def test_the_command_refuses_what_it_cannot_serve(

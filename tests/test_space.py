@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +19,9 @@ from tiny import EOS, framed_tokenizer, tiny_model, tiny_tokenizer, wait_for
 from blockgen_hf.cli import main
 from blockgen_hf.cli.demo import space_app
 
+
+with suppress(ImportError):  # the extra `serve`; here, so that `fixed_costs` finds it
+    import blockgen_hf.serving.generations  # noqa: F401
 
 KINDS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "mixture": ("masked", {}, ["arpc", "block_diffusion", "draft_revise", "speculative", "ar"]),
@@ -297,16 +301,19 @@ def test_the_page_is_used_by_keyboard_in_the_dark_and_without_motion(space: dict
     page.keyboard.press("ArrowRight")
     expect(scrubber).to_have_value("1")
     # What the page lies on is dark, and what it is written in is light; nothing is animated.
+    brightness = """([text, ground]) => {
+      const colors = [getComputedStyle(text).color, getComputedStyle(ground).backgroundColor];
+      return colors.map((color) => Math.max(...color.match(/[0-9.]+/g).slice(0, 3)));
+    }"""
+    bodies = "[document.querySelector('.token') || document.body, document.body]"
     for frame in page.frames:
-        ink, ground = frame.evaluate(
-            """() => {
-              const style = getComputedStyle(document.querySelector(".token") || document.body);
-              return [style.color, getComputedStyle(document.body).backgroundColor].map(
-                (color) => Math.max(...color.match(/[0-9.]+/g).slice(0, 3)));
-            }"""
-        )
+        ink, ground = frame.evaluate(f"() => ({brightness})({bodies})")
         assert ink > 120 > 60 > ground
     assert replay.locator(".token").first.evaluate("one => getComputedStyle(one).transitionDuration") == "0s"
+    page.get_by_label("Prompt").fill("a" * 70)
+    page.get_by_role("button", name="Generate").click()
+    ink, ground = page.get_by_role("alert").evaluate(f"one => ({brightness})([one, one])")
+    assert ink > 200 > 100 > ground
     assert page.errors == []
 
 

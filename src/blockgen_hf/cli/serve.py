@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from typing import TYPE_CHECKING
 
 from ..checkpoints import SHIPPED
 from ..places import name_without_folder
@@ -16,6 +17,11 @@ from .parsing import (
     model_source,
 )
 
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from ..serving.service import ServerOptions
 
 EXAMPLE = f"blockgen-hf serve {SHIPPED[0]}"
 USAGE = "[MODEL]"
@@ -67,7 +73,7 @@ def _add_limits(group: argparse._ArgumentGroup) -> None:
         type=integer(1),
         default=128,
         metavar="N",
-        help="answers that wait for a place; further requests get status 429 (default: 128)",
+        help="answers that wait for a place among these; further requests get status 429 (default: 128)",
     )
     group.add_argument(
         "--max-cached-tokens",
@@ -89,21 +95,26 @@ def _add_limits(group: argparse._ArgumentGroup) -> None:
         help="choices of a request: `n` times its prompts (default: 16)",
     )
     group.add_argument(
+        "--max-steps-per-block",
+        type=integer(1),
+        default=256,
+        metavar="N",
+        help="denoising steps or function evaluations of a block, unless the model's own settings have more "
+        "(default: 256)",
+    )
+    group.add_argument(
         "--max-body-bytes", type=integer(1), default=1 << 20, metavar="N", help="size of a body (default: 1 MiB)"
     )
 
 
-def run(args: argparse.Namespace) -> int:
-    try:
-        from ..serving.app import create_app
-        from ..serving.bodies import Limits
-        from ..serving.server import Server
-        from ..serving.service import ServerOptions
-    except ImportError as error:
-        raise CommandError(f"The server needs more packages ({error}): pip install 'blockgen-hf[serve]'.") from error
-    from .loading import load, one_line_errors, pack_weights, quiet_transformers
+def server_options(args: argparse.Namespace) -> "ServerOptions":
+    """Everything that the command line says of a server but its model and its socket."""
+    from ..serving.bodies import Limits
+    from ..serving.service import ServerOptions
 
-    options = ServerOptions(
+    if args.api_key is not None and not args.api_key.strip():
+        raise CommandError("--api-key is empty: clients would need no key. Give one, or leave the option out.")
+    return ServerOptions(
         model_name=args.served_model_name or name_without_folder(args.model),
         api_key=args.api_key or os.environ.get(API_KEY) or None,
         allow_origins=tuple(args.allow_origin),
@@ -115,12 +126,32 @@ def run(args: argparse.Namespace) -> int:
             prompt_tokens=args.max_prompt_tokens,
             new_tokens=args.max_tokens,
             choices=args.max_choices,
+            steps_per_block=args.max_steps_per_block,
         ),
     )
+
+
+def load_app(args: argparse.Namespace, options: "ServerOptions") -> "FastAPI":
+    """The application with the model of the command line."""
+    from ..serving.app import create_app
+    from .loading import load, pack_weights
+
+    model, tokenizer = load(model_source(args.model), **loading_options(args))
+    pack_weights(model, args.cpu_weights)
+    return create_app(model, tokenizer, options)
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        from ..serving.server import Server
+
+        options = server_options(args)
+    except ImportError as error:
+        raise CommandError(f"The server needs more packages ({error}): pip install 'blockgen-hf[serve]'.") from error
+    from .loading import one_line_errors, quiet_transformers
+
     with quiet_transformers(), one_line_errors():
-        model, tokenizer = load(model_source(args.model), **loading_options(args))
-        pack_weights(model, args.cpu_weights)
-        app = create_app(model, tokenizer, options)
+        app = load_app(args, options)
         server = Server(app, options.model_name, args.host, args.port, args.shutdown_timeout, args.log_level)
         server.serve_until_stopped()
     return 0

@@ -12,7 +12,7 @@ from .errors import ApiError, shutting_down
 from .formats import Cost
 from .handles import RequestHandle
 from .metrics import Metrics
-from .requests import DraftEvent, Event, FailedEvent, FinishedEvent, FrameEvent, PromptEvent, TokensEvent
+from .requests import DraftEvent, Event, FailedEvent, FrameEvent, PromptEvent, TokensEvent
 from .text import AnswerText, Piece
 
 
@@ -121,7 +121,7 @@ class Answers:
             piece = text.take()
             return [ChoicePiece(index, piece)] if piece else []
         self._num_left -= 1
-        self._observe_end(event)
+        self.cost.add(event.usage)
         if event.reason == "cancelled":  # by a server that stops, not by a client
             raise shutting_down()
         rest = text.end()
@@ -140,13 +140,6 @@ class Answers:
         if not self._has_tokens:
             self._has_tokens = True
             self._metrics.first_token.observe(time.perf_counter() - self._started)
-
-    def _observe_end(self, event: FinishedEvent) -> None:
-        usage = event.usage
-        self.cost.add(usage)
-        self._metrics.evaluations.inc(usage.function_evaluations)
-        self._metrics.accepted.inc(usage.accepted_draft_tokens)
-        self._metrics.rejected.inc(usage.rejected_draft_tokens)
 
 
 async def merged(streams: Sequence[AsyncIterator[Event]]) -> AsyncGenerator[tuple[int, Event], None]:

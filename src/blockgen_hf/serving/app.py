@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse, Response
 from openai.types import Model
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import __version__
@@ -20,6 +21,9 @@ from .formats import ChatFormat, CompletionFormat
 from .metrics import CountRequests
 from .protocol import ChatBody, CompletionBody
 from .service import ServerOptions, Service
+
+
+_SCHEMA = "#/components/schemas/"
 
 
 def create_app(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: ServerOptions) -> FastAPI:
@@ -42,7 +46,7 @@ def create_app(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, optio
         finally:
             await service.shutdown()
 
-    app = FastAPI(title="blockgen-hf", version=__version__, lifespan=lifespan)
+    app = _Application(title="blockgen-hf", version=__version__, lifespan=lifespan)
     app.state.service = service
     install_error_handlers(app)
     _add_openai_routes(app, service)
@@ -54,6 +58,18 @@ def create_app(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, optio
     paths = frozenset(app.openapi()["paths"])
     app.add_middleware(CountRequests, metrics=service.metrics, paths=paths)
     return app
+
+
+class _Application(FastAPI):
+    """Its description has the bodies of requests, which `Service` reads: it says in OpenAI's words what is wrong."""
+
+    def openapi(self) -> dict[str, Any]:
+        description: dict[str, Any] = super().openapi()
+        _, schemas = models_json_schema(
+            [(body, "validation") for body in (CompletionBody, ChatBody)], ref_template=_SCHEMA + "{model}"
+        )
+        description.setdefault("components", {}).setdefault("schemas", {}).update(schemas["$defs"])
+        return description
 
 
 def _add_openai_routes(app: FastAPI, service: Service) -> None:
@@ -78,10 +94,12 @@ def _add_openai_routes(app: FastAPI, service: Service) -> None:
         card = Model(id=options.model_name, created=created, object="model", owned_by="blockgen-hf")
         return {**card.to_dict(), "max_model_len": service.facts.positions, "blockgen": service.facts.description()}
 
+    @router.head("/models", include_in_schema=False)
     @router.get("/models")
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [model_card()]}
 
+    @router.head("/models/{name:path}", include_in_schema=False)
     @router.get("/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
         service.check_model(name)
@@ -99,11 +117,12 @@ def _add_openai_routes(app: FastAPI, service: Service) -> None:
 
 
 def _body_schema(body: type[BaseModel]) -> dict[str, Any]:
-    """For the page of documentation: bodies are read by `Service`, which says in OpenAI's words what is wrong."""
-    return {"requestBody": {"content": {"application/json": {"schema": body.model_json_schema()}}, "required": True}}
+    schema = {"$ref": _SCHEMA + body.__name__}
+    return {"requestBody": {"content": {"application/json": {"schema": schema}}, "required": True}}
 
 
 def _add_operator_routes(app: FastAPI, service: Service) -> None:
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> JSONResponse:
         """200 while requests are taken, else 503."""
@@ -111,6 +130,7 @@ def _add_operator_routes(app: FastAPI, service: Service) -> None:
             return JSONResponse({"status": "ok"})
         return JSONResponse({"status": "shutting down"}, 503)
 
+    @app.head("/metrics", include_in_schema=False)
     @app.get("/metrics")
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)

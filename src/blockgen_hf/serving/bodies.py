@@ -16,6 +16,7 @@ from .requests import GenerationRequest
 
 
 _NUM_SEEDS = 2**32  # as everywhere in this package
+_STEPS = ("denoising_steps", "nfe_per_block", "draft_steps", "revise_steps")  # of a block
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Limits:
         prompt_tokens: tokens of a prompt. None: as many as the model has positions.
         new_tokens: tokens of an answer. None: as many as the model has positions.
         choices: prompts of the body times `n`.
+        steps_per_block: denoising steps or function evaluations of a block, unless the model's own are more.
+        cached_tokens: of prompt and answer. None: as many as the model has positions.
     """
 
     body_bytes: int = 1 << 20
@@ -36,6 +39,8 @@ class Limits:
     prompt_tokens: int | None = None
     new_tokens: int | None = None
     choices: int = 16
+    steps_per_block: int = 256
+    cached_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -110,13 +115,14 @@ def make_requests(
     Raises:
         ApiError: a setting that is not accepted, or too many tokens.
     """
+    _check_steps(body, facts, limits)
     settings = _settings(body, facts.config.vocab_size)
     first_seed = secrets.randbelow(_NUM_SEEDS) if body.seed is None else body.seed
     requests = []
     for prompt in prompts:
         num_new_tokens = _num_new_tokens(body, len(prompt), facts, limits)
         try:
-            config = BlockGenGenerationConfig(**settings, max_new_tokens=num_new_tokens)
+            config = BlockGenGenerationConfig(**settings, max_new_tokens=max(1, num_new_tokens))
         except ValueError as error:
             raise bad_request(error) from error
         for number in range(body.num_choices):
@@ -128,6 +134,7 @@ def make_requests(
                     stop=body.stops,
                     num_logprobs=body.num_logprobs,
                     scores_prompt=body.is_echoed and body.num_logprobs is not None,
+                    is_generated=num_new_tokens > 0,
                     stream_drafts=bool(body.stream_drafts),
                     stream_frames=bool(body.stream_frames),
                 )
@@ -135,11 +142,25 @@ def make_requests(
     return requests
 
 
+def _check_steps(body: GenerationBody, facts: ModelFacts, limits: Limits) -> None:
+    for name in _STEPS:
+        asked = _largest(getattr(body, name))
+        most = max(limits.steps_per_block, _largest(getattr(facts.generation_config, name, None)))
+        if asked > most:
+            raise ApiError(400, f"`{name}` must be {most} at most on this server, but is {asked}.", name)
+
+
+def _largest(steps: int | list[int] | None) -> int:
+    return max(steps if isinstance(steps, list) else [steps or 0], default=0)
+
+
 def _settings(body: GenerationBody, vocab_size: int) -> dict[str, Any]:
     settings = body.decoding_settings()
     if body.temperature == 0:
         settings["do_sample"] = False
     else:
+        if body.asks_for_sampling:  # whatever the model's own generation config says
+            settings["do_sample"] = True
         settings |= {name: value for name in ("temperature", "top_p") if (value := getattr(body, name)) is not None}
     for name in ("presence_penalty", "frequency_penalty"):
         if getattr(body, name):
@@ -159,13 +180,14 @@ def _settings(body: GenerationBody, vocab_size: int) -> dict[str, Any]:
 def _num_new_tokens(body: GenerationBody, num_prompt_tokens: int, facts: ModelFacts, limits: Limits) -> int:
     """As many as were asked for; else as many as the model's own config says, or fit."""
     field = next((name for name in body.limit_fields if getattr(body, name) is not None), None)
-    room = facts.positions - num_prompt_tokens
-    where = "messages" if isinstance(body, ChatBody) else "prompt"
-    most = facts.positions - 1 if limits.prompt_tokens is None else min(limits.prompt_tokens, facts.positions - 1)
+    where = body.prompt_field
+    longest = facts.positions if limits.cached_tokens is None else min(facts.positions, limits.cached_tokens)
+    room = longest - num_prompt_tokens
+    most = longest - 1 if limits.prompt_tokens is None else min(limits.prompt_tokens, longest - 1)
     if num_prompt_tokens > most:
         message = f"`{where}` has {num_prompt_tokens} tokens, but may have {most} at most."
         raise ApiError(400, message, where, "context_length_exceeded")
-    most = facts.positions if limits.new_tokens is None else limits.new_tokens
+    most = longest if limits.new_tokens is None else limits.new_tokens
     if field is None:
         own = facts.generation_config.max_new_tokens
         return min(most if own is None else own, most, room)
@@ -173,9 +195,12 @@ def _num_new_tokens(body: GenerationBody, num_prompt_tokens: int, facts: ModelFa
     if asked > most:
         raise ApiError(400, f"`{field}` must be {most} at most, but is {asked}.", field)
     if asked > room:
+        has = f"The model has {longest} positions"
+        if longest < facts.positions:
+            has = f"The cache of this server has room for {longest} tokens"
         message = (
-            f"The model has {facts.positions} positions. Your request has {num_prompt_tokens + asked} tokens: "
-            f"{num_prompt_tokens} in the prompt, `{field}` = {asked}."
+            f"{has}. Your request has {num_prompt_tokens + asked} tokens: {num_prompt_tokens} in the prompt, "
+            f"`{field}` = {asked}."
         )
         raise ApiError(400, message, field, "context_length_exceeded")
     return asked

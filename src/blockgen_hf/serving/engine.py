@@ -15,17 +15,17 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .generations import Cancelled, Generation, check_request, with_kept_modulations
+from .generations import Cancelled, Generation, check_model, check_request, with_kept_modulations
 from .handles import RequestHandle
 from .passes import SharedPasses
-from .requests import FailedEvent, FinishedEvent, GenerationRequest, Usage
+from .requests import Event, FailedEvent, FinishedEvent, GenerationRequest, Usage
 
 
 logger = logging.getLogger(__name__)
 
 
 class QueueFullError(RuntimeError):
-    """As many requests wait as may."""
+    """As many requests are in work or wait as may."""
 
 
 class EngineClosedError(RuntimeError):
@@ -73,11 +73,14 @@ class GenerationEngine:
         model: a BlockGen model, in evaluation mode. The engine's thread is the only one that may use it.
         tokenizer: for stop strings; not used by any other thread.
         max_batch_rows: how many requests are answered at the same time.
-        max_queue: how many more wait for it.
+        max_queue: how many more wait for it. Rows of the batch that are free are places too.
         prefill_chunk: longer prompts are read in passes of so many tokens, between which other requests go on. Models
             with `clean_attention="block_causal"` round it up to whole blocks.
         max_cached_tokens: bounds the memory of the cache: the rows of the batch times the length that the longest of
             them may reach. Requests wait as long as it would be exceeded. Default: no bound.
+
+    Raises:
+        ValueError: a limit is below 1, or the model's own generation config has a setting that is not served.
 
     ```python
     >>> from blockgen_hf.serving.engine import GenerationEngine  # doctest: +SKIP
@@ -104,6 +107,7 @@ class GenerationEngine:
         for name, value in limits.items():
             if value < 1:
                 raise ValueError(f"`{name}` must be at least 1, but is {value}.")
+        check_model(model)
         self.model = with_kept_modulations(model)
         self.tokenizer = tokenizer
         self.max_batch_rows = max_batch_rows
@@ -116,12 +120,23 @@ class GenerationEngine:
         self._running: list[Generation] = []
         self._changed = threading.Condition()
         self._is_open = False
+        self._num_open = 0  # requests that were taken and have not ended
         self._turn = 0
         self._finished: Counter[str] = Counter()
         self._totals: Counter[str] = Counter()
         self._thread: threading.Thread | None = None
 
     # in any thread
+
+    @property
+    def num_places(self) -> int:
+        """For requests: rows of the batch, and the queue."""
+        return self.max_batch_rows + self.max_queue
+
+    @property
+    def num_open(self) -> int:
+        """Requests in the batch and in the queue."""
+        return self._num_open
 
     def start(self) -> None:
         """Starts the thread."""
@@ -138,7 +153,7 @@ class GenerationEngine:
 
         Raises:
             ValueError: `generate` would not take the request, or it needs more cache than there is.
-            QueueFullError: `max_queue` requests wait already.
+            QueueFullError: there are `num_places` requests already.
             EngineClosedError: the engine is shut down, or not started.
         """
         check_request(self._model_of_checks, self.tokenizer, request)
@@ -151,8 +166,9 @@ class GenerationEngine:
         with self._changed:
             if not self._is_open:
                 raise EngineClosedError("The engine takes no requests: it is shut down, or was not started.")
-            if len(self._queue) >= self.max_queue:
+            if self._num_open >= self.num_places:
                 raise QueueFullError(f"{self.max_queue} requests wait already.")
+            self._num_open += 1
             self._queue.append(handle)
             self._changed.notify_all()
         return handle
@@ -217,6 +233,7 @@ class GenerationEngine:
         """One pass, and what it lets go on."""
         for generation in [each for each in self._running if each.handle.is_cancelled]:
             self._end(generation, Cancelled())
+        self._drop_cancelled()
         self._admit()
         by_call = {id(each.call): each for each in self._running}
         chosen = self._passes.choose([each.call for each in self._running if each.call is not None])
@@ -236,8 +253,6 @@ class GenerationEngine:
         """Starts requests in the order in which they came, as long as there is room."""
         while True:
             with self._changed:
-                while self._queue and self._queue[0].is_cancelled:
-                    self._drop(self._queue.popleft())
                 if not self._queue or not self._has_room(self._queue[0].request):
                     return
                 handle = self._queue.popleft()
@@ -246,8 +261,7 @@ class GenerationEngine:
                 costs = self._passes.costs
                 generation = Generation(self.model, self.tokenizer, handle.request, handle, costs, chunk)
             except Exception as error:  # what was checked when it was submitted
-                handle.put(FailedEvent(error))
-                self._finished["failed"] += 1
+                self._close(handle, "failed", FailedEvent(error))
                 continue
             self._running.append(generation)
             self._passes.slots.add(generation.cache)
@@ -259,10 +273,14 @@ class GenerationEngine:
         longest = max(reserved(request), *(reserved(each.request) for each in self._running), 0)
         return self.max_cached_tokens is None or (len(self._running) + 1) * longest <= self.max_cached_tokens
 
-    def _drop(self, handle: RequestHandle) -> None:
-        """A request that was cancelled before it was started."""
-        handle.put(FinishedEvent("cancelled", Usage(len(handle.request.input_ids))))
-        self._finished["cancelled"] += 1
+    def _drop_cancelled(self) -> None:
+        """Requests that were cancelled before they were started, so that others can have their places."""
+        with self._changed:
+            cancelled = [handle for handle in self._queue if handle.is_cancelled]
+            for handle in cancelled:
+                self._queue.remove(handle)
+        for handle in cancelled:
+            self._close(handle, "cancelled", FinishedEvent("cancelled", Usage(len(handle.request.input_ids))))
 
     def _go_on(self, generation: Generation) -> None:
         generation.go_on(self._turn)
@@ -277,8 +295,16 @@ class GenerationEngine:
     def _leave(self, generation: Generation) -> None:
         self._running.remove(generation)
         self._passes.slots.remove(generation.cache)
-        self._finished[generation.outcome] += 1
-        self._totals.update(vars(generation.usage))
+        with self._changed:
+            self._totals.update(vars(generation.usage))
+        self._close(generation.handle, generation.outcome, generation.last_event)
+
+    def _close(self, handle: RequestHandle, outcome: str, event: Event) -> None:
+        """The end of a request: counted, then told."""
+        with self._changed:
+            self._num_open -= 1
+            self._finished[outcome] += 1
+        handle.put(event)
 
 
 def reserved(request: GenerationRequest) -> int:

@@ -13,7 +13,6 @@ from starlette.exceptions import HTTPException
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 500: "server_error"}
 # What `generate` and the engine call it, and what a body does.
 _NAMES = {
-    "inputs": "prompt",
     "max_new_tokens": "max_tokens",
     "num_logprobs": "logprobs",
     "sequence_bias": "logit_bias",
@@ -58,10 +57,15 @@ class ApiError(Exception):
         return JSONResponse(self.body(), self.status, headers=self.headers)
 
 
-def bad_request(error: ValueError) -> ApiError:
-    """A 400 of what the engine refused; its field is the one that the message begins with, in backticks."""
+def bad_request(error: ValueError, prompt_field: str = "prompt") -> ApiError:
+    """
+    A 400 of what the engine refused; its field is the one that the message begins with, in backticks.
+
+    Args:
+        prompt_field: what the body calls the text before the answer.
+    """
     message = " ".join(str(error).split())
-    for ours, theirs in _NAMES.items():
+    for ours, theirs in {**_NAMES, "inputs": prompt_field}.items():
         message = message.replace(f"`{ours}`", f"`{theirs}`")
     named = re.match(r"`(\w+)", message)
     return ApiError(400, message, named and named[1])
@@ -82,7 +86,12 @@ def invalid_body(error: ValidationError, fields: Container[str]) -> ApiError:
     if first["type"] == "value_error":
         return bad_request(ValueError(f"{first['msg'].removeprefix('Value error, ')}."))
     # Without pydantic's names for the members of a union, and for keys.
-    place = ".".join(str(part) for part in first["loc"] if isinstance(part, int) or part in fields)
+    *outer, last = first["loc"] or ("",)
+    known = [str(part) for part in outer if isinstance(part, int) or part in fields]
+    if first["type"] == "extra_forbidden":
+        place = ".".join([*known, str(last)])
+        return ApiError(400, f"Unknown field `{place}`.", place, "unknown_parameter")
+    place = ".".join([*known, str(last)] if isinstance(last, int) or last in fields else known)
     if not place:
         return ApiError(400, f"The body must be a JSON object: {first['msg']}.")
     if first["type"] == "missing":

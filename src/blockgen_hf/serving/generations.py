@@ -123,9 +123,11 @@ class Generation:
         self.config = resolved_settings(model, request)
         self.call: Call | None = None
         self.tokens: list[int] = []
-        # What it has cost so far, and in the end; and what ended it.
+        # What it has cost so far, and in the end; what ended it, and the event that says so. The engine tells it
+        # after it has counted the rest, so that whoever hears of the end finds it counted.
         self.usage = Usage(len(request.input_ids))
         self.outcome: Literal["stop", "length", "cancelled", "failed"] = "failed"
+        self.last_event: FinishedEvent | FailedEvent = FailedEvent(RuntimeError("It did not end."))
         self._clock = costs.clock
         self._worked = self._resumed = 0.0
         self._num_scored = 0  # passes for log-probabilities alone
@@ -172,16 +174,18 @@ class Generation:
 
     def _run(self, _: Any) -> None:
         try:
-            self._finish(self._generate())
+            if self.request.scores_prompt:
+                self._score_prompt()
+            if self.request.is_generated:
+                self._finish(self._generate())
+            else:
+                self._end("length")
         except Cancelled:
-            self.outcome = "cancelled"
-            self.handle.put(FinishedEvent("cancelled", self.usage))
+            self._end("cancelled")
         except Exception as error:
-            self.handle.put(FailedEvent(error))
+            self.last_event = FailedEvent(error)
 
     def _generate(self) -> Any:
-        if self.request.scores_prompt:
-            self._score_prompt()
         settings = copy.deepcopy(self.request.generation_config)
         settings.return_dict_in_generate = True
         return start_generate(
@@ -225,8 +229,11 @@ class Generation:
             rejected = int(output.num_drafted_tokens[0]) - accepted
             self.usage = replace(self.usage, accepted_draft_tokens=accepted, rejected_draft_tokens=rejected)
         self.usage = replace(self.usage, function_evaluations=evaluations + self._num_scored)
-        self.outcome = "stop" if self._is_stopped(output.sequences) else "length"
-        self.handle.put(FinishedEvent(self.outcome, self.usage))
+        self._end("stop" if self._is_stopped(output.sequences) else "length")
+
+    def _end(self, reason: Literal["stop", "length", "cancelled"]) -> None:
+        self.outcome = reason
+        self.last_event = FinishedEvent(reason, self.usage)
 
     def _is_stopped(self, sequences: torch.Tensor) -> bool:
         if len(self.tokens) < (self.config.max_new_tokens or 0):
@@ -325,6 +332,26 @@ def resolved_settings(model: PreTrainedModel, request: GenerationRequest) -> Gen
     return settings
 
 
+def check_model(model: PreTrainedModel) -> None:
+    """
+    Raises:
+        ValueError: the engine would refuse every request, because of the settings of the model's own.
+    """
+    if problem := _what_is_not_served(model.generation_config):
+        raise ValueError(f"{problem}, but the model's generation config has it: unset it there.")
+
+
+def _what_is_not_served(settings: GenerationConfig) -> str | None:
+    for name, accepted in _NOT_SERVED.items():
+        value = getattr(settings, name, None)
+        if value not in accepted:
+            return f"`{name}={value!r}` is not supported by the engine"
+    mode = settings.get_generation_mode()
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        return f"{mode.value} is not supported by the engine, only sampling and greedy decoding are"
+    return None
+
+
 def check_request(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, request: GenerationRequest
 ) -> None:
@@ -354,14 +381,8 @@ def check_request(
             )
     if request.generation_config.max_new_tokens is None:
         raise ValueError("`max_new_tokens` must be set: the engine has to know how long a text may become.")
-    settings = resolved_settings(model, request)
-    for name, accepted in _NOT_SERVED.items():
-        value = getattr(settings, name, None)
-        if value not in accepted:
-            raise ValueError(f"`{name}={value!r}` is not supported by the engine: leave it out.")
-    mode = settings.get_generation_mode()
-    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        raise ValueError(f"{mode.value} is not supported by the engine: only sampling and greedy decoding are.")
+    if problem := _what_is_not_served(resolved_settings(model, request)):
+        raise ValueError(f"{problem}: leave it out.")
 
     def run(*args: Any, **kwargs: Any) -> Any:
         raise _Checked
@@ -371,4 +392,4 @@ def check_request(
         start_generate(served, request, copy.deepcopy(request.generation_config), RowCache())
 
 
-__all__ = ["Cancelled", "Generation", "check_request", "with_kept_modulations"]
+__all__ = ["Cancelled", "Generation", "check_model", "check_request", "with_kept_modulations"]

@@ -1,9 +1,11 @@
 """What `/metrics` tells, in Prometheus' format."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
@@ -21,9 +23,6 @@ class Metrics:
         self.cancelled = Counter("cancelled_requests", "Requests whose client went away.", **common)
         self.prompt_tokens = Counter("prompt_tokens", "Tokens of prompts.", **common)
         self.new_tokens = Counter("completion_tokens", "Generated tokens.", **common)
-        self.evaluations = Counter("function_evaluations", "Denoising and AR passes, each row counted.", **common)
-        self.accepted = Counter("accepted_draft_tokens", "Drafted tokens that speculation kept.", **common)
-        self.rejected = Counter("rejected_draft_tokens", "Drafted tokens that speculation dropped.", **common)
         self.first_token = Histogram(
             "time_to_first_token_seconds", "From a request to its first token.", buckets=_SECONDS, **common
         )
@@ -35,8 +34,22 @@ class Metrics:
         """A number that is asked for when it is read."""
         Gauge(name, description, namespace="blockgen", registry=self.registry).set_function(read)
 
+    def add_counter(self, name: str, description: str, read: Callable[[], float]) -> None:
+        """The same of a number that only grows."""
+        self.registry.register(_ReadCounter(f"blockgen_{name}", description, read))
+
     def text(self) -> bytes:
         return generate_latest(self.registry)
+
+
+class _ReadCounter(Collector):
+    """A counter that somebody else counts."""
+
+    def __init__(self, name: str, description: str, read: Callable[[], float]) -> None:
+        self.name, self.description, self.read = name, description, read
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        yield CounterMetricFamily(self.name, self.description, self.read())
 
 
 class CountRequests:

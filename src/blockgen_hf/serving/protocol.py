@@ -41,12 +41,23 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 
 
+# The same of messages, which clients send back as they got them.
+_UNSUPPORTED_IN_MESSAGES: dict[str, tuple[Any, ...]] = {
+    "annotations": ([],),
+    "audio": (),
+    "function_call": (),
+    "refusal": ("",),
+    "tool_calls": ([],),
+}
+
+
 class StreamOptions(BaseModel):
     """`stream_options`."""
 
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, extra="forbid")
 
     include_usage: bool | None = None
+    include_obfuscation: bool | None = None  # changes nothing here
 
 
 class DecodingSettings(BaseModel):
@@ -92,6 +103,7 @@ class GenerationBody(DecodingSettings):
     """What completions and chat completions have in common."""
 
     limit_fields: ClassVar[tuple[str, ...]] = ("max_tokens",)  # the first that is given says how many tokens
+    prompt_field: ClassVar[str] = "prompt"
 
     model: str
     max_tokens: int | None = Field(None, ge=1)
@@ -127,6 +139,12 @@ class GenerationBody(DecodingSettings):
         return self.n or 1
 
     @property
+    def asks_for_sampling(self) -> bool:
+        """Whether a field is given that means something only where tokens are drawn."""
+        drawing = (self.temperature, self.top_p, self.top_k, self.min_p, self.seed)
+        return self.num_choices > 1 or any(value is not None for value in drawing)
+
+    @property
     def stops(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
@@ -149,22 +167,41 @@ class GenerationBody(DecodingSettings):
         Raises:
             ApiError: a field that is not known, or asks for what is not served.
         """
-        for name, value in (self.model_extra or {}).items():
-            if name in _IGNORED or value is None:
-                continue
-            if name not in _UNSUPPORTED:
-                raise ApiError(400, f"Unknown field `{name}`.", name, "unknown_parameter")
-            if not any(value == neutral and type(value) is type(neutral) for neutral in _UNSUPPORTED[name]):
-                kind = f" of type {value['type']!r}" if isinstance(value, dict) and "type" in value else ""
-                raise ApiError(400, f"`{name}`{kind} is not supported by this server.", name, "unsupported_parameter")
+        given = {name: value for name, value in (self.model_extra or {}).items() if name not in _IGNORED}
+        _check_extra_fields(given, _UNSUPPORTED)
+
+
+def _check_extra_fields(given: dict[str, Any], unsupported: dict[str, tuple[Any, ...]], place: str = "") -> None:
+    """
+    Args:
+        given: fields and their values; null asks for nothing.
+        unsupported: fields of OpenAI's, with the values that ask for nothing.
+        place: where they stand in the body.
+    """
+    for name, value in given.items():
+        if value is None:
+            continue
+        path = place + name
+        if name not in unsupported:
+            raise ApiError(400, f"Unknown field `{path}`.", path, "unknown_parameter")
+        if not any(value == neutral and type(value) is type(neutral) for neutral in unsupported[name]):
+            kind = f" of type {value['type']!r}" if isinstance(value, dict) and "type" in value else ""
+            raise ApiError(400, f"`{path}`{kind} is not supported by this server.", path, "unsupported_parameter")
 
 
 class CompletionBody(GenerationBody):
     """`/v1/completions`."""
 
-    prompt: str | TokenIds | Annotated[list[str | TokenIds], Field(min_length=1)] = ""
+    prompt: str | TokenIds | Annotated[list[str | TokenIds], Field(min_length=1)] | None = None
+    max_tokens: int | None = Field(None, ge=0)  # 0 to score a prompt
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=MOST_TOP_LOGPROBS)
+
+    @model_validator(mode="after")
+    def check_max_tokens(self) -> "CompletionBody":
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("`max_tokens` must be at least 1, or 0 with `echo`: true")
+        return self
 
     @property
     def is_echoed(self) -> bool:
@@ -176,31 +213,34 @@ class CompletionBody(GenerationBody):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
-            return [self.prompt]
-        return list(self.prompt)
+        prompt = self.prompt or ""
+        if isinstance(prompt, str) or isinstance(prompt[0], int):
+            return [prompt]
+        return list(prompt)
 
 
 class TextPart(BaseModel):
     """A piece of a message."""
 
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, extra="forbid")
 
     type: Literal["text"]
     text: str
+    prompt_cache_breakpoint: Any = None  # changes nothing here
 
 
 class ChatMessage(BaseModel):
     """A message of a conversation."""
 
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, extra="allow")
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | list[TextPart] | None = None
     name: str | None = None
 
     def for_template(self) -> dict[str, str]:
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        parts = self.content or ""
+        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
         message = {"role": self.role, "content": text}
         return message if self.name is None else {**message, "name": self.name}
 
@@ -209,11 +249,22 @@ class ChatBody(GenerationBody):
     """`/v1/chat/completions`."""
 
     limit_fields: ClassVar[tuple[str, ...]] = ("max_completion_tokens", "max_tokens")
+    prompt_field: ClassVar[str] = "messages"
 
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MOST_TOP_LOGPROBS)
+
+    def check_extra_fields(self) -> None:
+        super().check_extra_fields()
+        for number, message in enumerate(self.messages):
+            _check_extra_fields(message.model_extra or {}, _UNSUPPORTED_IN_MESSAGES, f"messages.{number}.")
+            if message.content is None:  # as beside calls of tools, which are refused above
+                place = f"messages.{number}.content"
+                raise ApiError(
+                    400, f"`{place}` must be a text, or a list of text parts, but is null or missing.", place
+                )
 
     @model_validator(mode="after")
     def check_top_logprobs(self) -> "ChatBody":

@@ -21,6 +21,7 @@ class GenerationRequest:
         num_logprobs: None: no log-probabilities. Otherwise those of the tokens, and of so many most likely
             alternatives at each place.
         scores_prompt: whether a [`PromptEvent`] comes first; needs `num_logprobs`.
+        is_generated: False: nothing but that, whatever `max_new_tokens` is, which cannot be 0.
         stream_drafts: whether to tell drafts of the block in work.
         stream_frames: whether to tell frames (docs/replay.md), with the `trajectory_top_k` of the settings.
     """
@@ -31,6 +32,7 @@ class GenerationRequest:
     stop: tuple[str, ...] = ()
     num_logprobs: int | None = None
     scores_prompt: bool = False
+    is_generated: bool = True
     stream_drafts: bool = False
     stream_frames: bool = False
 

@@ -3,10 +3,10 @@
 import asyncio
 import copy
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
-from dataclasses import dataclass, field
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -45,7 +45,7 @@ class ServerOptions:
         api_key: what they must send; None: nothing.
         allow_origins: origins of web pages that may call the server, `*` for all.
         max_batch_rows: answers that are generated at the same time.
-        max_queue: answers that wait for that; what is beyond gets a 429.
+        max_queue: answers that wait for that; what is beyond both gets a 429.
         max_cached_tokens: bounds the memory of the cache, see `GenerationEngine`.
         limits: of one request.
     """
@@ -76,9 +76,15 @@ class Service:
             options.max_queue,
             max_cached_tokens=options.max_cached_tokens,
         )
+        # What can never fit is an error of the request, not of the moment.
+        self.limits = replace(
+            options.limits,
+            choices=min(options.limits.choices, self.engine.num_places),
+            cached_tokens=options.max_cached_tokens,
+        )
         # Reads prompts, checks settings and submits requests, which takes milliseconds.
         self._prompt_thread = ThreadPoolExecutor(1, thread_name_prefix="blockgen-prompts")
-        self._num_in_prompt_thread = 0
+        self._num_prepared = 0  # bodies on their way to the engine
         self.metrics = Metrics()
         for name, description in (
             ("queued", "Answers that wait for a place in the batch."),
@@ -88,6 +94,12 @@ class Service:
             ("rows_in_passes", "Rows in the forward passes so far."),
         ):
             self.metrics.add_gauge(name, description, partial(self._statistic, name))
+        for name, description in (  # counted by the engine, as nobody reads the last event of a cancelled answer
+            ("function_evaluations", "Denoising and AR passes, each row counted."),
+            ("accepted_draft_tokens", "Drafted tokens that speculation kept."),
+            ("rejected_draft_tokens", "Drafted tokens that speculation dropped."),
+        ):
+            self.metrics.add_counter(name, description, partial(self._statistic, name))
 
     def start(self) -> None:
         self.engine.start()
@@ -134,7 +146,7 @@ class Service:
         return Response(whole, media_type="application/json")
 
     async def _read(self, request: Request, body_type: type[Body]) -> Body:
-        text = await read_body(request, self.options.limits.body_bytes, self.options.limits.body_seconds)
+        text = await read_body(request, self.limits.body_bytes, self.limits.body_seconds)
         try:
             body = body_type.model_validate_json(text)
         except ValidationError as error:
@@ -150,32 +162,49 @@ class Service:
         Raises:
             ApiError: it does not take them.
         """
-        limits = self.options.limits
-        prompts = await self._in_prompt_thread(encode_prompts, body, self._prompt_tokenizer, limits)
-        requests = make_requests(body, prompts, self.facts, limits)
-        texts = [AnswerText(self.tokenizer, request.input_ids, request.stop) for request in requests]
-        for text, request in zip(texts, requests, strict=True):
-            if body.is_echoed and not request.scores_prompt:  # otherwise with the scores, when they are there
-                text.echo(request.input_ids, None)
-        try:
-            handles = await self._in_prompt_thread(submit_all, self.engine, requests)
-        except QueueFullError as error:
-            raise queue_full(self.options.max_queue) from error
-        except EngineClosedError as error:
-            raise shutting_down() from error
-        except ValueError as error:
-            raise bad_request(error) from error
+        with self._place():
+            prompts = await self._in_prompt_thread(encode_prompts, body, self._prompt_tokenizer, self.limits)
+            requests = make_requests(body, prompts, self.facts, self.limits)
+            texts = [AnswerText(self.tokenizer, request.input_ids, request.stop) for request in requests]
+            for text, request in zip(texts, requests, strict=True):
+                if body.is_echoed and not request.scores_prompt:  # otherwise with the scores, when they are there
+                    text.echo(request.input_ids, None)
+            try:
+                handles = await self._in_prompt_thread(submit_all, self.engine, requests)
+            except QueueFullError as error:
+                raise self._queue_full() from error
+            except EngineClosedError as error:
+                raise shutting_down() from error
+            except ValueError as error:
+                raise bad_request(error, body.prompt_field) from error
         return Answers(handles, texts, self._frame_texts, sum(map(len, prompts)), started, self.metrics)
 
-    async def _in_prompt_thread(self, function: Callable[..., Result], *args: Any) -> Result:
-        """Work before the queue, one after the other. Those that wait for it are not more than the queue may hold."""
-        if self._num_in_prompt_thread > self.options.max_queue:
-            raise queue_full(self.options.max_queue)
-        self._num_in_prompt_thread += 1
+    @contextmanager
+    def _place(self) -> Iterator[None]:
+        """
+        For a body that is prepared for the engine: no more of them than the engine has room for.
+
+        Raises:
+            ApiError: 429, there is none.
+        """
+        if self._num_prepared + self.engine.num_open >= self.engine.num_places:
+            raise self._queue_full()
+        self._num_prepared += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._prompt_thread, function, *args)
+            yield
         finally:
-            self._num_in_prompt_thread -= 1
+            self._num_prepared -= 1
+
+    def _queue_full(self) -> ApiError:
+        message = (
+            f"The server is busy: it takes {self.engine.num_places} answers at once, {self.options.max_batch_rows} in "
+            f"work and {self.options.max_queue} waiting. Try again later."
+        )
+        return ApiError(429, message, code="queue_full", headers={"Retry-After": "1"})
+
+    async def _in_prompt_thread(self, function: Callable[..., Result], *args: Any) -> Result:
+        """Work before the queue, one after the other."""
+        return await asyncio.get_running_loop().run_in_executor(self._prompt_thread, function, *args)
 
     async def _collect(self, answers: Answers, answer_format: AnswerFormat) -> str:
         """The whole answer, as JSON."""
@@ -223,11 +252,6 @@ def submit_all(engine: GenerationEngine, requests: Sequence[GenerationRequest]) 
             handle.cancel()
         raise
     return handles
-
-
-def queue_full(max_queue: int) -> ApiError:
-    message = f"The server is busy: {max_queue} requests are waiting already. Try again later."
-    return ApiError(429, message, code="queue_full", headers={"Retry-After": "1"})
 
 
 __all__ = ["DRAFT_EVENT", "FRAME_EVENT", "ServerOptions", "Service"]

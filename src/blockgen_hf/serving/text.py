@@ -21,10 +21,14 @@ class Detokenizer:
     Args:
         tokenizer: that of the model.
         prompt: token ids before the text.
+        has_special_tokens: whether special tokens are text.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int]) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], has_special_tokens: bool = False
+    ) -> None:
         self.tokenizer = tokenizer
+        self.has_special_tokens = has_special_tokens
         self.token_ids = list(prompt[-_CONTEXT:])
         # Tokens before `known` have been decoded. Those from `start` on are decoded again, as the next ones may depend
         # on them.
@@ -44,7 +48,7 @@ class Detokenizer:
         return self._decode(self.start, None)[len(self._decode(self.start, self.known)) :]
 
     def _decode(self, start: int, end: int | None) -> str:
-        return str(self.tokenizer.decode(self.token_ids[start:end], skip_special_tokens=True))
+        return str(self.tokenizer.decode(self.token_ids[start:end], skip_special_tokens=not self.has_special_tokens))
 
 
 @dataclass(frozen=True)
@@ -111,13 +115,13 @@ class AnswerText:
 
     def echo(self, prompt: Sequence[int], scores: Sequence[TokenLogprob] | None) -> None:
         """
-        Puts the prompt before the answer. No stop string is looked for in it.
+        Puts the prompt before the answer, with the special tokens that it has. No stop string is looked for in it.
 
         Args:
             prompt: its tokens.
             scores: of all of them but the first.
         """
-        echoed = Detokenizer(self.detokenizer.tokenizer, [])
+        echoed = Detokenizer(self.detokenizer.tokenizer, [], has_special_tokens=True)
         for number, token_id in enumerate(prompt):
             if scores is not None:
                 score = None if number == 0 else scores[number - 1]
