@@ -50,13 +50,18 @@ class RowFrames:
     Args:
         prompt (`list[int]`): its tokens.
         listener (`Callable`, *optional*): is called with each frame.
+        keeps_all (`bool`, defaults to `True`): whether `frames` has all of them, or the last alone, where they are for
+            the listener only.
     """
 
-    def __init__(self, prompt: list[int], listener: Callable[[Frame], None] | None = None) -> None:
+    def __init__(
+        self, prompt: list[int], listener: Callable[[Frame], None] | None = None, keeps_all: bool = True
+    ) -> None:
         self.positions: list[Position] = [{"token": token, "state": GIVEN, "renoised": 0} for token in prompt]
         self.num_given = len(prompt)
         self.frames: list[Frame] = []
         self.listener = listener
+        self.keeps_all = keeps_all
         self._facts: dict[int, Position] = {}
         self._put("prompt", 0, 0, 0)
 
@@ -141,6 +146,8 @@ class RowFrames:
             last = self.frames[-1]
             if all(last[name] == frame[name] for name in ("function_evaluations", "positions")):
                 return
+        if not self.keeps_all:
+            self.frames.clear()
         self.frames.append(frame)
         if self.listener is not None:
             self.listener(frame)
@@ -154,7 +161,7 @@ class FrameRecorder:
         input_ids (`torch.LongTensor` of shape `[B, W]`): prompts, left padded.
         padding (`torch.LongTensor` of shape `[B]`): columns of padding before each of them.
         generation_config ([`BlockGenGenerationConfig`]): `trajectory_top_k` says how many likely tokens are told of
-            each position that a pass predicts.
+            each position that a pass predicts. Without `output_trajectory`, frames are told and not kept.
         mask_token_id (`int`, *optional*): of a masked model.
         listener (`Callable`, *optional*): is called with row and frame as soon as there is one.
     """
@@ -172,7 +179,9 @@ class FrameRecorder:
         self.block = 0
         prompts = [prompt[skipped:] for prompt, skipped in zip(input_ids.tolist(), padding.tolist(), strict=True)]
         self.rows = [
-            RowFrames(prompt, None if listener is None else partial(listener, row))
+            RowFrames(
+                prompt, None if listener is None else partial(listener, row), bool(generation_config.output_trajectory)
+            )
             for row, prompt in enumerate(prompts)
         ]
 
