@@ -98,7 +98,7 @@ cosine decay, {minutes:.0f} minutes on a CPU. Script: `examples/train_tinystorie
 ## Evaluation
 
 Perplexity a token on {eval_rows} rows of the validation stories ({eval_tokens:,} tokens of this vocabulary, so not
-comparable with other tokenizers): exact at block size 1, else an upper bound (ELBO, {draws} draws a row). One
+comparable with other tokenizers): {bound} (ELBO, {draws} draws a row). One
 training run.
 
 | block size | perplexity |
@@ -369,6 +369,9 @@ def main() -> None:
         eval_rows=len(rows),
         eval_tokens=rows.numel(),
         draws=args.eval_draws,
+        bound="exact at block size 1, else an upper bound"
+        if config.diffusion_type == "masked"
+        else "an upper bound at every block size",
         perplexities="\n".join(f"| {name} | {value:.1f} |" for name, value in results.items()),
     )
     save(model, tokenizer, card, args.output_dir / "final")
