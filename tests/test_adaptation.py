@@ -124,6 +124,14 @@ def test_an_adapter_that_would_change_the_autoregressive_model_is_refused(settin
     add_adapter(model, adapter_settings(given, {}, "test"), "org/base")
 
 
+@pytest.mark.parametrize("way", ["pissa", "olora"])
+def test_an_adapter_that_begins_by_changing_the_weights_is_refused(way: str) -> None:
+    pytest.importorskip("peft")
+    settings = adapter_settings({"r": 2, "init_lora_weights": way}, {}, "test")
+    with pytest.raises(ValueError, match=f"`adapter.init_lora_weights` is '{way}', which changes the weights"):
+        add_adapter(adopted(original(family="llama")), settings, "org/base")
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [

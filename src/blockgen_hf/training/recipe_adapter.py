@@ -5,6 +5,7 @@ import re
 import typing
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import PreTrainedModel
 
 from ..places import local_folder
@@ -85,19 +86,32 @@ def add_adapter(
         checkpoint, revision: where the model is from. The adapter names a folder by its whole path.
 
     Raises:
-        ValueError: modules that the model does not have.
+        ValueError: modules that the model does not have, or an adapter that would change what it must leave as it is.
     """
     from peft import LoraConfig, get_peft_model
 
     if settings["target_modules"] == LINEAR_LAYERS and model.config.gated_mlp:
         settings = {**settings, "target_modules": [*LINEAR_LAYERS, "gate_proj"]}
+    before = [(weight, _some_numbers(weight)) for weight in model.parameters()]
     adapted = get_peft_model(model, LoraConfig(**settings, revision=revision))
     folder = local_folder(checkpoint)
     base = checkpoint if folder is None else str(folder.resolve())
     adapted.peft_config["default"].base_model_name_or_path = base
     if model.config.adapter_rows == "noisy":
         _check_noisy_only(adapted)
+        if not all(torch.equal(_some_numbers(weight), numbers) for weight, numbers in before):
+            raise ValueError(
+                f"`adapter.init_lora_weights` is {settings.get('init_lora_weights')!r}, which changes the weights of "
+                "the model, so that text by block size 1 would not stay the original's (`adapter_rows` of the model "
+                "is 'noisy'): leave it out."
+            )
     return adapted
+
+
+def _some_numbers(weight: torch.Tensor) -> torch.Tensor:
+    """Up to 64 entries, evenly spread, by which a changed weight is told; a copy."""
+    flat = weight.detach().flatten()
+    return flat[:: -(-flat.numel() // 64)].clone()
 
 
 def _check_noisy_only(model: "PeftModel") -> None:
