@@ -26,15 +26,19 @@ _LARGE = 2**20
 _ROWS_OF_A_BLOCK = 16  # oneDNN orders weights for a number of rows; this order is as good as any for others
 
 
+def some_numbers(weight: torch.Tensor) -> torch.Tensor:
+    """Some of the entries, evenly spread, `[up to 64]`, by which models and changed weights are told apart; a copy."""
+    flat = weight.detach().flatten()
+    return flat[:: -(-flat.numel() // _NUMBERS_OF_A_SAMPLE)].clone()
+
+
 class PackedLinear(nn.Module):
     """A linear layer for inference, `[..., in]` -> `[..., out]` in float32. Its weights cannot be read or saved."""
 
     def __init__(self, linear: nn.Linear, nbytes: int) -> None:
         super().__init__()
         self.nbytes = nbytes  # of the weights
-        flat = linear.weight.detach().flatten()
-        # Some numbers of the weights, by which models are told apart: `[up to 64]`.
-        self.sample = flat[:: -(-flat.numel() // _NUMBERS_OF_A_SAMPLE)].clone()
+        self.sample = some_numbers(linear.weight)
 
     def train(self, mode: bool = True) -> "PackedLinear":
         if mode:
@@ -264,5 +268,6 @@ __all__ = [
     "gains_from_packing",
     "quantize_for_cpu",
     "readable_weights",
+    "some_numbers",
     "weights_format",
 ]

@@ -13,6 +13,7 @@ from transformers.utils import logging
 from ..modeling.sampling_blockgen import CounterGenerator
 from .generation_log import GenerationLog, Row
 from .processes import Processes
+from .rows import left_padded
 from .throughput_contenders import Decoding
 
 
@@ -62,6 +63,13 @@ def make_batches(tasks: Iterable[Task], batch_size: int) -> list[list[Task]]:
     return batches
 
 
+def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a text: those of the model's own generation config, else the tokenizer's."""
+    ends = model.generation_config.eos_token_id
+    ends = tokenizer.eos_token_id if ends is None else ends
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+
+
 class AnswerSampler:
     """
     Generates the samples of a batch.
@@ -76,9 +84,7 @@ class AnswerSampler:
         self.model = model
         self.tokenizer = tokenizer
         self.seed = seed
-        ends = model.generation_config.eos_token_id
-        ends = tokenizer.eos_token_id if ends is None else ends
-        self.eos_token_ids: list[int] = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+        self.eos_token_ids = end_token_ids(model, tokenizer)
         pads = (tokenizer.pad_token_id, model.generation_config.pad_token_id, *self.eos_token_ids, 0)
         self.pad_token_id = next(int(pad) for pad in pads if pad is not None)
 
@@ -88,19 +94,11 @@ class AnswerSampler:
         if room == 0:  # no position is left
             return [self._row(task, decoding, [], 0, 0.0) for task in batch]
         width = max(len(task.token_ids) for task in batch)
-        input_ids = torch.full((len(batch), width), self.pad_token_id)
-        attention_mask = torch.zeros_like(input_ids)
-        for row, task in enumerate(batch):
-            start = width - len(task.token_ids)
-            input_ids[row, start:] = torch.tensor(task.token_ids, dtype=torch.long)
-            attention_mask[row, start:] = 1
-        device = self.model.device
-        input_ids, attention_mask = input_ids.to(device), attention_mask.to(device)
+        inputs = left_padded([task.token_ids for task in batch], self.model.device, self.pad_token_id)
         started = time.perf_counter()
         with self._seeded(batch[0]):
             outputs = self.model.generate(
-                input_ids,
-                attention_mask=attention_mask,
+                **inputs,
                 **{"eos_token_id": self.eos_token_ids or None, "pad_token_id": self.pad_token_id, **decoding.settings},
                 max_new_tokens=room,
                 return_dict_in_generate=True,
@@ -166,4 +164,4 @@ def generate_missing(
     part.close()
 
 
-__all__ = ["AnswerSampler", "Task", "generate_missing", "make_batches", "make_tasks"]
+__all__ = ["AnswerSampler", "Task", "end_token_ids", "generate_missing", "make_batches", "make_tasks"]

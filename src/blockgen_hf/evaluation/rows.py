@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from ..modeling.configuration_blockgen import BlockGenConfig
 from .columns import Batch, model_columns, stack_rows, token_positions
@@ -30,6 +31,16 @@ def iterate_rows(dataset: Any) -> Iterator[Any]:
         yield from (dataset[index] for index in range(len(dataset)))
     else:
         yield from dataset
+
+
+def left_padded(
+    rows: Iterable[Sequence[int] | torch.Tensor], device: torch.device, pad_token_id: int = 0
+) -> dict[str, torch.Tensor]:
+    """Prompts side by side for `generate`: `input_ids` and `attention_mask`, `[B, W]`."""
+    tensors = [torch.as_tensor(row, dtype=torch.long) for row in rows]
+    ids = pad_sequence(tensors, batch_first=True, padding_value=pad_token_id, padding_side="left")
+    masks = pad_sequence([torch.ones_like(row) for row in tensors], batch_first=True, padding_side="left")
+    return {"input_ids": ids.to(device), "attention_mask": masks.to(device)}
 
 
 def pad_rows(rows: Sequence[Any], first_row: int = 0) -> Batch:

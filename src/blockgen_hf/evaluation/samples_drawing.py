@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList
@@ -14,6 +13,7 @@ from ..generation.generation_blockgen import BlockGenGenerateOutput, decoder_cla
 from ..modeling.releases_blockgen import take_cache
 from ..modeling.sampling_blockgen import CounterGenerator
 from ..prompts import PromptEncoder
+from .rows import left_padded
 from .samples_grid import SampleCell
 from .throughput import timed
 
@@ -74,7 +74,7 @@ def draw_texts(
     for start in range(0, len(indices), batch_size):
         batch = indices[start : start + batch_size]
         chosen = [index % len(prompts) for index in batch]
-        inputs = _left_padded([encoded[number] for number in chosen], model.device)
+        inputs = left_padded([encoded[number] for number in chosen], model.device)
         if start == 0:  # what is allocated or compiled once is not generation
             block = {} if cell.block_size is None else {"ar_seed_tokens": 0}
             _generate(model, inputs, batch, seed, min(max_new_tokens, cell.block_size or 1), cell.settings | block)
@@ -109,13 +109,6 @@ def encode_prompts(
             f"tokens: the model has {positions} positions. It is {max_new_tokens}."
         )
     return [torch.tensor(ids, dtype=torch.long) for ids in encoded]
-
-
-def _left_padded(rows: list[torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    """`input_ids` and `attention_mask`, `[B, W]`."""
-    ids = pad_sequence(rows, batch_first=True, padding_side="left")
-    masks = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
-    return {"input_ids": ids.to(device), "attention_mask": masks.to(device)}
 
 
 def _generate(

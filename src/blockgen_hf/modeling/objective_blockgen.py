@@ -299,6 +299,12 @@ CHUNK_SIZE, GPU_CHUNK_SIZE = 256, 2048
 # where that is also faster: it stays in the cache. GPUs would only start more kernels.
 CPU_ROWS = 16
 
+
+def chunk_size_on(device_type: str) -> int:
+    """Tokens a chunk of the loss on such a device."""
+    return CHUNK_SIZE if device_type == "cpu" else GPU_CHUNK_SIZE
+
+
 # (logits `[n, V]`, the chunk's place among the tokens) -> losses `[n]`
 TokenLoss = Callable[[torch.Tensor, slice], torch.Tensor]
 
@@ -328,7 +334,7 @@ def chunked_loss(
         the sum, a scalar that can be differentiated once, and the losses `[N]`, which cannot.
     """
     if chunk_size is None:
-        chunk_size = CHUNK_SIZE if hidden_states.device.type == "cpu" else GPU_CHUNK_SIZE
+        chunk_size = chunk_size_on(hidden_states.device.type)
     needs_grad = torch.is_grad_enabled()  # inside of `forward` it is always off
     return _ChunkedLoss.apply(hidden_states, weight, bias, token_loss, chunk_size, needs_grad)
 

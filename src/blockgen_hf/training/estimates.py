@@ -12,7 +12,7 @@ import torch
 
 from ..modeling.configuration_blockgen import BlockGenConfig
 from ..modeling.modeling_blockgen import BlockGenForDiffusionLM
-from ..modeling.objective_blockgen import CHUNK_SIZE, GPU_CHUNK_SIZE
+from ..modeling.objective_blockgen import chunk_size_on
 from .recipe_adapter import add_adapter
 
 
@@ -115,7 +115,8 @@ def estimate_memory(
     if config.hidden_dropout > 0:
         layer += 2 * tokens * width
     kept = config.num_hidden_layers * 4 * tokens * width + layer if checkpointing else config.num_hidden_layers * layer
-    chunk = min(GPU_CHUNK_SIZE if torch.cuda.is_available() else CHUNK_SIZE, rows * length) * config.vocab_size * 4 * 3
+    chunk_size = chunk_size_on("cuda" if torch.cuda.is_available() else "cpu")
+    chunk = min(chunk_size, rows * length) * config.vocab_size * 4 * 3
     return MemoryEstimate(
         weights=weights + copy,
         gradients=trained,

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..places import local_folder
+from ..quantization import some_numbers
 from .recipe_values import check_keys, convert
 
 
@@ -92,26 +93,21 @@ def add_adapter(
 
     if settings["target_modules"] == LINEAR_LAYERS and model.config.gated_mlp:
         settings = {**settings, "target_modules": [*LINEAR_LAYERS, "gate_proj"]}
-    before = [(weight, _some_numbers(weight)) for weight in model.parameters()]
+    is_for_noisy = model.config.adapter_rows == "noisy"  # and leaves the weights as they are for all other tokens
+    before = [(weight, some_numbers(weight)) for weight in model.parameters()] if is_for_noisy else []
     adapted = get_peft_model(model, LoraConfig(**settings, revision=revision))
     folder = local_folder(checkpoint)
     base = checkpoint if folder is None else str(folder.resolve())
     adapted.peft_config["default"].base_model_name_or_path = base
-    if model.config.adapter_rows == "noisy":
+    if is_for_noisy:
         _check_noisy_only(adapted)
-        if not all(torch.equal(_some_numbers(weight), numbers) for weight, numbers in before):
-            raise ValueError(
-                f"`adapter.init_lora_weights` is {settings.get('init_lora_weights')!r}, which changes the weights of "
-                "the model, so that text by block size 1 would not stay the original's (`adapter_rows` of the model "
-                "is 'noisy'): leave it out."
-            )
+    if not all(torch.equal(some_numbers(weight), numbers) for weight, numbers in before):
+        raise ValueError(
+            f"`adapter.init_lora_weights` is {settings.get('init_lora_weights')!r}, which changes the weights of the "
+            "model, so that text by block size 1 would not stay the original's (`adapter_rows` of the model is "
+            "'noisy'): leave it out."
+        )
     return adapted
-
-
-def _some_numbers(weight: torch.Tensor) -> torch.Tensor:
-    """Up to 64 entries, evenly spread, by which a changed weight is told; a copy."""
-    flat = weight.detach().flatten()
-    return flat[:: -(-flat.numel() // 64)].clone()
 
 
 def _check_noisy_only(model: "PeftModel") -> None:

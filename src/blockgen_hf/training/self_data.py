@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..evaluation.answer_generation import end_token_ids
+from ..evaluation.rows import left_padded
 from ..hub.model_checks import fetch_model
 from ..places import data_place
 from ..prompts import PromptEncoder
@@ -88,15 +90,14 @@ def write_self_data(
     rows: list[dict[str, Any]] = []
     remaining = iter(prompts)
     settings = dict(decoding="ar", do_sample=True, temperature=temperature, top_k=0)
-    ends = _end_ids(model, tokenizer)
+    ends = end_token_ids(model, tokenizer)
     with torch.random.fork_rng():
         torch.default_generator.manual_seed(seed)
         while batch := list(islice(remaining, min(batch_size, count - len(rows)))):
             longest = max(len(prompt.token_ids) for prompt in batch)
-            ids, mask = _padded([prompt.token_ids for prompt in batch], longest, tokenizer.pad_token_id or 0)
+            inputs = left_padded([prompt.token_ids for prompt in batch], model.device, tokenizer.pad_token_id or 0)
             sampled = model.generate(
-                ids.to(model.device),
-                attention_mask=mask.to(model.device),
+                **inputs,
                 max_new_tokens=length - longest,
                 **settings,
                 **({"eos_token_id": ends or None} if batch[0].is_answered else {}),
@@ -118,18 +119,6 @@ def write_self_data(
 def _before_end(tokens: list[int], ends: list[int]) -> list[int] | None:
     """What stands before the first token that ends a text; None if none does."""
     return next((tokens[:place] for place, token in enumerate(tokens) if token in ends), None)
-
-
-def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    ends = model.generation_config.eos_token_id
-    ends = tokenizer.eos_token_id if ends is None else ends
-    return list(ends) if isinstance(ends, (list, tuple)) else [] if ends is None else [ends]
-
-
-def _padded(rows: list[list[int]], length: int, pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
-    return ids, mask
 
 
 # Prompts

@@ -415,16 +415,17 @@ class BlockDecoder:
         blocks, canvas = self._noisy_blocks(z_t.shape[1]), state.canvas(z_t)
         has_positions = state.pending.shape[1] > 0 or blocks is not None
         # Canvases whose blocks are given begin with a clean token of the call: it is read, and not committed.
-        num_anchors = 1 if state.is_anchored and blocks is not None else 0
+        has_anchor = state.is_anchored and blocks is not None
+        clean = torch.cat([state.pending, canvas[:, :1]], dim=1) if has_anchor else state.pending
         outputs = self._forward(
-            input_ids=torch.cat([state.pending, canvas[:, :num_anchors]], dim=1),
+            input_ids=clean,
             noisy_input_ids=canvas,
             noisy_position_ids=state.next_positions(z_t.shape[1]) if has_positions else None,
             noisy_block_ids=blocks,
             block_size=self.block_size,
-            attention_mask=state.mask_with(num_anchors),
+            attention_mask=state.mask_with(1) if has_anchor else state.context_mask,
             use_cache=state.cache is not None,
-            num_committed=state.pending.shape[1] if num_anchors and state.cache is not None else None,
+            num_committed=state.pending.shape[1] if has_anchor and state.cache is not None else None,
             noise_level=time if self.model.config.time_conditioning else None,
             logits_to_keep=0 if is_compiled or num_wanted == wanted.numel() else wanted,
         )
